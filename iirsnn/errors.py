@@ -1,0 +1,17 @@
+"""The errors a user may see: each is one clear line, with the exit code of the command line."""
+
+
+class IirsnnError(Exception):
+    """Base of all errors that are the user's to mend; the command line prints them as one line."""
+
+    exit_code = 1
+
+
+class UsageError(IirsnnError, ValueError):
+    """What was asked for cannot be: an unknown name or key, a value out of range (exit code 2)."""
+
+    exit_code = 2
+
+
+class RunError(IirsnnError, RuntimeError):
+    """What was asked for failed: a missing file, a damaged checkpoint, a loss that is not finite."""
