@@ -1,0 +1,100 @@
+// Surrogate derivatives f(z) = ds/dz at z = h / threshold - 1. Plain C++, the same bits on host and device.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define IIRSNN_INLINE __host__ __device__ __forceinline__
+#else
+#define IIRSNN_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace iirsnn {
+
+enum class Surrogate : int { triangle = 0, atan = 1, sigmoid = 2, fast_sigmoid = 3, boxcar = 4 };
+
+// Rounded one by one, so that no compiler contracts a product and a sum into an FMA. The host needs -ffp-contract=off.
+#if defined(__CUDA_ARCH__)
+IIRSNN_INLINE float mul(float a, float b) { return __fmul_rn(a, b); }
+IIRSNN_INLINE float add(float a, float b) { return __fadd_rn(a, b); }
+IIRSNN_INLINE float sub(float a, float b) { return __fsub_rn(a, b); }
+IIRSNN_INLINE float div(float a, float b) { return __fdiv_rn(a, b); }
+IIRSNN_INLINE double mul(double a, double b) { return __dmul_rn(a, b); }
+IIRSNN_INLINE double add(double a, double b) { return __dadd_rn(a, b); }
+IIRSNN_INLINE double sub(double a, double b) { return __dsub_rn(a, b); }
+IIRSNN_INLINE double div(double a, double b) { return __ddiv_rn(a, b); }
+#else
+template <typename acc_t> IIRSNN_INLINE acc_t mul(acc_t a, acc_t b) { return a * b; }
+template <typename acc_t> IIRSNN_INLINE acc_t add(acc_t a, acc_t b) { return a + b; }
+template <typename acc_t> IIRSNN_INLINE acc_t sub(acc_t a, acc_t b) { return a - b; }
+template <typename acc_t> IIRSNN_INLINE acc_t div(acc_t a, acc_t b) { return a / b; }
+#endif
+
+template <typename to_t, typename from_t> IIRSNN_INLINE to_t bit_cast(from_t value) {
+  static_assert(sizeof(to_t) == sizeof(from_t), "bit_cast keeps the size");
+  to_t result;
+  memcpy(&result, &value, sizeof(result));
+  return result;
+}
+
+template <typename acc_t> IIRSNN_INLINE acc_t magnitude(acc_t z) { return z < acc_t(0) ? -z : z; }
+
+// exp(y) for y <= 0: y = n ln 2 + r, |r| <= ln 2 / 2, a Taylor polynomial in r and 2^n put into the exponent.
+// Our own because libm's does not vectorise and differs between host and device. Relative error below 2 ulp;
+// an exponent below the normal numbers is clamped there. NaN stays NaN.
+template <typename acc_t> struct ExpTraits;
+template <> struct ExpTraits<float> {
+  using int_t = int32_t;
+  static constexpr float kLowest = -87.0f, kRound = 12582912.0f;  // kRound = 1.5 * 2^23
+  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  static constexpr int kDegree = 7, kMantissa = 23, kBias = 127;
+};
+template <> struct ExpTraits<double> {
+  using int_t = int64_t;
+  static constexpr double kLowest = -708.0, kRound = 6755399441055744.0;  // kRound = 1.5 * 2^52
+  static constexpr double kLn2High = 0.693145751953125, kLn2Low = 1.42860682030941723212e-6;
+  static constexpr int kDegree = 13, kMantissa = 52, kBias = 1023;
+};
+
+template <typename acc_t> IIRSNN_INLINE acc_t exp_negative(acc_t y) {
+  using Traits = ExpTraits<acc_t>;
+  using int_t = typename Traits::int_t;
+  const acc_t kLog2e = acc_t(1.44269504088896340736), kRound = Traits::kRound;
+  y = y < Traits::kLowest ? Traits::kLowest : y;
+  const acc_t shifted = add(mul(y, kLog2e), kRound);
+  const acc_t n = sub(shifted, kRound);
+  const acc_t r = sub(sub(y, mul(n, acc_t(Traits::kLn2High))), mul(n, acc_t(Traits::kLn2Low)));
+  acc_t p = acc_t(1);
+#if defined(__CUDACC__)
+#pragma unroll
+#else
+#pragma GCC unroll 16
+#endif
+  for (int k = Traits::kDegree; k >= 1; --k) p = add(mul(p, mul(r, acc_t(1.0 / k))), acc_t(1));
+  const int_t exponent = bit_cast<int_t>(shifted) - bit_cast<int_t>(kRound) + Traits::kBias;
+  return mul(p, bit_cast<acc_t>(int_t(exponent << Traits::kMantissa)));
+}
+
+// z: distance to the threshold in thresholds; a: the surrogate's scale, > 0. Comparisons let NaN through.
+template <Surrogate kSurrogate, typename acc_t> IIRSNN_INLINE acc_t surrogate(acc_t z, acc_t a) {
+  const acc_t one = acc_t(1);
+  if constexpr (kSurrogate == Surrogate::triangle) {
+    const acc_t height = sub(one, magnitude(z));
+    return mul(a, height < acc_t(0) ? acc_t(0) : height);
+  } else if constexpr (kSurrogate == Surrogate::atan) {
+    const acc_t y = mul(mul(a, acc_t(1.57079632679489661923)), z);
+    return div(mul(a, acc_t(0.5)), add(one, mul(y, y)));
+  } else if constexpr (kSurrogate == Surrogate::sigmoid) {
+    const acc_t e = exp_negative(-mul(a, magnitude(z)));  // sig (1 - sig) = e / (1 + e)^2, even in z
+    const acc_t d = add(one, e);
+    return div(mul(a, e), mul(d, d));
+  } else if constexpr (kSurrogate == Surrogate::fast_sigmoid) {
+    const acc_t d = add(one, mul(a, magnitude(z)));
+    return div(one, mul(d, d));
+  } else {
+    return magnitude(z) <= a ? div(acc_t(0.5), a) : acc_t(0);
+  }
+}
+
+}  // namespace iirsnn

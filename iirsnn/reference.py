@@ -1,0 +1,199 @@
+"""Plain torch, any float dtype: the definition of correct.
+
+Every kernel of this package is tested against this file. One timestep is one line each of charge, spike and reset,
+every operation rounded on its own; the two operations whose gradient is a convention (the spike's surrogate and the
+hard reset's select) are small autograd functions, the rest is left to autograd.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+RESETS = ("soft", "hard", "none", "soft_delayed")
+
+
+def _triangle(z: Tensor, a: float) -> Tensor:
+    return a * (1 - z.abs()).clamp(min=0)
+
+
+def _atan(z: Tensor, a: float) -> Tensor:
+    y = (math.pi / 2 * a) * z
+    return (a / 2) / (1 + y * y)
+
+
+def _sigmoid(z: Tensor, a: float) -> Tensor:
+    e = torch.exp(-(a * z.abs()))  # sig (1 - sig) = e / (1 + e)^2, even in z
+    d = 1 + e
+    return (a * e) / (d * d)
+
+
+def _fast_sigmoid(z: Tensor, a: float) -> Tensor:
+    d = 1 + a * z.abs()
+    return 1 / (d * d)
+
+
+def _boxcar(z: Tensor, a: float) -> Tensor:
+    return (z.abs() <= a).to(z.dtype) * (0.5 / a)
+
+
+# f(z) = ds/dz at z = h / threshold - 1, and the default of its scale a
+SURROGATES: dict[str, tuple[Callable[[Tensor, float], Tensor], float]] = {
+    "triangle": (_triangle, 0.3),
+    "atan": (_atan, 2.0),
+    "sigmoid": (_sigmoid, 4.0),
+    "fast_sigmoid": (_fast_sigmoid, 25.0),
+    "boxcar": (_boxcar, 0.5),
+}
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of membranes and parameters for a current of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _heaviside(h: Tensor, threshold: Tensor) -> Tensor:
+    return torch.where(h == h, (h > threshold).to(h.dtype), h)
+
+
+class _Spike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h: Tensor, threshold: Tensor, surrogate: str, scale: float) -> Tensor:
+        ctx.save_for_backward(h, threshold)
+        ctx.surrogate, ctx.scale = surrogate, scale
+        return _heaviside(h, threshold)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_s: Tensor):
+        h, threshold = ctx.saved_tensors
+        inverse = 1 / threshold
+        u = h * inverse
+        grad_h = grad_s * (SURROGATES[ctx.surrogate][0](u - 1, ctx.scale) * inverse)
+        grad_threshold = None
+        if ctx.needs_input_grad[1]:
+            grad_threshold = -(grad_h * u).sum_to_size(threshold.shape)
+        return grad_h, grad_threshold, None, None
+
+
+class _HardReset(torch.autograd.Function):
+    """v_reset where s == 1, else h: a select, so that an infinite h is reset too."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, s: Tensor, v_reset: float) -> Tensor:
+        ctx.save_for_backward(h, s)
+        ctx.v_reset = v_reset
+        return torch.where(s == 1, v_reset, h)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_v: Tensor):
+        h, s = ctx.saved_tensors
+        grad_s = (ctx.v_reset - h) * grad_v if ctx.needs_input_grad[1] else None
+        return torch.where(s == 1, 0, grad_v), grad_s, None
+
+
+def _check_values(threshold: Tensor, leak: Tensor) -> None:
+    if not bool(((threshold > 0) & threshold.isfinite()).all()):
+        raise ValueError(f"threshold: expected finite values > 0, got {threshold.tolist()}")
+    if not bool(leak.isfinite().all()):
+        raise ValueError(f"leak: expected finite values, got {leak.tolist()}")
+
+
+def lif_forward(
+    x: Tensor,
+    threshold: Tensor,
+    leak: Tensor,
+    v0: Tensor | None,
+    reset: str,
+    v_reset: float,
+    detach_reset: bool,
+    surrogate: str,
+    surrogate_scale: float,
+    return_v: bool,
+) -> tuple[Tensor, Tensor]:
+    """x [T, *neurons] -> spikes s [T, *neurons] in the dtype of x, and the last membrane v [*neurons] (or empty).
+
+    threshold, leak: 1-D, one element or C elements that act along dim 2 of x; like v0 and v they are float32, or
+    float64 when x is. Differentiable in x, threshold, leak and v0. Raises ValueError for a threshold <= 0 or a
+    parameter that is not finite (not while torch.compile traces).
+    """
+    if not torch.compiler.is_compiling():
+        _check_values(threshold, leak)
+    ones = [1] * (x.dim() - 3)
+    if threshold.numel() > 1:
+        threshold = threshold.view(-1, *ones)
+    if leak.numel() > 1:
+        leak = leak.view(-1, *ones)
+
+    def spike(h: Tensor) -> Tensor:
+        return _Spike.apply(h, threshold, surrogate, surrogate_scale)
+
+    def held(s: Tensor) -> Tensor:
+        return s.detach() if detach_reset else s
+
+    acc = acc_dtype(x.dtype)
+    v, s = v0, None
+    if reset == "soft_delayed" and v0 is not None:
+        s = spike(v0)
+    spikes = []
+    for x_t in x.unbind(0):
+        h = x_t.to(acc) if v is None else leak * v + x_t.to(acc)
+        if reset == "soft_delayed" and s is not None:
+            h = h - threshold * held(s)
+        s = spike(h)
+        if reset == "soft":
+            v = h - threshold * held(s)
+        elif reset == "hard":
+            v = _HardReset.apply(h, held(s), v_reset)
+        else:
+            v = h
+        spikes.append(s.to(x.dtype))
+    return torch.stack(spikes), v if return_v else x.new_empty(0, dtype=acc)
+
+
+def pack(s: Tensor) -> Tensor:
+    """Spikes [T, *neurons], 0 or 1, in any dense layout -> bits uint8 [T, 8 * ceil(N / 64)].
+
+    Bit j of byte k is neuron 8k + j in memory order; the tail is zero. Raises ValueError for NaN.
+    """
+    if not torch.compiler.is_compiling() and bool(s.isnan().any()):
+        raise ValueError("packed: expected a current without NaN, got NaN (a bit cannot hold it)")
+    order = sorted(range(1, s.dim()), key=lambda d: (s.stride(d), s.size(d)), reverse=True)
+    flat = s.permute(0, *order).reshape(s.shape[0], -1)
+    flat = torch.nn.functional.pad(flat, (0, -flat.shape[1] % 64))
+    weights = 1 << torch.arange(8, device=s.device, dtype=torch.int32)
+    octets = flat.to(torch.int32).view(s.shape[0], flat.shape[1] // 8, 8)
+    return (octets * weights).sum(-1).to(torch.uint8)
+
+
+def empty_spikes(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An output [T, *neurons] for x: the memory order of x[0], timesteps one after the other."""
+    stride = (math.prod(x.shape[1:]), *x.stride()[1:])
+    return x.new_empty_strided(x.shape, stride, dtype=dtype or x.dtype)
+
+
+def lif_packed(
+    x: Tensor,
+    threshold: Tensor,
+    leak: Tensor,
+    v0: Tensor | None,
+    reset: str,
+    v_reset: float,
+    return_v: bool,
+) -> tuple[Tensor, Tensor]:
+    """lif_forward without gradient, its spikes packed by `pack` in the memory order of x[0]."""
+    with torch.no_grad():
+        s, v = lif_forward(x, threshold, leak, v0, reset, v_reset, True, "triangle", 0.3, return_v)
+    return pack(empty_spikes(x).copy_(s)), v
+
+
+def unpack_spikes(bits: Tensor, size: list[int], stride: list[int], dtype: torch.dtype) -> Tensor:
+    """The inverse of `pack`: spikes of `size`, `dtype` and the dense `stride` (time outermost)."""
+    shifts = torch.arange(8, device=bits.device, dtype=torch.uint8)
+    neurons = math.prod(size[1:])
+    flat = ((bits.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, :neurons]
+    return flat.to(dtype).contiguous().as_strided(size, stride)
