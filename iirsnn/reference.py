@@ -1,8 +1,8 @@
 """Plain torch, any float dtype: the definition of correct.
 
-Every kernel of this package is tested against this file. One timestep is one line each of charge, spike and reset,
-every operation rounded on its own; the two operations whose gradient is a convention (the spike's surrogate and the
-hard reset's select) are small autograd functions, the rest is left to autograd.
+Every kernel of this package is tested against this file. Every operation is rounded on its own; the
+two whose gradient is a convention (the spike's surrogate and the hard reset's select) are small
+autograd functions, the rest is left to autograd.
 """
 
 from __future__ import annotations
@@ -115,11 +115,12 @@ def lif_forward(
     surrogate_scale: float,
     return_v: bool,
 ) -> tuple[Tensor, Tensor]:
-    """x [T, *neurons] -> spikes s [T, *neurons] in the dtype of x, and the last membrane v [*neurons] (or empty).
+    """x [T, *neurons] -> spikes s [T, *neurons] like x, last membrane v [*neurons] (or empty).
 
-    threshold, leak: 1-D, one element or C elements that act along dim 2 of x; like v0 and v they are float32, or
-    float64 when x is. Differentiable in x, threshold, leak and v0. Raises ValueError for a threshold <= 0 or a
-    parameter that is not finite (not while torch.compile traces).
+    threshold, leak: 1-D, one element or C elements that act along dim 2 of x; like v0 and v they
+    are float32, or float64 when x is. Differentiable in x, threshold, leak and v0. Raises
+    ValueError for a threshold <= 0 or a parameter that is not finite (not while torch.compile
+    traces).
     """
     if not torch.compiler.is_compiling():
         _check_values(threshold, leak)

@@ -1,0 +1,33 @@
+"""Spikes as bits: 1/32 of the bytes of fp32 spikes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .backend import choose
+
+
+@dataclass(frozen=True)
+class PackedSpikes:
+    """Spikes [T, *neurons] as bits.
+
+    bits: uint8 [T, 8 * ceil(N / 64)]. Bit j (least significant first) of byte k of a timestep is
+    neuron 8k + j in the memory order of that timestep (W runs fastest when contiguous, C when
+    channels_last); the bits past N are zero.
+    shape, stride: those of the spikes, so that they come back in the layout they had.
+    """
+
+    bits: Tensor
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    def unpack(self, dtype: torch.dtype = torch.float32, *, backend: str = "auto") -> Tensor:
+        """The spikes, 0 or 1, as float32, float64, float16 or bfloat16 [T, *neurons]."""
+        unpack = choose(backend, self.bits.device).unpack
+        return unpack(self.bits, list(self.shape), list(self.stride), dtype)
+
+    def to(self, device: torch.device | str) -> PackedSpikes:
+        return PackedSpikes(self.bits.to(device), self.shape, self.stride)
