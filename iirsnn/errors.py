@@ -14,4 +14,4 @@ class UsageError(IirsnnError, ValueError):
 
 
 class RunError(IirsnnError, RuntimeError):
-    """What was asked for failed: a missing file, a damaged checkpoint, a loss that is not finite."""
+    """What was asked for failed: a missing file, a damaged checkpoint, a loss not finite."""

@@ -71,8 +71,8 @@ def lif(
     RuntimeError for a backend that cannot run.
     """
     acc = _check_x(x)
-    _check_choice("reset", reset, RESETS)
-    _check_choice("surrogate", surrogate, tuple(SURROGATES))
+    check_choice("reset", reset, RESETS)
+    check_choice("surrogate", surrogate, tuple(SURROGATES))
     scale = SURROGATES[surrogate][1] if surrogate_scale is None else float(surrogate_scale)
     if not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"surrogate_scale: expected a finite number > 0, got {surrogate_scale}")
@@ -121,7 +121,7 @@ def _check_x(x: Tensor) -> torch.dtype:
     return acc_dtype(x.dtype)
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 

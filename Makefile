@@ -1,0 +1,52 @@
+# Each target sets up what it needs in .venv; a second call installs nothing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO ?= runs/demo
+DEMO_FLAGS ?=
+# The CUDA kernels take minutes to compile and need nvcc: gpu-check builds them, the rest does not.
+export IIRSNN_BUILD_CUDA ?= 0
+
+SOURCES := setup.py iirsnn/_build.py $(shell find csrc -type f)
+
+.PHONY: help demo test bench lint format gpu-check clean
+
+help:
+	@echo "make demo       train on scikit-learn's digits, from the ANN to one timestep"
+	@echo "make test       run the tests"
+	@echo "make bench      run the benchmarks (leave the machine alone meanwhile)"
+	@echo "make lint       ruff, mypy, clang-format"
+	@echo "make gpu-check  build the CUDA kernels, test and time every GPU kernel on this machine's GPU"
+
+$(VENV)/.torch:
+	@$(PYTHON) -m venv $(VENV) || { echo "make: no venv: on Debian and Ubuntu, apt-get install python3-venv python3-dev"; exit 1; }
+	$(BIN)/pip install --quiet --disable-pip-version-check setuptools wheel ninja pybind11 torch torchvision
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml $(SOURCES)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[test,lint]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	@rm -rf $(DEMO)
+	$(BIN)/iirsnn train digits --out $(DEMO) $(DEMO_FLAGS)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*')
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*')
+
+clean:
+	rm -rf $(VENV) build *.egg-info iirsnn/*.so

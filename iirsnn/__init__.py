@@ -1,0 +1,20 @@
+"""Spiking networks shrunk in time to one timestep: fused LIF kernels and IIR-SNN training."""
+
+from . import functional
+from .convert import convert
+from .env import env_report
+from .models import Network, Readout, SharedDropout, TimeSequential
+from .neuron import FusedLIF
+from .packed import PackedSpikes
+
+__all__ = [
+    "FusedLIF",
+    "Network",
+    "PackedSpikes",
+    "Readout",
+    "SharedDropout",
+    "TimeSequential",
+    "convert",
+    "env_report",
+    "functional",
+]

@@ -1,0 +1,119 @@
+"""Checkpoints: safetensors with a JSON header, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import RunError
+
+FORMAT = 1
+_KEY = "iirsnn"
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write a checkpoint atomically: after a crash at any moment the old or the new file is there.
+
+    Args:
+        path: of the file; its folder exists.
+        tensors: by name; any device and layout.
+        header: JSON values.
+
+    Raises:
+        RunError: the file cannot be written (a full disk, no permission); the old one is intact.
+    """
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    metadata = {_KEY: json.dumps({"format": FORMAT, **header})}
+    write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata))
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the header of a checkpoint.
+
+    Raises:
+        RunError: missing, truncated, or not a checkpoint of this package.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if _KEY not in metadata:
+                raise RunError(f"checkpoint {path}: a safetensors file, but not one of iirsnn's")
+            header = json.loads(metadata[_KEY])
+            if header["format"] > FORMAT:
+                raise RunError(
+                    f"checkpoint {path}: expected format {FORMAT} or older, got {header['format']};"
+                    " a newer iirsnn wrote it"
+                )
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise RunError(f"checkpoint {path}: no such file") from error
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise RunError(f"checkpoint {path}: truncated or no checkpoint ({error})") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically; see `save`."""
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
+    """Call `write` with a temporary name in the same folder, make it durable, then rename it.
+
+    Raises:
+        RunError: it cannot be written; a file already at `path` is intact.
+    """
+    temporary = ""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        write(temporary)
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise RunError(f"{path}: cannot be written ({error})") from error
+
+
+def _sync(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimiser's state as tensors, and what is not a tensor as JSON values.
+
+    The settings (learning rate, ...) are not part of it: they follow from the recipe and the step.
+    """
+    tensors, scalars = {}, {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            target = tensors if isinstance(value, Tensor) else scalars
+            target[f"optimizer.{index}.{name}"] = value
+    return tensors, scalars
+
+
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
+) -> None:
+    """Give an optimiser the state that `pack_optimizer` took from one over the same parameters."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **scalars}.items():
+        prefix, index, name = key.split(".", 2)
+        if prefix == "optimizer":
+            state.setdefault(int(index), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

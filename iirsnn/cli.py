@@ -1,0 +1,129 @@
+"""The command line: iirsnn train | evaluate | report | env."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import data, recipe, report
+from .env import env_report
+from .errors import IirsnnError, UsageError
+from .evaluation import accuracies
+from .pipeline import Pipeline, open_data
+from .run_folder import RunFolder
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train spiking networks and shrink them in time to a single timestep.",
+)
+console = Console()
+
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's value.")
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+
+
+@app.command()
+def train(
+    name: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="Name of a recipe, or a YAML file.")
+    ] = None,
+    overrides: Set = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the new run  [default: runs/RECIPE]")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Go on with a run that was stopped.")
+    ] = None,
+) -> None:
+    """Train the ANN, convert it, and shrink T stage by stage; then report."""
+    with _open_for_training(name, overrides or [], out, resume) as (folder, splits):
+        Pipeline(folder, splits).train(console)
+        _report(folder, splits)
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    stage: Annotated[str | None, typer.Option(help="One stage alone: ann, T5, ...")] = None,
+) -> None:
+    """Test accuracy of the finished stages, measured again from their checkpoints."""
+    folder = RunFolder.read(run)
+    pipeline = Pipeline(folder, open_data(folder.recipe))
+    names = [s.name for s in pipeline.stages if folder.has_checkpoint(s.name, "best")]
+    if stage is not None:
+        if stage not in names:
+            raise UsageError(f"stage: expected one of {', '.join(names)}, got {stage!r}")
+        names = [stage]
+    networks = [pipeline.trained(name) for name in names]
+    batches = data.eval_batches(pipeline.splits.test, folder.recipe.data)
+    table = Table("stage", "test accuracy")
+    for name, accuracy in zip(
+        names, accuracies(networks, batches, pipeline.accelerator.device), strict=True
+    ):
+        table.add_row(name, f"{accuracy:.2%}")
+    console.print(table)
+
+
+@app.command("report")
+def report_command(run: Run) -> None:
+    """Time the networks, then write report.json and the plots, and print the table."""
+    with RunFolder.resume(run) as folder:
+        _report(folder, open_data(folder.recipe))
+
+
+@app.command()
+def env() -> None:
+    """What is installed and built, and which backends can run."""
+    console.print(env_report(), highlight=False, markup=False)
+
+
+@contextmanager
+def _open_for_training(
+    name: str | None, overrides: list[str], out: Path | None, resume: Path | None
+) -> Iterator[tuple[RunFolder, data.Splits]]:
+    """The locked folder of a new or resumed run, and its data; nothing is made on bad input."""
+    if resume is None:
+        if name is None:
+            raise UsageError("train: expected a RECIPE or --resume RUN, got neither")
+        wanted = recipe.load(name, overrides)
+        splits = open_data(wanted)
+        folder = RunFolder.create(out or Path("runs") / wanted.name, wanted)
+    else:
+        if out is not None:
+            raise UsageError("train: --out does not go with --resume; the run has its folder")
+        stored = RunFolder.read(resume).recipe
+        if name is not None:
+            stored = recipe.load(name, overrides)
+        elif overrides:
+            stored = recipe.parse(recipe.dump(stored), overrides, source=str(resume))
+        folder = RunFolder.resume(resume, stored)
+        splits = open_data(stored)
+    with folder:
+        yield folder, splits
+
+
+def _report(folder: RunFolder, splits: data.Splits) -> None:
+    built = report.build(folder, splits)
+    report.write(built, folder.path)
+    report.show(built, console)
+    console.print(f"Written: {folder.path}/report.json and plots", highlight=False)
+
+
+def main() -> None:
+    """Run the command line; an error the user can mend is one line, without a traceback."""
+    try:
+        app()
+    except IirsnnError as error:
+        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)

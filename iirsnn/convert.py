@@ -1,0 +1,180 @@
+"""From an ANN to an SNN: fold BatchNorm, exchange ReLU for neurons, balance their thresholds."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from .models import Network
+from .neuron import FusedLIF
+
+#: What a threshold becomes when the percentile of its layer's current is not positive.
+SILENT_THRESHOLD = 0.1
+
+_FUSE = {
+    (nn.Conv2d, nn.BatchNorm2d): fuse_conv_bn_eval,
+    (nn.Linear, nn.BatchNorm1d): fuse_linear_bn_eval,
+}
+
+
+@dataclass
+class NeuronConfig:
+    """The `neuron` section of a recipe: the FusedLIF that takes the place of each ReLU.
+
+    Attributes:
+        leak: initial value; learned and kept <= 1 when `learn_leak`.
+        reset: soft, hard, none or soft_delayed.
+        detach_reset: no gradient through the spike inside the reset (the paper's choice).
+        surrogate: triangle, atan, sigmoid, fast_sigmoid or boxcar.
+        surrogate_scale: None for the surrogate's own default.
+        backend: auto, cpu, cuda, triton or reference.
+    """
+
+    leak: float = 1.0
+    learn_threshold: bool = True
+    learn_leak: bool = True
+    reset: str = "soft"
+    detach_reset: bool = True
+    surrogate: str = "triangle"
+    surrogate_scale: float | None = None
+    backend: str = "auto"
+
+
+def convert(
+    ann: nn.Module,
+    calibration_images: Tensor,
+    percentile: float = 90.0,
+    scale: float = 1.0,
+    *,
+    timesteps: int = 5,
+    neuron: NeuronConfig | None = None,
+) -> Network:
+    """An SNN with the ANN's weights, BatchNorm folded in, and balanced thresholds.
+
+    Args:
+        ann: a Network with ReLU, or a plain nn.Sequential that ends in a Linear; left unchanged.
+        calibration_images: [B, C, H, W], training images that thresholds are chosen on.
+        percentile: of the input current of each layer, in (0, 100]; DIET-SNN uses 99.7.
+        scale: factor on each threshold.
+        timesteps: T of the SNN.
+        neuron: the neurons' settings; None for the paper's.
+
+    Raises:
+        ValueError: a percentile, scale or T out of range, or a model without ReLU.
+    """
+    snn = to_spiking(ann, timesteps, neuron)
+    balance_thresholds(snn, calibration_images, percentile, scale)
+    return snn
+
+
+def to_spiking(ann: nn.Module, timesteps: int, neuron: NeuronConfig | None = None) -> Network:
+    """A copy of the ANN with BatchNorm folded and a FusedLIF (threshold 1) for each ReLU.
+
+    Raises:
+        ValueError: T < 1, or a model without ReLU.
+    """
+    if timesteps < 1:
+        raise ValueError(f"timesteps: expected at least 1, got {timesteps}")
+    snn = copy.deepcopy(ann)
+    if not isinstance(snn, Network):
+        if not isinstance(snn, nn.Sequential):
+            raise ValueError(
+                f"ann: expected a Network or an nn.Sequential, got {type(ann).__name__}"
+            )
+        snn = Network.from_sequential(snn)
+    snn.requires_grad_(True)
+    fold_batch_norm(snn)
+    settings = asdict(neuron or NeuronConfig())
+    count = 0
+    for parent in list(snn.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.ReLU):
+                setattr(parent, name, FusedLIF(**settings).to(_device_of(snn)))
+                count += 1
+    if count == 0:
+        raise ValueError("ann: no ReLU to exchange for a neuron")
+    snn.timesteps = timesteps
+    return snn
+
+
+def fold_batch_norm(model: nn.Module) -> None:
+    """Fold, in place, each BatchNorm that follows a Conv2d or Linear of a Sequential into it.
+
+    Uses the running statistics, so the result equals the model in eval mode.
+    """
+    for parent in list(model.modules()):
+        if not isinstance(parent, nn.Sequential):
+            continue
+        folded: list[nn.Module] = []
+        for module in parent:
+            fuse = _FUSE.get((type(folded[-1]), type(module))) if folded else None  # type: ignore[arg-type]
+            if fuse is None:
+                folded.append(module)
+            else:
+                training = module.training
+                folded[-1] = fuse(folded[-1].eval(), module.eval()).train(training)
+        if len(folded) < len(parent):
+            del parent[:]
+            parent.extend(folded)
+
+
+@torch.no_grad()
+def balance_thresholds(
+    snn: Network, images: Tensor, percentile: float = 90.0, scale: float = 1.0
+) -> list[float]:
+    """Set each threshold to the percentile of its layer's current, layer by layer.
+
+    A layer sees the spikes of the layers already balanced, with leak as it stands; the threshold is
+    the maximum over timesteps of the percentile over all elements of one timestep, times `scale`.
+    One forward pass balances every layer: each neuron sets its threshold just before it fires.
+
+    Args:
+        snn: changed in place.
+        images: [B, C, H, W].
+        percentile: in (0, 100].
+        scale: > 0.
+
+    Returns:
+        The thresholds, in the order of the forward pass.
+
+    Raises:
+        ValueError: a percentile or scale out of range.
+    """
+    if not 0 < percentile <= 100:
+        raise ValueError(f"percentile: expected a value in (0, 100], got {percentile}")
+    if not scale > 0:
+        raise ValueError(f"scale: expected a positive factor, got {scale}")
+    thresholds: list[float] = []
+
+    def balance(neuron: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        (current,) = inputs
+        steps = current[:1] if current.stride(0) == 0 else current
+        value = scale * max(np.percentile(step.float().cpu().numpy(), percentile) for step in steps)
+        thresholds.append(float(value) if value > 0 else SILENT_THRESHOLD)
+        assert isinstance(neuron, FusedLIF)
+        neuron.threshold.fill_(thresholds[-1])
+
+    hooks = [n.register_forward_pre_hook(balance) for n in neurons(snn)]
+    training = snn.training
+    snn.eval()
+    try:
+        snn(images)
+    finally:
+        snn.train(training)
+        for hook in hooks:
+            hook.remove()
+    return thresholds
+
+
+def neurons(model: nn.Module) -> list[FusedLIF]:
+    """The spiking layers of a model, in the order they were registered."""
+    return [module for module in model.modules() if isinstance(module, FusedLIF)]
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -1,0 +1,57 @@
+"""Networks by name. The ANN and the SNN are one module with its activation exchanged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .layers import Readout, SharedDropout, TimeSequential
+from .network import Network
+from .vgg import HIDDEN, LAYERS, vgg
+
+__all__ = ["ModelConfig", "Network", "Readout", "SharedDropout", "TimeSequential", "build", "vgg"]
+
+NAMES = ("vgg", *LAYERS)
+
+
+@dataclass
+class ModelConfig:
+    """The `model` section of a recipe.
+
+    Attributes:
+        name: vgg6, vgg9, vgg11, vgg16, vgg16-imagenet, or vgg with `layers` of its own.
+        layers: for vgg: channels of each 3x3 convolution, "A" for a 2x2 pool.
+        hidden: widths of the hidden fully connected layers.
+        pool: average or max.
+        batch_norm: in the ANN; folded into the weights before conversion.
+    """
+
+    name: str = "vgg"
+    layers: list[int | str] = field(default_factory=list)
+    hidden: list[int] = field(default_factory=lambda: list(HIDDEN))
+    pool: str = "average"
+    batch_norm: bool = True
+
+
+def build(config: ModelConfig, classes: int, image_shape: tuple[int, int, int]) -> Network:
+    """The ANN that a recipe describes, freshly initialised, with dropout 0.
+
+    Args:
+        config: the `model` section.
+        classes: number of classes.
+        image_shape: (channels, height, width).
+
+    Raises:
+        ValueError: an unknown name, or a description that gives no network.
+    """
+    if config.name not in NAMES:
+        raise ValueError(f"model: expected one of {', '.join(NAMES)}, got {config.name!r}")
+    if config.layers and config.name != "vgg":
+        raise ValueError(f"model.layers: {config.name} has its own; use name=vgg to write them")
+    return vgg(
+        config.layers or LAYERS.get(config.name, []),
+        classes,
+        image_shape,
+        hidden=config.hidden,
+        pool=config.pool,
+        batch_norm=config.batch_norm,
+    )

@@ -1,0 +1,178 @@
+"""A whole run: the ANN, its conversion, and the stages that shrink T."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from torch import Tensor
+
+from . import data
+from .convert import balance_thresholds, fold_batch_norm, to_spiking
+from .data import Splits
+from .errors import UsageError
+from .evaluation import accuracies, count_operations, evaluating
+from .models import Network, build
+from .recipe import Recipe
+from .reduction import Stage, stages
+from .run_folder import RunFolder
+from .training import StageTraining, derive_seed, load_weights
+
+#: Test images that operations and spikes are counted on at most.
+COUNTED_IMAGES = 2048
+
+
+class Pipeline:
+    """A run in its folder: initial networks, trained networks, and the loop over the stages.
+
+    Args:
+        folder: of the run; locked when it is to be trained.
+        splits: what `open_data` returned for its recipe.
+    """
+
+    def __init__(self, folder: RunFolder, splits: Splits) -> None:
+        self.folder, self.splits, self.recipe = folder, splits, folder.recipe
+        runtime = self.recipe.runtime
+        if runtime.threads:
+            torch.set_num_threads(runtime.threads)
+        self.accelerator = _accelerator(self.recipe)
+        self.stages = stages(self.recipe.timesteps)
+
+    def train(self, console: Console) -> None:
+        """Train what is not finished yet, stage after stage.
+
+        Raises:
+            RunError: see `StageTraining`.
+        """
+        for stage in self.stages:
+            if self.folder.result(stage.name) is not None:
+                continue
+            training = StageTraining(
+                self.initial(stage), stage, self.folder, self.splits, self.accelerator
+            )
+            progress = training.run(console)
+            result = {
+                "validation_accuracy": progress.best_accuracy,
+                "epoch": progress.best_epoch,
+                "seconds": progress.seconds,
+                **self.test(stage),
+            }
+            self.folder.finish_stage(stage.name, result)
+            console.print(f"{stage.name:>4}  test {result['test_accuracy']:.2%}", style="bold")
+
+    def initial(self, stage: Stage) -> Network:
+        """The network a stage starts from, on its device."""
+        if stage.timesteps is None:
+            return self._place(self._untrained("ann"))
+        if stage.parent == "ann":
+            return self.converted(stage.timesteps)
+        assert stage.parent is not None
+        network = self.trained(stage.parent)
+        network.timesteps = stage.timesteps
+        return network
+
+    def trained(self, name: str) -> Network:
+        """The network of a stage as its best epoch left it, on its device.
+
+        Raises:
+            RunError: the stage has no checkpoint yet, or a damaged one.
+        """
+        tensors, _ = self.folder.load_checkpoint(name, "best")
+        network = self._untrained(name)
+        load_weights(network, tensors)
+        return self._place(network)
+
+    def converted(self, timesteps: int) -> Network:
+        """The trained ANN as an SNN at T, thresholds balanced at that T, not retrained."""
+        network = self._place(to_spiking(self.trained("ann"), timesteps, self.recipe.neuron))
+        conversion = self.recipe.conversion
+        images = self.calibration_images(conversion.images)
+        balance_thresholds(network, images, conversion.percentile, conversion.scale)
+        return network
+
+    def calibration_images(self, count: int) -> Tensor:
+        """Random training images, not augmented, the same in every call: [count, C, H, W]."""
+        return self._images(self.splits.train, count, derive_seed(self.recipe.seed, "calibration"))
+
+    def test_images(self, count: int) -> Tensor:
+        """Random test images, the same in every call: [count, C, H, W]."""
+        return self._images(self.splits.test, count, derive_seed(self.recipe.seed, "test"))
+
+    def test(self, stage: Stage) -> dict[str, Any]:
+        """The stage's entry in the report; reads the test set once."""
+        network = self.trained(stage.name)
+        networks = [network]
+        if stage.timesteps is not None:
+            networks.append(self.converted(stage.timesteps))
+        batches = data.eval_batches(self.splits.test, self.recipe.data)
+        accuracy, *without_retraining = accuracies(networks, batches, self.accelerator.device)
+        result: dict[str, Any] = {"test_accuracy": accuracy}
+        if stage.timesteps is None:
+            fold_batch_norm(network)
+        else:
+            result["timesteps"] = stage.timesteps
+            result["converted_without_retraining_accuracy"] = without_retraining[0]
+        counter = count_operations(network, self.test_images(COUNTED_IMAGES))
+        return {
+            **result,
+            "multiplications": counter.multiplications,
+            "additions": counter.additions,
+            "additions_pooled_once": counter.additions_pooled_once,
+            "energy_uj": counter.energy_uj,
+            "layers": list(counter.spikes),
+            "spike_rates": counter.spike_rates,
+        }
+
+    def _images(self, dataset: data.ImageSet, count: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(dataset), generator=generator)[:count].tolist()
+        images = torch.stack([image for image, _ in dataset.__getitems__(chosen)])
+        return images.to(self.accelerator.device)
+
+    def _untrained(self, name: str) -> Network:
+        """A network with the modules of a stage's; the ANN's weights are its initial ones."""
+        ann = _build(self.recipe, self.splits)
+        timesteps = {stage.name: stage.timesteps for stage in self.stages}[name]
+        return ann if timesteps is None else to_spiking(ann, timesteps, self.recipe.neuron)
+
+    def _place(self, network: Network) -> Network:
+        network.to(self.accelerator.device)
+        if self.recipe.runtime.channels_last:
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return network
+
+
+def open_data(recipe: Recipe) -> Splits:
+    """The recipe's data, after a check that its networks can be built and run.
+
+    Raises:
+        UsageError: the recipe describes no network, unknown neurons or data, or a backend that
+            cannot run here.
+        RunError: the data is missing or damaged.
+    """
+    splits = data.load(recipe.data, recipe.seed)
+    ann = _build(recipe, splits)
+    device = _accelerator(recipe).device
+    try:
+        snn = to_spiking(ann, recipe.timesteps[0], recipe.neuron).to(device)
+        with evaluating(snn):
+            snn(torch.zeros(1, *splits.image_shape, device=device))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UsageError(f"neuron: {error}") from error
+    return splits
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    precision = "no" if recipe.runtime.precision == "fp32" else recipe.runtime.precision
+    return Accelerator(mixed_precision=precision, cpu=recipe.runtime.device == "cpu")
+
+
+def _build(recipe: Recipe, splits: Splits) -> Network:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(recipe.seed, "initial"))
+        try:
+            return build(recipe.model, splits.classes, splits.image_shape)
+        except ValueError as error:
+            raise UsageError(str(error)) from error

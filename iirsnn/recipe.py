@@ -1,0 +1,226 @@
+"""A recipe: everything a run depends on, as typed YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from .convert import NeuronConfig
+from .data import DataConfig
+from .errors import UsageError
+from .models import ModelConfig
+from .reduction import stages
+
+
+@dataclass
+class ConversionConfig:
+    """How thresholds are balanced: percentile of the current, times scale, on so many images."""
+
+    percentile: float = 90.0
+    scale: float = 1.0
+    images: int = 512
+
+
+@dataclass
+class StageConfig:
+    """How one stage is trained.
+
+    Attributes:
+        epochs: passes over the training set.
+        optimizer: sgd or adam (amsgrad).
+        learning_rate: at the start.
+        schedule: step (divide by `decay` at each of `milestones`) or cosine (to zero).
+        milestones: fractions of the stage, in (0, 1).
+        dropout: probability, one mask for all timesteps.
+        accumulate: micro-batches a step is split into.
+    """
+
+    epochs: int = 1
+    optimizer: str = "adam"
+    learning_rate: float = 1e-4
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: str = "step"
+    milestones: list[float] = field(default_factory=lambda: [0.6, 0.8, 0.9])
+    decay: float = 5.0
+    dropout: float = 0.2
+    label_smoothing: float = 0.0
+    accumulate: int = 1
+
+
+@dataclass
+class RuntimeConfig:
+    """Where and how a run computes; no part of its result but for rounding.
+
+    Attributes:
+        device: auto (a GPU where there is one) or cpu.
+        precision: fp32, or mixed with bf16 or fp16.
+        threads: of the CPU; 0 leaves torch's choice.
+        channels_last: memory format of convolutions.
+        checkpoint_minutes: between two checkpoints inside an epoch; each epoch's end has one too.
+    """
+
+    device: str = "auto"
+    precision: str = "fp32"
+    threads: int = 0
+    channels_last: bool = True
+    checkpoint_minutes: float = 5.0
+
+
+def _ann_stage() -> StageConfig:
+    return StageConfig(
+        optimizer="sgd",
+        learning_rate=1e-2,
+        weight_decay=5e-4,
+        milestones=[0.45, 0.7, 0.9],
+    )
+
+
+@dataclass
+class Recipe:
+    """A whole run, from the ANN to the last T.
+
+    Attributes:
+        timesteps: T of the spiking stages, strictly decreasing.
+        stages: settings of one stage that differ from `snn`, e.g. {T1: {epochs: 4}}.
+    """
+
+    name: str = ""
+    seed: int = 0
+    timesteps: list[int] = field(default_factory=lambda: [5, 4, 3, 2, 1])
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    neuron: NeuronConfig = field(default_factory=NeuronConfig)
+    conversion: ConversionConfig = field(default_factory=ConversionConfig)
+    ann: StageConfig = field(default_factory=_ann_stage)
+    snn: StageConfig = field(default_factory=StageConfig)
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def stage_config(self, name: str) -> StageConfig:
+        """The settings of a stage: "ann", "T5", ..."""
+        if name == "ann":
+            return self.ann
+        merged = OmegaConf.merge(OmegaConf.structured(self.snn), self.stages.get(name, {}))
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+
+
+def names() -> list[str]:
+    """The recipes that ship with the package."""
+    return sorted(
+        Path(f.name).stem for f in files("iirsnn.recipes").iterdir() if f.name.endswith(".yaml")
+    )
+
+
+def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe by name or from a YAML file, with `key=value` overrides.
+
+    Raises:
+        UsageError: unknown recipe or key, a value of the wrong type or out of range.
+    """
+    path = Path(name_or_path)
+    if name_or_path in names():
+        text = files("iirsnn.recipes").joinpath(name_or_path + ".yaml").read_text()
+    elif path.suffix in (".yaml", ".yml") and path.is_file():
+        text = path.read_text()
+    else:
+        raise UsageError(
+            f"recipe: expected one of {', '.join(names())}, or a .yaml file, got {name_or_path!r}"
+        )
+    return parse(text, overrides, source=name_or_path)
+
+
+def parse(text: str, overrides: Sequence[str] = (), *, source: str) -> Recipe:
+    """A recipe from YAML text; see `load`. `source` names the text in errors."""
+    for override in overrides:
+        if "=" not in override:
+            raise UsageError(f"--set: expected key=value, got {override!r}")
+    try:
+        loaded = OmegaConf.create(text)
+        if not isinstance(loaded, DictConfig):
+            raise UsageError(f"recipe {source}: expected keys and values, got a list")
+        config = OmegaConf.merge(OmegaConf.structured(Recipe), loaded)
+        config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
+        recipe = OmegaConf.to_object(config)
+        assert isinstance(recipe, Recipe)
+        check(recipe)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise UsageError(f"recipe {source}: {_one_line(error)}") from error
+    return recipe
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML, complete: every default written out."""
+    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+
+
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as {"section.key": value}, in the order of its YAML."""
+
+    def walk(prefix: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        items = [walk(f"{prefix}.{key}" if prefix else str(key), v) for key, v in value.items()]
+        return {key: leaf for item in items for key, leaf in item.items()}
+
+    return walk("", OmegaConf.to_container(OmegaConf.structured(recipe)))
+
+
+def check(recipe: Recipe) -> None:
+    """Every value that has a range is in it.
+
+    Raises:
+        UsageError: naming the key, what was expected and what came.
+    """
+    names = [stage.name for stage in stages(recipe.timesteps)]
+    _choice("neuron.reset", recipe.neuron.reset, ("soft", "hard", "none", "soft_delayed"))
+    _choice("runtime.device", recipe.runtime.device, ("auto", "cpu"))
+    _choice("runtime.precision", recipe.runtime.precision, ("fp32", "bf16", "fp16"))
+    _number("runtime.threads", recipe.runtime.threads, "at least 0", recipe.runtime.threads >= 0)
+    conversion = recipe.conversion
+    _number(
+        "conversion.percentile",
+        conversion.percentile,
+        "in (0, 100]",
+        0 < conversion.percentile <= 100,
+    )
+    _number("conversion.scale", conversion.scale, "positive", conversion.scale > 0)
+    _number("conversion.images", conversion.images, "positive", conversion.images > 0)
+    _number("neuron.leak", recipe.neuron.leak, "in [0, 1]", 0 <= recipe.neuron.leak <= 1)
+    for name in recipe.stages:
+        _choice("stages", name, names[1:])
+    for name in names:
+        _check_stage(name, recipe.stage_config(name))
+
+
+def _check_stage(name: str, stage: StageConfig) -> None:
+    _choice(f"{name}: optimizer", stage.optimizer, ("sgd", "adam"))
+    _choice(f"{name}: schedule", stage.schedule, ("step", "cosine"))
+    _number(f"{name}: epochs", stage.epochs, "at least 1", stage.epochs >= 1)
+    _number(f"{name}: accumulate", stage.accumulate, "at least 1", stage.accumulate >= 1)
+    _number(f"{name}: learning_rate", stage.learning_rate, "positive", stage.learning_rate > 0)
+    _number(f"{name}: decay", stage.decay, "positive", stage.decay > 0)
+    _number(f"{name}: dropout", stage.dropout, "in [0, 1)", 0 <= stage.dropout < 1)
+    for milestone in stage.milestones:
+        _number(f"{name}: milestones", milestone, "in (0, 1)", 0 < milestone < 1)
+
+
+def _choice(key: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UsageError(f"{key}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def _number(key: str, value: float, expected: str, holds: bool) -> None:
+    if not holds:
+        raise UsageError(f"{key}: expected a value {expected}, got {value}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,229 @@
+"""The report of a run: report.json, a console table and two plots."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from . import checkpoint
+from .data import Splits
+from .errors import RunError
+from .evaluation import latencies
+from .pipeline import Pipeline
+from .run_folder import RunFolder
+
+#: Images of one timed forward pass.
+TIMED_BATCH = 64
+
+
+def build(folder: RunFolder, splits: Splits) -> dict[str, Any]:
+    """The report of the stages finished so far; times each network, round robin, in this call.
+
+    Returns:
+        {"ann": {...}, "stages": [{...}, ...], "ann_energy_uj": f, "commit": s, "machine": s, ...};
+        accuracies are fractions, energies microjoules an image, operations per image, spike rates
+        spikes per neuron and image summed over the timesteps, in the order of the layers.
+
+    Raises:
+        RunError: the ANN is not finished.
+    """
+    pipeline = Pipeline(folder, splits)
+    finished = [s for s in pipeline.stages if folder.result(s.name) is not None]
+    if not finished:
+        raise RunError(f"run {folder.path}: no stage is finished yet")
+    networks = [pipeline.trained(stage.name) for stage in finished]
+    times = latencies(networks, pipeline.test_images(TIMED_BATCH))
+    entries = []
+    for stage, milliseconds in zip(finished, times, strict=True):
+        entry = {"name": stage.name, **(folder.result(stage.name) or {})}
+        entry["milliseconds_per_image"] = milliseconds
+        entries.append(entry)
+    ann, *stages = entries
+    return {
+        "recipe": folder.recipe.name,
+        "ann": ann,
+        "stages": stages,
+        "ann_energy_uj": ann["energy_uj"],
+        "timed_batch": TIMED_BATCH,
+        "commit": commit(),
+        "machine": machine(),
+        "versions": {name: version(name) for name in ("iirsnn", "torch", "torchvision", "numpy")},
+    }
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    """Write report.json, accuracy.png and spike_rates.png into a folder.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    checkpoint.write_text(path / "report.json", json.dumps(report, indent=2) + "\n")
+    if not report["stages"]:
+        return
+    for name, plot in (("accuracy", _plot_accuracy), ("spike_rates", _plot_spike_rates)):
+        figure = Figure(figsize=(6.4, 4), layout="constrained")
+        plot(report, figure.subplots())
+        checkpoint.write_atomically(
+            path / f"{name}.png",
+            lambda file, figure=figure: figure.savefig(file, dpi=150, format="png"),
+        )
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """Print the table of a report."""
+    ann, stages = report["ann"], report["stages"]
+    if not stages:
+        console.print(f"{report['recipe']}: ANN {ann['test_accuracy']:.2%} on the test set")
+        return
+    title = f"{report['recipe']}: from the ANN to T = {stages[-1]['timesteps']}"
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    columns = {
+        "": "",
+        "test\naccuracy": "bold",
+        "not re-\ntrained": "",
+        "spikes /\nneuron": "",
+        "additions": "",
+        "multipli-\ncations": "",
+        "energy\nuJ": "",
+        "ANN\n/ this": "",
+        "ms": "",
+    }
+    for column, style in columns.items():
+        table.add_column(column, justify="right", no_wrap=True, style=style)
+    for entry in (ann, *stages):
+        spiking = "timesteps" in entry
+        table.add_row(
+            f"T={entry['timesteps']}" if spiking else "ANN",
+            f"{entry['test_accuracy']:.2%}",
+            f"{entry['converted_without_retraining_accuracy']:.2%}" if spiking else "",
+            f"{mean_rate(entry):.3f}" if spiking else "",
+            _short(entry["additions"]),
+            _short(entry["multiplications"]),
+            f"{entry['energy_uj']:.2f}",
+            f"{report['ann_energy_uj'] / entry['energy_uj']:.1f}x",
+            f"{entry['milliseconds_per_image']:.3f}",
+        )
+    console.print(table)
+    rates = Table(title="Spikes per neuron and image, by layer", box=box.SIMPLE)
+    rates.add_column("stage", justify="right")
+    for index in range(len(stages[0]["spike_rates"])):
+        rates.add_column(str(index + 1), justify="right")
+    for entry in stages:
+        rates.add_row(f"T={entry['timesteps']}", *(f"{r:.3f}" for r in entry["spike_rates"]))
+    console.print(rates)
+    console.print(
+        "All per image. Not retrained: the ANN converted to that T and left so. Energy: 4.6 pJ a "
+        "multiply-accumulate, 0.9 pJ an addition (45 nm); each sub-spike of an average-pooled "
+        f"value is an addition. Times: batches of {report['timed_batch']}, medians, round robin, "
+        f"{report['machine']}.",
+        style="dim",
+        highlight=False,
+    )
+
+
+def mean_rate(entry: dict[str, Any]) -> float:
+    """Mean over the layers of a stage's spikes per neuron and image."""
+    return sum(entry["spike_rates"]) / len(entry["spike_rates"])
+
+
+def _short(count: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f}"
+
+
+def commit() -> str:
+    """The commit of the source tree this package runs from, or its version where there is none."""
+    source = Path(__file__).resolve().parent
+    git = ["git", "-C", str(source)]
+    try:
+        head = _output([*git, "rev-parse", "--short=12", "HEAD"])
+        tracked = _output([*git, "ls-files", "--error-unmatch", Path(__file__).name])
+        changed = _output([*git, "status", "--porcelain", "--untracked-files=no"])
+    except (OSError, subprocess.CalledProcessError):
+        return "iirsnn " + version("iirsnn")
+    return head + ("-modified" if changed and tracked else "")
+
+
+def machine() -> str:
+    """The processor (and GPU) and the number of threads torch uses."""
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{name}, {torch.get_num_threads()} threads{gpu}"
+
+
+def _output(command: Sequence[str]) -> str:
+    return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
+
+
+def _plot_accuracy(report: dict[str, Any], axes: Axes) -> None:
+    stages = report["stages"]
+    timesteps = [entry["timesteps"] for entry in stages]
+    axes.axhline(
+        100 * report["ann"]["test_accuracy"], color="0.4", linestyle="--", label="ANN (ReLU)"
+    )
+    axes.plot(
+        timesteps,
+        [100 * entry["test_accuracy"] for entry in stages],
+        "o-",
+        color="C0",
+        label="IIR: each stage from the one before",
+    )
+    axes.plot(
+        timesteps,
+        [100 * entry["converted_without_retraining_accuracy"] for entry in stages],
+        "s:",
+        color="C1",
+        label="converted, not retrained",
+    )
+    axes.set_xlabel("timesteps T")
+    axes.set_ylabel("test accuracy (%)")
+    axes.set_xticks(timesteps)
+    axes.invert_xaxis()
+    energy = axes.twinx()
+    energy.plot(
+        timesteps,
+        [entry["energy_uj"] for entry in stages],
+        "^-",
+        color="C2",
+        label=f"energy (ANN: {report['ann_energy_uj']:.1f} µJ)",
+    )
+    energy.set_ylabel("energy per image (µJ)")
+    energy.set_ylim(bottom=0)
+    lines = [*axes.get_lines(), *energy.get_lines()]
+    axes.legend(
+        lines, [str(line.get_label()) for line in lines], loc="lower left", fontsize="small"
+    )
+    axes.set_title(f"{report['recipe']}: accuracy and energy over T")
+
+
+def _plot_spike_rates(report: dict[str, Any], axes: Axes) -> None:
+    for entry in report["stages"]:
+        layers = range(1, 1 + len(entry["spike_rates"]))
+        axes.plot(layers, entry["spike_rates"], "o-", label=f"T = {entry['timesteps']}")
+        axes.set_xticks(layers)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("spikes per neuron and image, all timesteps")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    axes.set_title(f"{report['recipe']}: spike rate by layer over T")

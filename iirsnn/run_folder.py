@@ -1,0 +1,198 @@
+"""The folder of a run: its recipe, metrics, stages and report, owned by one process at a time.
+
+RUN/recipe.yaml        the complete recipe
+RUN/metrics.jsonl      one JSON object a line, in the order of training
+RUN/stages/NAME/       best.safetensors, result.json; last.safetensors while it is trained
+RUN/report.json, *.png see `iirsnn.report`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from . import checkpoint, recipe
+from .errors import RunError, UsageError
+from .recipe import Recipe
+
+
+class RunFolder:
+    """An open run folder; see `create`, `resume` and `read`.
+
+    Attributes:
+        path: of the folder.
+        recipe: of the run.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, lock: FileLock | None) -> None:
+        self.path, self.recipe, self._lock = path, recipe, lock
+
+    @classmethod
+    def create(cls, path: Path, new: Recipe) -> RunFolder:
+        """A new run in a folder that does not exist or is empty.
+
+        Raises:
+            UsageError: the folder holds a run, or something else.
+            RunError: another process uses it, or it is not writable.
+        """
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"output folder {path}: is a file")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"output folder {path}: cannot be made ({error.strerror})") from error
+        lock = _acquire(path)
+        try:
+            if (path / "recipe.yaml").exists():
+                raise UsageError(
+                    f"output folder {path}: holds a run; continue it with --resume {path}, "
+                    "or choose another --out"
+                )
+            if any(entry.name != ".lock" for entry in path.iterdir()):
+                raise UsageError(f"output folder {path}: is not empty and holds no run")
+            checkpoint.write_text(path / "recipe.yaml", recipe.dump(new))
+        except BaseException:
+            lock.release()
+            raise
+        return cls(path, new, lock)
+
+    @classmethod
+    def resume(cls, path: Path, expected: Recipe | None = None) -> RunFolder:
+        """The run in a folder, to go on with.
+
+        Args:
+            path: of the folder.
+            expected: a recipe it must have been started with but for its `runtime`, which is taken
+                from this one; or None.
+
+        Raises:
+            UsageError: no run there, or one of another recipe.
+            RunError: another process uses it, or it is not writable.
+        """
+        folder = cls.read(path)
+        if expected is not None:
+            difference = _difference(folder.recipe, expected)
+            if difference:
+                raise UsageError(f"run {path}: was started with another recipe: {difference}")
+            folder.recipe = expected
+        folder._lock = _acquire(path)
+        return folder
+
+    @classmethod
+    def read(cls, path: Path) -> RunFolder:
+        """The run in a folder, for reading alone.
+
+        Raises:
+            UsageError: no run there.
+        """
+        file = path / "recipe.yaml"
+        if not file.is_file():
+            raise UsageError(f"run {path}: no run there (no {file.name} in it)")
+        return cls(path, recipe.parse(file.read_text(encoding="utf-8"), source=str(file)), None)
+
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def stage_path(self, stage: str) -> Path:
+        """The folder of a stage, made when it is not there."""
+        path = self.path / "stages" / stage
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def save_checkpoint(
+        self, stage: str, name: str, tensors: dict[str, Tensor], header: dict[str, Any]
+    ) -> None:
+        """Write stages/STAGE/NAME.safetensors; its header holds the recipe as well."""
+        header = {"recipe": recipe.dump(self.recipe), "stage": stage, **header}
+        checkpoint.save(self.stage_path(stage) / f"{name}.safetensors", tensors, header)
+
+    def load_checkpoint(self, stage: str, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Read stages/STAGE/NAME.safetensors.
+
+        Raises:
+            RunError: missing or damaged, of another stage, or of another recipe than the run's.
+        """
+        path = self.stage_path(stage) / f"{name}.safetensors"
+        tensors, header = checkpoint.load(path)
+        if header.get("stage") != stage:
+            raise RunError(
+                f"checkpoint {path}: expected stage {stage}, got {header.get('stage')!r}"
+            )
+        difference = _difference(
+            recipe.parse(header.get("recipe", ""), source=str(path)), self.recipe
+        )
+        if difference:
+            raise RunError(f"checkpoint {path}: is not of this run's recipe: {difference}")
+        return tensors, header
+
+    def has_checkpoint(self, stage: str, name: str) -> bool:
+        """Whether stages/STAGE/NAME.safetensors exists."""
+        return (self.path / "stages" / stage / f"{name}.safetensors").exists()
+
+    def finish_stage(self, stage: str, result: dict[str, Any]) -> None:
+        """Record a stage's result; its resume checkpoint is no longer needed."""
+        path = self.stage_path(stage)
+        checkpoint.write_text(path / "result.json", json.dumps(result, indent=2) + "\n")
+        (path / "last.safetensors").unlink(missing_ok=True)
+
+    def result(self, stage: str) -> dict[str, Any] | None:
+        """The result of a finished stage, else None."""
+        path = self.path / "stages" / stage / "result.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one record to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl; a last line cut off by a crash is left out."""
+        path = self.path / "metrics.jsonl"
+        records = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return records
+
+    def rewind_metrics(self, stage: str, step: int) -> None:
+        """Drop what was logged of a stage after `step`, which is about to be trained again."""
+        kept = [r for r in self.metrics() if r["stage"] != stage or r["step"] <= step]
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        checkpoint.write_text(self.path / "metrics.jsonl", text)
+
+
+def _acquire(path: Path) -> FileLock:
+    if not os.access(path, os.W_OK):
+        raise RunError(f"output folder {path}: is not writable")
+    lock = FileLock(path / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise RunError(f"output folder {path}: in use by another run") from error
+    except OSError as error:
+        raise RunError(f"output folder {path}: cannot be locked ({error.strerror})") from error
+    return lock
+
+
+def _difference(theirs: Recipe, ours: Recipe) -> str | None:
+    """The first setting that differs, in words; `runtime` does not count."""
+    a, b = recipe.flatten(theirs), recipe.flatten(ours)
+    for key in [*a, *(key for key in b if key not in a)]:
+        if not key.startswith("runtime.") and a.get(key) != b.get(key):
+            return f"{key} is {a.get(key)} there and {b.get(key)} here"
+    return None
