@@ -56,6 +56,6 @@ struct LifBackward {
   void* workspace;           // *_workspace() bytes
 };
 
-constexpr int64_t packed_bytes(int64_t neurons) { return (neurons + 63) / 64 * 8; }
+IIRSNN_INLINE constexpr int64_t packed_bytes(int64_t neurons) { return (neurons + 63) / 64 * 8; }
 
 }  // namespace iirsnn

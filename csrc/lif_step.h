@@ -56,13 +56,18 @@ template <typename acc_t> struct StepGrad {
   acc_t leak;       // likewise
 };
 
-// grad_s: of this timestep's spike; h: its membrane; v: the membrane it started from. Updates the carry.
-template <Reset kReset, Surrogate kSurrogate, typename acc_t>
-IIRSNN_INLINE StepGrad<acc_t> backward_step(acc_t grad_s, acc_t h, acc_t v, const Neuron<acc_t>& p, acc_t scale,
+// ds/dh in place of the spike's own derivative.
+template <Surrogate kSurrogate, typename acc_t>
+IIRSNN_INLINE acc_t spike_slope(acc_t h, const Neuron<acc_t>& p, acc_t scale) {
+  const acc_t z = sub(mul(h, p.inverse_threshold), acc_t(1));
+  return mul(surrogate<kSurrogate>(z, scale), p.inverse_threshold);
+}
+
+// grad_s: of this timestep's spike; h: its membrane; v: the membrane it started from; slope: ds/dh. Updates the carry.
+template <Reset kReset, typename acc_t>
+IIRSNN_INLINE StepGrad<acc_t> backward_step(acc_t grad_s, acc_t h, acc_t v, acc_t slope, const Neuron<acc_t>& p,
                                             bool detach_reset, Carry<acc_t>& carry) {
   const acc_t grad_v = carry.grad_v, zero = acc_t(0);
-  const acc_t u = mul(h, p.inverse_threshold);
-  const acc_t slope = mul(surrogate<kSurrogate>(sub(u, acc_t(1)), scale), p.inverse_threshold);  // ds/dh
   acc_t g = grad_s, straight = grad_v;
   if constexpr (kReset == Reset::soft) g = detach_reset ? g : sub(g, mul(p.threshold, grad_v));
   if constexpr (kReset == Reset::hard) {
@@ -73,7 +78,7 @@ IIRSNN_INLINE StepGrad<acc_t> backward_step(acc_t grad_s, acc_t h, acc_t v, cons
   const acc_t through_spike = mul(g, slope);
   StepGrad<acc_t> grad;
   grad.x = add(through_spike, straight);
-  grad.threshold = -mul(through_spike, u);  // ds/dthreshold = -ds/dh h / threshold
+  grad.threshold = -mul(through_spike, mul(h, p.inverse_threshold));  // ds/dthreshold = -ds/dh h / threshold
   if constexpr (kReset == Reset::soft) grad.threshold = sub(grad.threshold, h > p.threshold ? grad_v : zero);
   if constexpr (kReset == Reset::soft_delayed) {
     grad.threshold = sub(grad.threshold, v > p.threshold ? grad.x : zero);
@@ -84,15 +89,19 @@ IIRSNN_INLINE StepGrad<acc_t> backward_step(acc_t grad_s, acc_t h, acc_t v, cons
   return grad;
 }
 
+template <Reset kReset, Surrogate kSurrogate, typename acc_t>
+IIRSNN_INLINE StepGrad<acc_t> backward_step(acc_t grad_s, acc_t h, acc_t v, const Neuron<acc_t>& p, acc_t scale,
+                                            bool detach_reset, Carry<acc_t>& carry) {
+  return backward_step<kReset>(grad_s, h, v, spike_slope<kSurrogate>(h, p, scale), p, detach_reset, carry);
+}
+
 // The spike(v0) of a delayed reset is a spike like any other: call once after the first timestep when v0 was given.
 // Adds what it owes to the carry's grad_v (= grad_v0) and returns its share of the threshold's gradient.
 template <Surrogate kSurrogate, typename acc_t>
 IIRSNN_INLINE acc_t backward_v0_delayed(acc_t v0, const Neuron<acc_t>& p, acc_t scale, Carry<acc_t>& carry) {
-  const acc_t u = mul(v0, p.inverse_threshold);
-  const acc_t slope = mul(surrogate<kSurrogate>(sub(u, acc_t(1)), scale), p.inverse_threshold);
-  const acc_t through_spike = mul(carry.grad_reset, slope);
+  const acc_t through_spike = mul(carry.grad_reset, spike_slope<kSurrogate>(v0, p, scale));
   carry.grad_v = add(carry.grad_v, through_spike);
-  return -mul(through_spike, u);
+  return -mul(through_spike, mul(v0, p.inverse_threshold));
 }
 
 }  // namespace iirsnn

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 # One rounding per operation and no fast math; the two -fno flags only drop errno and FP traps.
-CXX_FLAGS = ["-O3", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
+CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
 # Its OpenMP runtime is the one torch has already loaded: compile with -fopenmp, link without.
 _OPENMP = ["-fopenmp"]
 _NVCC_FLAGS = ["-O3", "--fmad=false"]

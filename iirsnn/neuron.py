@@ -19,7 +19,7 @@ class FusedLIF(nn.Module):
 
     threshold, leak: where they start. channels=None: one of each for the layer; channels=C: one a
         channel, along dim 2 of [T, B, C, ...]. learn_threshold, learn_leak: parameters, else
-        buffers; both stay float32 or wider whatever the dtype of the current.
+        buffers.
     stateful: keep the last membrane and start the next call from it, detached, so that a stream may
         come in pieces of any length; `reset_state()` forgets it. The state follows .to() and is not
         in the state_dict.

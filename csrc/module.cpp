@@ -1,0 +1,40 @@
+// The Python module: facts of the build. Importing it registers the ops.
+
+// Before any header: one of the flags ends in "errno", which <cerrno> makes a macro of.
+#define IIRSNN_STRING(...) #__VA_ARGS__
+#define IIRSNN_EXPANDED(...) IIRSNN_STRING(__VA_ARGS__)
+static const char kFlags[] = IIRSNN_EXPANDED(IIRSNN_FLAGS);
+
+#include <pybind11/pybind11.h>
+
+#include "lif_cpu.h"
+
+#if defined(__clang__)
+#define IIRSNN_COMPILER "clang " __clang_version__
+#elif defined(__GNUC__)
+#define IIRSNN_COMPILER "gcc " __VERSION__
+#else
+#define IIRSNN_COMPILER "unknown"
+#endif
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def(
+      "build_info",
+      [] {
+        pybind11::dict info;
+        info["compiler"] = IIRSNN_COMPILER;
+        info["flags"] = kFlags;
+#if defined(IIRSNN_WITH_CUDA)
+        info["cuda"] = true;
+        info["cuda_archs"] = IIRSNN_EXPANDED(IIRSNN_CUDA_ARCHS);
+#else
+        info["cuda"] = false;
+        info["cuda_archs"] = "";
+#endif
+        info["cpu_capability"] = iirsnn::cpu_capability();
+        return info;
+      },
+      "What was compiled: compiler, flags, cuda (bool), cuda_archs; and the cpu_capability in force.");
+  m.def("set_cpu_capability", &iirsnn::set_cpu_capability, pybind11::arg("name"),
+        "Use the CPU kernels for portable, avx2 or avx512; ValueError where the processor lacks it.");
+}

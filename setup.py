@@ -1,0 +1,55 @@
+"""The compiled extension iirsnn._C, where torch and a compiler are at hand; nothing else."""
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def load_build():
+    """iirsnn/_build.py by its path: importing the package would need torch."""
+    spec = importlib.util.spec_from_file_location("_build", ROOT / "iirsnn" / "_build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pure(reason):
+    if os.environ.get("IIRSNN_BUILD_CUDA") == "1":
+        raise RuntimeError(
+            f"IIRSNN_BUILD_CUDA=1: expected a CUDA build to be possible, but {reason}"
+        )
+    print(
+        f"iirsnn: {reason}; installing pure Python, which compiles itself at first use",
+        file=sys.stderr,
+    )
+    return {}
+
+
+def extension():
+    try:
+        import torch  # noqa: F401
+        from torch.utils import cpp_extension
+    except ImportError:
+        return pure("torch is not installed (with --no-build-isolation it would be seen)")
+    compiler = cpp_extension.get_cxx_compiler()
+    if shutil.which(compiler) is None:
+        return pure(f"there is no C++ compiler ({compiler})")
+    plan = load_build().recipe()
+    print(f"iirsnn: CUDA {'on' if plan['cuda'] else 'off'} ({plan['why']})", file=sys.stderr)
+    kind = cpp_extension.CUDAExtension if plan["cuda"] else cpp_extension.CppExtension
+    module = kind(
+        "iirsnn._C",
+        [os.path.relpath(path, ROOT) for path in plan["sources"]],
+        extra_compile_args={"cxx": plan["cxx"], "nvcc": plan["nvcc"]},
+        include_dirs=[str(ROOT / "csrc")],
+    )
+    return {"ext_modules": [module], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
+
+
+setup(**extension())
