@@ -1,0 +1,190 @@
+"""The LIF neuron at T = 1 without a membrane before it: a comparison, and that is all.
+
+Bytes of global memory per neuron, b = bytes of one element of x:
+  forward   reads b, writes b
+  backward  reads 2 b (x and grad_s), writes b
+No membrane is read or written, no leak and no reset takes part; the gradient of leak is 0.
+
+A program takes 4 KiB of x: two 16-byte accesses in flight per thread and tensor with 4 warps. One
+would do at full occupancy, the second covers the start and end of the short programs. A block that
+lies wholly inside a row is loaded without a mask, so that an odd N costs wide accesses in the last
+block only.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from iirsnn.reference import empty_spikes
+
+from .launch import check_current, code, gradient_in_order
+from .step import SURROGATES, spike, surrogate
+from .tiles import (
+    columns,
+    is_whole,
+    multiple,
+    parameter,
+    partial_slot,
+    rows_of,
+    split,
+    store_partial,
+    summed,
+    tile,
+)
+
+_BLOCK_BYTES = 4096
+_SIZES = ("planes", "rows", "width", "row_stride", "plane_stride", "row_programs", "col_blocks")
+
+
+@triton.jit
+def fire(x_ptrs, s_ptrs, threshold, mask):
+    s = spike(tl.load(x_ptrs, mask=mask).to(tl.float32), threshold)
+    tl.store(s_ptrs, s.to(s_ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def single_step_forward_kernel(
+    x_ptr,
+    threshold_ptr,
+    s_ptr,
+    rows,
+    width,
+    row_stride,
+    plane_stride,
+    row_programs,
+    col_blocks,
+    THRESHOLD_INDEX: tl.constexpr,
+    VEC: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    plane, row_block, col_block = split(tl.program_id(0), col_blocks, row_programs)
+    width = multiple(width, VEC)
+    cols, r = columns(col_block, COLS), rows_of(row_block, ROWS)
+    threshold = parameter(threshold_ptr, plane, cols, width, THRESHOLD_INDEX)
+    n = plane * multiple(plane_stride, VEC) + r * multiple(row_stride, VEC) + cols
+    x_ptrs, s_ptrs = x_ptr + n, s_ptr + n  # [ROWS, COLS]
+    if is_whole(row_block, col_block, rows, width, ROWS, COLS):
+        fire(x_ptrs, s_ptrs, threshold, None)
+    else:
+        fire(x_ptrs, s_ptrs, threshold, (r < rows) & (cols < width))
+
+
+@triton.jit
+def fire_backward(
+    sum_threshold,  # [ROWS, COLS], the gradient so far
+    grad_s_ptrs,
+    x_ptrs,
+    grad_x_ptrs,
+    threshold,
+    mask,
+    SURROGATE: tl.constexpr,
+    SCALE: tl.constexpr,
+):
+    other = None if mask is None else 0.0
+    g = tl.load(grad_s_ptrs, mask=mask, other=other).to(tl.float32)
+    h = tl.load(x_ptrs, mask=mask, other=other).to(tl.float32)
+    inverse = 1.0 / threshold
+    u = h * inverse
+    g_h = g * (surrogate(u - 1.0, SURROGATE, SCALE) * inverse)
+    tl.store(grad_x_ptrs, g_h.to(grad_x_ptrs.dtype.element_ty), mask=mask)
+    return sum_threshold - g_h * u
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def single_step_backward_kernel(
+    grad_s_ptr,
+    x_ptr,
+    threshold_ptr,
+    grad_x_ptr,
+    partial_ptr,  # [programs, planes or columns], or None
+    planes,
+    rows,
+    width,
+    row_stride,
+    plane_stride,
+    row_programs,
+    col_blocks,
+    SURROGATE: tl.constexpr,
+    SCALE: tl.constexpr,
+    THRESHOLD_INDEX: tl.constexpr,
+    VEC: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    plane, row_program, col_block = split(tl.program_id(0), col_blocks, row_programs)
+    width = multiple(width, VEC)
+    cols = columns(col_block, COLS)
+    threshold = parameter(threshold_ptr, plane, cols, width, THRESHOLD_INDEX)
+    total = tl.zeros([ROWS, COLS], tl.float32)
+    for row_block in range(row_program, tl.cdiv(rows, ROWS), row_programs):
+        r = rows_of(row_block, ROWS)
+        n = plane * multiple(plane_stride, VEC) + r * multiple(row_stride, VEC) + cols
+        g_ptrs, x_ptrs, out_ptrs = grad_s_ptr + n, x_ptr + n, grad_x_ptr + n
+        if is_whole(row_block, col_block, rows, width, ROWS, COLS):
+            total = fire_backward(
+                total, g_ptrs, x_ptrs, out_ptrs, threshold, None, SURROGATE, SCALE
+            )
+        else:
+            mask = (r < rows) & (cols < width)
+            total = fire_backward(
+                total, g_ptrs, x_ptrs, out_ptrs, threshold, mask, SURROGATE, SCALE
+            )
+    if partial_ptr is not None:
+        slot = partial_slot(
+            plane, row_program, col_block, planes, width, col_blocks, THRESHOLD_INDEX
+        )
+        store_partial(partial_ptr + slot, total, cols, width, THRESHOLD_INDEX)
+
+
+def single_step_forward(x: Tensor, threshold: Tensor) -> Tensor:
+    """x [1, *neurons] -> s [1, *neurons] in its dtype; threshold float32, 1 or C elements."""
+    check_current(x)
+    s = empty_spikes(x)
+    if s.numel() == 0:
+        return s
+    tiles = tile(x, threshold.numel(), _BLOCK_BYTES // x.element_size())
+    wrap_triton(single_step_forward_kernel)[(tiles.programs(tiles.row_blocks),)](
+        x,
+        threshold,
+        s,
+        **tiles.arguments,
+        row_programs=tiles.row_blocks,
+        THRESHOLD_INDEX=tiles.index,
+        VEC=tiles.vector(x),
+    )
+    return s
+
+
+def single_step_backward(
+    grad_s: Tensor,
+    x: Tensor,
+    threshold: Tensor,
+    surrogate: str,
+    surrogate_scale: float,
+    need_parameter_grads: bool,
+) -> tuple[Tensor, Tensor]:
+    """-> grad_x [1, *neurons] in the dtype of x, grad_threshold (or empty)."""
+    check_current(x)
+    grad_x = empty_spikes(x)
+    tiles = tile(x, threshold.numel(), _BLOCK_BYTES // x.element_size())
+    partial = tiles.empty_partial(x) if need_parameter_grads else None
+    if grad_x.numel() > 0:
+        wrap_triton(single_step_backward_kernel)[(tiles.programs(tiles.row_programs),)](
+            gradient_in_order(grad_s, x),
+            x,
+            threshold,
+            grad_x,
+            partial,
+            **tiles.arguments,
+            planes=tiles.planes,
+            row_programs=tiles.row_programs,
+            SURROGATE=code(SURROGATES, "surrogate", surrogate),
+            SCALE=surrogate_scale,
+            THRESHOLD_INDEX=tiles.index,
+            VEC=tiles.vector(x),
+        )
+    return grad_x, summed(partial, threshold)

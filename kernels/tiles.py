@@ -1,0 +1,190 @@
+"""How the neurons of a timestep are cut into tiles, so that a tile reads few parameters.
+
+Neurons are numbered in memory order. With a parameter for each of C channels, the channel of
+neuron n is (n // inner) % C, and no tile divides by anything to find it:
+  one parameter for all   one row of N neurons
+  inner > 1 (contiguous)  a plane for each channel: rows of `inner` neurons, C * inner apart
+  inner = 1 (channels_last, fully connected)  rows of C neurons; the channel is the column
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Where the index of a parameter comes from.
+ONE = tl.constexpr(0)
+PLANE = tl.constexpr(1)
+COLUMN = tl.constexpr(2)
+
+# Columns of a tile whose parameters differ by column: short rows leave more neurons of a channel in
+# the tile, hence fewer partial sums; 64 are still 128 bytes of bfloat16, a whole cache line.
+_COLUMNS = 64
+# Most programs of a backward pass with a parameter per column: enough to fill every device of
+# today (8 blocks of 128 threads on each of 148 processors), few enough for small partial sums.
+_PROGRAMS = 2048
+
+
+class Tiling(NamedTuple):
+    """A timestep of N neurons cut into tiles of ROWS x COLS.
+
+    Memory position of (plane, row, column): plane * plane_stride + row * row_stride + column.
+    """
+
+    planes: int
+    rows: int
+    width: int
+    row_stride: int
+    plane_stride: int
+    rows_per_tile: int
+    cols_per_tile: int
+    index: int  # of a parameter with C elements: PLANE or COLUMN; ONE when C is 1
+
+    @property
+    def N(self) -> int:
+        return self.planes * self.rows * self.width
+
+    @property
+    def row_blocks(self) -> int:
+        return triton.cdiv(self.rows, self.rows_per_tile)
+
+    @property
+    def col_blocks(self) -> int:
+        return triton.cdiv(self.width, self.cols_per_tile)
+
+    @property
+    def row_programs(self) -> int:
+        """Programs that share the row blocks in a backward pass, where each sums over its own."""
+        if self.index != COLUMN.value:
+            return self.row_blocks
+        return torch.sym_min(self.row_blocks, max(1, _PROGRAMS // self.col_blocks))
+
+    def programs(self, row_programs: int) -> int:
+        return self.planes * row_programs * self.col_blocks
+
+    def vector(self, x: Tensor, *strides: int) -> int:
+        """What divides every step from one row to another; see `vector`."""
+        return vector(x, self.N, self.width, self.row_stride, self.plane_stride, *strides)
+
+    def empty_partial(self, x: Tensor) -> Tensor:
+        """Partial sums of the gradient of a parameter: float32 [programs, C]."""
+        if self.index == COLUMN.value:
+            return x.new_empty(self.row_programs, self.width, dtype=torch.float32)
+        programs = self.row_programs * self.col_blocks
+        return x.new_empty(programs, self.planes, dtype=torch.float32)
+
+    def index_of(self, parameter: Tensor) -> int:
+        return self.index if parameter.numel() > 1 else ONE.value
+
+    @property
+    def arguments(self) -> dict[str, int]:
+        """What every tiled kernel takes."""
+        return {
+            "rows": self.rows,
+            "width": self.width,
+            "row_stride": self.row_stride,
+            "plane_stride": self.plane_stride,
+            "col_blocks": self.col_blocks,
+            "ROWS": self.rows_per_tile,
+            "COLS": self.cols_per_tile,
+        }
+
+
+def vector(x: Tensor, *sizes: int) -> int:
+    """The largest power of two that divides every size, up to one 16-byte access of x."""
+    most = 16 // x.element_size()
+    return next(v for v in (8, 4, 2, 1) if v <= most and all(n % v == 0 for n in sizes))
+
+
+def tile(x: Tensor, channels: int, block: int) -> Tiling:
+    """Tiles of `block` neurons for x [T, *neurons] with parameters of `channels` elements."""
+    neurons = math.prod(x.shape[1:])
+    if channels == 1:
+        return Tiling(1, 1, neurons, neurons, 0, 1, block, ONE.value)
+    inner = x.stride(2)
+    index = COLUMN.value if inner == 1 else PLANE.value
+    if inner == 1:
+        planes, width, row_stride, plane_stride = 1, channels, channels, 0
+        cols = min(triton.next_power_of_2(width), _COLUMNS)
+    else:
+        planes, width, row_stride, plane_stride = channels, inner, channels * inner, inner
+        cols = min(triton.next_power_of_2(width), block)
+    rows = neurons // row_stride
+    rows = neurons // row_stride
+    return Tiling(planes, rows, width, row_stride, plane_stride, block // cols, cols, index)
+
+
+def summed(partial: Tensor | None, parameter: Tensor) -> Tensor:
+    """Partial sums [programs, C] -> the gradient of the parameter; empty for None."""
+    if partial is None:
+        return parameter.new_empty(0)
+    return partial.sum(0) if parameter.numel() > 1 else partial.sum().view(1)
+
+
+@triton.jit
+def multiple(n, VEC: tl.constexpr):
+    """n, 64 bits wide, in a form that tells the compiler that VEC divides it."""
+    return tl.cast(n, tl.int64) // VEC * VEC
+
+
+@triton.jit
+def split(pid, col_blocks, row_programs):
+    """Program number -> (plane, row program, column block)."""
+    rest = pid // col_blocks
+    return rest // row_programs, rest % row_programs, pid % col_blocks
+
+
+@triton.jit
+def columns(col_block, COLS: tl.constexpr):
+    """-> [1, COLS]"""
+    return (tl.cast(col_block, tl.int64) * COLS + tl.arange(0, COLS))[None, :]
+
+
+@triton.jit
+def rows_of(row_block, ROWS: tl.constexpr):
+    """-> [ROWS, 1]"""
+    return (tl.cast(row_block, tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+
+
+@triton.jit
+def is_whole(row_block, col_block, rows, width, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """No neuron of this tile lies outside."""
+    rows_end = (tl.cast(row_block, tl.int64) + 1) * ROWS
+    return (rows_end <= rows) & ((tl.cast(col_block, tl.int64) + 1) * COLS <= width)
+
+
+@triton.jit
+def parameter(ptr, plane, cols, width, INDEX: tl.constexpr):
+    """threshold or leak of a tile: a scalar, or [1, COLS]."""
+    if INDEX == COLUMN:
+        p = tl.load(ptr + cols, mask=cols < width, other=1.0)
+    elif INDEX == PLANE:
+        p = tl.load(ptr + plane)
+    else:
+        p = tl.load(ptr)
+    return p
+
+
+@triton.jit
+def partial_slot(plane, row_program, col_block, planes, width, col_blocks, INDEX: tl.constexpr):
+    """Where this program's partial sums begin in [programs, C]."""
+    if INDEX == COLUMN:
+        slot = row_program * tl.cast(width, tl.int64)
+    else:
+        slot = tl.cast(row_program * col_blocks + col_block, tl.int64) * planes + plane
+    return slot
+
+
+@triton.jit
+def store_partial(ptrs, total, cols, width, INDEX: tl.constexpr):
+    """Store total [ROWS, COLS] summed per parameter: per column, or altogether."""
+    by_column = tl.sum(total, 0, keep_dims=True)
+    if INDEX == COLUMN:
+        tl.store(ptrs + cols, by_column, mask=cols < width)
+    else:
+        tl.store(ptrs, tl.sum(by_column))
