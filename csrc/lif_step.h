@@ -97,11 +97,16 @@ IIRSNN_INLINE StepGrad<acc_t> backward_step(acc_t grad_s, acc_t h, acc_t v, cons
 
 // The spike(v0) of a delayed reset is a spike like any other: call once after the first timestep when v0 was given.
 // Adds what it owes to the carry's grad_v (= grad_v0) and returns its share of the threshold's gradient.
-template <Surrogate kSurrogate, typename acc_t>
-IIRSNN_INLINE acc_t backward_v0_delayed(acc_t v0, const Neuron<acc_t>& p, acc_t scale, Carry<acc_t>& carry) {
-  const acc_t through_spike = mul(carry.grad_reset, spike_slope<kSurrogate>(v0, p, scale));
+template <typename acc_t>
+IIRSNN_INLINE acc_t backward_v0_delayed(acc_t v0, acc_t slope, const Neuron<acc_t>& p, Carry<acc_t>& carry) {
+  const acc_t through_spike = mul(carry.grad_reset, slope);
   carry.grad_v = add(carry.grad_v, through_spike);
   return -mul(through_spike, mul(v0, p.inverse_threshold));
+}
+
+template <Surrogate kSurrogate, typename acc_t>
+IIRSNN_INLINE acc_t backward_v0_delayed(acc_t v0, const Neuron<acc_t>& p, acc_t scale, Carry<acc_t>& carry) {
+  return backward_v0_delayed(v0, spike_slope<kSurrogate>(v0, p, scale), p, carry);
 }
 
 }  // namespace iirsnn
