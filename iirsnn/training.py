@@ -11,6 +11,7 @@ import hashlib
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +86,7 @@ class StageTraining:
         self.optimizer = make_optimizer(network, self.config)
         if folder.has_checkpoint(stage.name, "last"):
             self._restore()
+        folder.rewind_metrics(stage.name, self.progress.step)
         self.model, self.optimizer = accelerator.prepare(network, self.optimizer)
 
     def run(self, console: Console) -> Progress:
@@ -108,7 +110,8 @@ class StageTraining:
                     self._step(images, labels, progress.step / total)
                     progress.seconds = before + time.monotonic() - started
                     bar.step(epoch, len(labels), progress.right / progress.seen)
-                    if time.monotonic() - saved >= between:
+                    # after an epoch's last step its end has to come first: _finish_epoch saves
+                    if progress.step % self.epoch_steps and time.monotonic() - saved >= between:
                         self._save_last()
                         saved = time.monotonic()
                 self._finish_epoch(epoch, bar)
@@ -126,7 +129,7 @@ class StageTraining:
         for part, part_labels in parts:
             logits = self.model(part).float()
             loss = F.cross_entropy(logits, part_labels, label_smoothing=config.label_smoothing)
-            self._require_finite(float(loss.detach()))
+            self._require_finite("loss", float(loss.detach()), progress.step + 1)
             self.accelerator.backward(loss * (len(part) / len(images)))
             progress.loss_sum += float(loss.detach()) * len(part)
             progress.right += int((logits.detach().argmax(1) == part_labels).sum())
@@ -136,15 +139,17 @@ class StageTraining:
         progress.step += 1
         progress.seen += len(images)
 
-    def _require_finite(self, loss: float) -> None:
-        if math.isfinite(loss):
+    def _require_finite(self, what: str, value: float, step: int) -> None:
+        if math.isfinite(value):
             return
         last = self.folder.stage_path(self.stage.name) / "last.safetensors"
-        kept = last if last.exists() else f"that of stage {self.stage.parent}"
-        raise RunError(
-            f"stage {self.stage.name}, step {self.progress.step + 1}: the loss is {loss}; "
-            f"the last good checkpoint is kept: {kept}"
-        )
+        if last.exists():
+            kept = f"the last good checkpoint is kept: {last}"
+        elif self.stage.parent is not None:
+            kept = f"the last good checkpoint is kept, that of stage {self.stage.parent}"
+        else:
+            kept = "no checkpoint was written yet"
+        raise RunError(f"stage {self.stage.name}, step {step}: the {what} is {value}; {kept}")
 
     def _finish_epoch(self, epoch: int, bar: StageProgress) -> None:
         progress = self.progress
@@ -152,6 +157,7 @@ class StageTraining:
         validation_loss, validation = loss_and_accuracy(
             self.network, batches, self.accelerator.device
         )
+        self._require_finite("validation loss", validation_loss, progress.step)
         training_loss, training = progress.loss_sum / progress.seen, progress.right / progress.seen
         record = {
             "stage": self.stage.name,
@@ -174,15 +180,18 @@ class StageTraining:
         bar.epoch(epoch, training_loss, training, validation)
 
     def _save_last(self) -> None:
+        progress = self.progress
+        weights = [p.detach().abs().max() for p in self.network.parameters()]
+        self._require_finite("largest weight", float(torch.stack(weights).max()), progress.step)
         tensors, scalars = checkpoint.pack_optimizer(self.optimizer)
-        weights = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        network = {f"network.{name}": value for name, value in self.network.state_dict().items()}
         scaler = self.accelerator.scaler
         header = {
-            "progress": vars(self.progress),
+            "progress": vars(progress),
             "optimizer": scalars,
             "scaler": None if scaler is None else scaler.state_dict(),
         }
-        self.folder.save_checkpoint(self.stage.name, "last", {**weights, **tensors}, header)
+        self.folder.save_checkpoint(self.stage.name, "last", {**network, **tensors}, header)
 
     def _restore(self) -> None:
         tensors, header = self.folder.load_checkpoint(self.stage.name, "last")
@@ -196,7 +205,6 @@ class StageTraining:
         if self.accelerator.scaler is not None and header["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(header["scaler"])
         self.progress = Progress(**header["progress"])
-        self.folder.rewind_metrics(self.stage.name, self.progress.step)
 
 
 def load_weights(network: Network, weights: dict[str, Tensor]) -> None:
@@ -217,7 +225,7 @@ def make_optimizer(network: Network, config: StageConfig) -> torch.optim.Optimiz
     """The optimiser of a stage; thresholds and leaks have no weight decay."""
     own = {id(p) for neuron in neurons(network) for p in neuron.parameters()}
     parameters = [p for p in network.parameters() if p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if id(p) not in own]},
         {"params": [p for p in parameters if id(p) in own], "weight_decay": 0.0},
     ]
