@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
     except FileNotFoundError as error:
         raise RunError(f"checkpoint {path}: no such file") from error
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"checkpoint {path}: truncated or no checkpoint ({error})") from error
 
 
@@ -71,17 +71,16 @@ def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
     Raises:
         RunError: it cannot be written; a file already at `path` is intact.
     """
-    temporary = ""
+    # one name for each file, so that what a kill leaves behind is overwritten, not collected
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        write(temporary)
+        write(str(temporary))
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
     except (OSError, SafetensorError) as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise RunError(f"{path}: cannot be written ({error})") from error
 
 
@@ -98,10 +97,11 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 
     The settings (learning rate, ...) are not part of it: they follow from the recipe and the step.
     """
-    tensors, scalars = {}, {}
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
     for index, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
-            target = tensors if isinstance(value, Tensor) else scalars
+            target: dict[str, Any] = tensors if isinstance(value, Tensor) else scalars
             target[f"optimizer.{index}.{name}"] = value
     return tensors, scalars
 
@@ -110,10 +110,16 @@ def unpack_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
 ) -> None:
     """Give an optimiser the state that `pack_optimizer` took from one over the same parameters."""
+    groups = optimizer.state_dict()["param_groups"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **scalars}.items():
         prefix, index, name = key.split(".", 2)
-        if prefix == "optimizer":
-            state.setdefault(int(index), {})[name] = value
-    groups = optimizer.state_dict()["param_groups"]
+        if prefix != "optimizer":
+            continue
+        parameter = parameters[int(index)]
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            # files know no memory format: give back the parameter's
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": groups})
