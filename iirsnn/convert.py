@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from .models import Network
+from .models import Network, TimeSequential
 from .neuron import FusedLIF
 
 #: What a threshold becomes when the percentile of its layer's current is not positive.
 SILENT_THRESHOLD = 0.1
 
-_FUSE = {
+_FUSE: dict[tuple[type, type], Callable[..., nn.Module]] = {
     (nn.Conv2d, nn.BatchNorm2d): fuse_conv_bn_eval,
     (nn.Linear, nn.BatchNorm1d): fuse_linear_bn_eval,
 }
@@ -65,7 +67,7 @@ def convert(
         neuron: the neurons' settings; None for the paper's.
 
     Raises:
-        ValueError: a percentile, scale or T out of range, or a model without ReLU.
+        ValueError: a percentile, scale or T out of range, or a model that `to_spiking` refuses.
     """
     snn = to_spiking(ann, timesteps, neuron)
     balance_thresholds(snn, calibration_images, percentile, scale)
@@ -76,7 +78,8 @@ def to_spiking(ann: nn.Module, timesteps: int, neuron: NeuronConfig | None = Non
     """A copy of the ANN with BatchNorm folded and a FusedLIF (threshold 1) for each ReLU.
 
     Raises:
-        ValueError: T < 1, or a model without ReLU.
+        ValueError: T < 1, a model without ReLU, a ReLU inside a module that knows no time, or a
+            BatchNorm that does not follow a Conv2d or Linear.
     """
     if timesteps < 1:
         raise ValueError(f"timesteps: expected at least 1, got {timesteps}")
@@ -89,11 +92,16 @@ def to_spiking(ann: nn.Module, timesteps: int, neuron: NeuronConfig | None = Non
         snn = Network.from_sequential(snn)
     snn.requires_grad_(True)
     fold_batch_norm(snn)
+    if any(isinstance(module, _BatchNorm) for module in snn.modules()):
+        raise ValueError("ann: expected each BatchNorm right after a Conv2d or Linear")
     settings = asdict(neuron or NeuronConfig())
     count = 0
     for parent in list(snn.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # one ReLU may stand in many places
             if isinstance(child, nn.ReLU):
+                if not isinstance(parent, TimeSequential):
+                    kind = type(parent).__name__
+                    raise ValueError(f"ann: expected each ReLU in a Sequential, got one in {kind}")
                 setattr(parent, name, FusedLIF(**settings).to(_device_of(snn)))
                 count += 1
     if count == 0:
@@ -112,7 +120,7 @@ def fold_batch_norm(model: nn.Module) -> None:
             continue
         folded: list[nn.Module] = []
         for module in parent:
-            fuse = _FUSE.get((type(folded[-1]), type(module))) if folded else None  # type: ignore[arg-type]
+            fuse = _FUSE.get((type(folded[-1]), type(module))) if folded else None
             if fuse is None:
                 folded.append(module)
             else:

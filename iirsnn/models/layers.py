@@ -16,6 +16,8 @@ class TimeSequential(nn.Sequential):
     run on one timestep alone.
     """
 
+    over_time = True  # so that one may stand inside another
+
     def forward(self, x: Tensor) -> Tensor:
         for module in self:
             x = module(x) if getattr(module, "over_time", False) else _merged(module, x)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..encoding import direct
-from .layers import Readout, TimeSequential
+from .layers import Readout, SharedDropout, TimeSequential
 
 
 class Network(nn.Module):
@@ -35,15 +35,18 @@ class Network(nn.Module):
     def from_sequential(cls, model: nn.Sequential) -> Network:
         """A plain ANN whose last layer is a Linear, as a Network that shares its parameters.
 
+        Sequentials inside it are unrolled, and each Dropout gets one mask for all timesteps.
+
         Raises:
             ValueError: the last layer is not a Linear.
         """
-        *hidden, last = model
+        modules = _unrolled(model)
+        last = modules.pop() if modules else None
         if not isinstance(last, nn.Linear):
             raise ValueError(f"model: expected a Linear as the last layer, got {last}")
         readout = Readout(last.in_features, last.out_features, last.bias is not None)
         readout.weight, readout.bias = last.weight, last.bias
-        return cls([*hidden, readout])
+        return cls([*modules, readout])
 
     def forward(self, images: Tensor) -> Tensor:
         """images: float [B, C, H, W], the input current of every timestep -> logits [B, classes].
@@ -58,3 +61,13 @@ class Network(nn.Module):
 
     def extra_repr(self) -> str:
         return f"timesteps={self.timesteps}"
+
+
+def _unrolled(model: nn.Sequential) -> list[nn.Module]:
+    modules: list[nn.Module] = []
+    for module in model:
+        if isinstance(module, nn.Sequential):
+            modules.extend(_unrolled(module))
+        else:
+            modules.append(SharedDropout(module.p) if type(module) is nn.Dropout else module)
+    return modules
