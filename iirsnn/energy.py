@@ -154,13 +154,9 @@ def fan_out(module: nn.Module, spikes: Tensor) -> int:
         spikes: its input as counts: [B, C, H, W] or [..., N].
     """
     if isinstance(module, nn.Conv2d):
-        counts = spikes.sum(1, keepdim=True, dtype=torch.float32)
-        ones = torch.ones(1, 1, *module.kernel_size, device=counts.device)
-        reached = F.conv2d(
-            counts, ones, None, module.stride, module.padding, module.dilation
-        )  # [B, 1, H_out, W_out]
-        return round(float(reached.sum(dtype=torch.float64))) * (
-            module.out_channels // module.groups
-        )
+        counts = spikes.sum((0, 1), keepdim=True, dtype=torch.float64)  # exact, unlike TF32
+        ones = counts.new_ones(1, 1, *module.kernel_size)
+        reached = F.conv2d(counts, ones, None, module.stride, module.padding, module.dilation)
+        return round(float(reached.sum())) * (module.out_channels // module.groups)
     assert isinstance(module, nn.Linear)
     return round(float(spikes.sum(dtype=torch.float64))) * module.out_features

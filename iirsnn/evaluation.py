@@ -66,11 +66,14 @@ def loss_and_accuracy(
     return loss / max(total, 1), right / max(total, 1)
 
 
-def count_operations(network: nn.Module, images: Tensor) -> OperationCounter:
-    """Operations and spikes on [B, C, H, W] images."""
+def count_operations(
+    network: nn.Module, images: Tensor, *, batch_size: int = 64
+) -> OperationCounter:
+    """Operations and spikes on [B, C, H, W] images, `batch_size` of them at a time."""
     counter = OperationCounter(network)
     with evaluating(network), counter.counting():
-        network(images)
+        for part in images.split(batch_size):
+            network(part)
     return counter
 
 
