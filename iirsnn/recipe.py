@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -9,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from .convert import NeuronConfig
 from .data import DataConfig
@@ -129,12 +129,17 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     if name_or_path in names():
         text = files("iirsnn.recipes").joinpath(name_or_path + ".yaml").read_text()
     elif path.suffix in (".yaml", ".yml") and path.is_file():
-        text = path.read_text()
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"recipe {path}: cannot be read ({error})") from error
     else:
         raise UsageError(
             f"recipe: expected one of {', '.join(names())}, or a .yaml file, got {name_or_path!r}"
         )
-    return parse(text, overrides, source=name_or_path)
+    loaded = parse(text, overrides, source=name_or_path)
+    loaded.name = loaded.name or path.stem
+    return loaded
 
 
 def parse(text: str, overrides: Sequence[str] = (), *, source: str) -> Recipe:
@@ -151,8 +156,11 @@ def parse(text: str, overrides: Sequence[str] = (), *, source: str) -> Recipe:
         recipe = OmegaConf.to_object(config)
         assert isinstance(recipe, Recipe)
         check(recipe)
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise UsageError(f"recipe {source}: {_one_line(error)}") from error
+    except UsageError:
+        raise
+    except Exception as error:  # OmegaConf raises from IndexError to its own over odd input
+        reason = _one_line(error) or "expected keys and values"
+        raise UsageError(f"recipe {source}: {reason}") from error
     return recipe
 
 
@@ -184,6 +192,8 @@ def check(recipe: Recipe) -> None:
     _choice("runtime.device", recipe.runtime.device, ("auto", "cpu"))
     _choice("runtime.precision", recipe.runtime.precision, ("fp32", "bf16", "fp16"))
     _number("runtime.threads", recipe.runtime.threads, "at least 0", recipe.runtime.threads >= 0)
+    minutes = recipe.runtime.checkpoint_minutes
+    _number("runtime.checkpoint_minutes", minutes, "at least 0", minutes >= 0)
     conversion = recipe.conversion
     _number(
         "conversion.percentile",
@@ -191,11 +201,13 @@ def check(recipe: Recipe) -> None:
         "in (0, 100]",
         0 < conversion.percentile <= 100,
     )
-    _number("conversion.scale", conversion.scale, "positive", conversion.scale > 0)
+    _number("conversion.scale", conversion.scale, "positive", 0 < conversion.scale < math.inf)
     _number("conversion.images", conversion.images, "positive", conversion.images > 0)
     _number("neuron.leak", recipe.neuron.leak, "in [0, 1]", 0 <= recipe.neuron.leak <= 1)
     for name in recipe.stages:
-        _choice("stages", name, names[1:])
+        # settings of a T that a shortened list leaves out do no harm
+        if not re.fullmatch("T[1-9][0-9]*", name):
+            raise UsageError(f"stages: expected T1, T2, ..., got {name!r}")
     for name in names:
         _check_stage(name, recipe.stage_config(name))
 
@@ -205,8 +217,13 @@ def _check_stage(name: str, stage: StageConfig) -> None:
     _choice(f"{name}: schedule", stage.schedule, ("step", "cosine"))
     _number(f"{name}: epochs", stage.epochs, "at least 1", stage.epochs >= 1)
     _number(f"{name}: accumulate", stage.accumulate, "at least 1", stage.accumulate >= 1)
-    _number(f"{name}: learning_rate", stage.learning_rate, "positive", stage.learning_rate > 0)
+    rate = stage.learning_rate
+    _number(f"{name}: learning_rate", rate, "positive", 0 < rate < math.inf)
     _number(f"{name}: decay", stage.decay, "positive", stage.decay > 0)
+    _number(f"{name}: momentum", stage.momentum, "in [0, 1)", 0 <= stage.momentum < 1)
+    _number(f"{name}: weight_decay", stage.weight_decay, "at least 0", stage.weight_decay >= 0)
+    smoothing = stage.label_smoothing
+    _number(f"{name}: label_smoothing", smoothing, "in [0, 1]", 0 <= smoothing <= 1)
     _number(f"{name}: dropout", stage.dropout, "in [0, 1)", 0 <= stage.dropout < 1)
     for milestone in stage.milestones:
         _number(f"{name}: milestones", milestone, "in (0, 1)", 0 < milestone < 1)
