@@ -14,7 +14,7 @@ from rich.table import Table
 
 from . import data, recipe, report
 from .env import env_report
-from .errors import IirsnnError, UsageError
+from .errors import IirsnnError, RunError, UsageError
 from .evaluation import accuracies
 from .pipeline import Pipeline, open_data
 from .run_folder import RunFolder
@@ -60,7 +60,9 @@ def evaluate(
     """Test accuracy of the finished stages, measured again from their checkpoints."""
     folder = RunFolder.read(run)
     pipeline = Pipeline(folder, open_data(folder.recipe))
-    names = [s.name for s in pipeline.stages if folder.has_checkpoint(s.name, "best")]
+    names = [s.name for s in pipeline.stages if folder.result(s.name) is not None]
+    if not names:
+        raise RunError(f"run {run}: no stage is finished yet")
     if stage is not None:
         if stage not in names:
             raise UsageError(f"stage: expected one of {', '.join(names)}, got {stage!r}")
@@ -98,7 +100,8 @@ def _open_for_training(
             raise UsageError("train: expected a RECIPE or --resume RUN, got neither")
         wanted = recipe.load(name, overrides)
         splits = open_data(wanted)
-        folder = RunFolder.create(out or Path("runs") / wanted.name, wanted)
+        with RunFolder.create(out or Path("runs") / wanted.name, wanted) as folder:
+            yield folder, splits
     else:
         if out is not None:
             raise UsageError("train: --out does not go with --resume; the run has its folder")
@@ -107,10 +110,8 @@ def _open_for_training(
             stored = recipe.load(name, overrides)
         elif overrides:
             stored = recipe.parse(recipe.dump(stored), overrides, source=str(resume))
-        folder = RunFolder.resume(resume, stored)
-        splits = open_data(stored)
-    with folder:
-        yield folder, splits
+        with RunFolder.resume(resume, stored) as folder:
+            yield folder, open_data(stored)
 
 
 def _report(folder: RunFolder, splits: data.Splits) -> None:

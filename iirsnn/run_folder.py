@@ -40,9 +40,9 @@ class RunFolder:
             UsageError: the folder holds a run, or something else.
             RunError: another process uses it, or it is not writable.
         """
-        if path.exists() and not path.is_dir():
-            raise UsageError(f"output folder {path}: is a file")
         try:
+            if path.exists() and not path.is_dir():
+                raise UsageError(f"output folder {path}: is a file")
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"output folder {path}: cannot be made ({error.strerror})") from error
