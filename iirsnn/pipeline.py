@@ -140,7 +140,7 @@ class Pipeline:
     def _place(self, network: Network) -> Network:
         network.to(self.accelerator.device)
         if self.recipe.runtime.channels_last:
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.to(memory_format=torch.channels_last)
         return network
 
 

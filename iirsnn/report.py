@@ -6,6 +6,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,8 @@ def write(report: dict[str, Any], path: Path) -> None:
     for name, plot in (("accuracy", _plot_accuracy), ("spike_rates", _plot_spike_rates)):
         figure = Figure(figsize=(6.4, 4), layout="constrained")
         plot(report, figure.subplots())
-        checkpoint.write_atomically(
-            path / f"{name}.png",
-            lambda file, figure=figure: figure.savefig(file, dpi=150, format="png"),
-        )
+        save = partial(figure.savefig, dpi=150, format="png")
+        checkpoint.write_atomically(path / f"{name}.png", save)
 
 
 def show(report: dict[str, Any], console: Console) -> None:
@@ -117,11 +116,11 @@ def show(report: dict[str, Any], console: Console) -> None:
         )
     console.print(table)
     rates = Table(title="Spikes per neuron and image, by layer", box=box.SIMPLE)
-    rates.add_column("stage", justify="right")
-    for index in range(len(stages[0]["spike_rates"])):
-        rates.add_column(str(index + 1), justify="right")
+    rates.add_column("layer", justify="right")
     for entry in stages:
-        rates.add_row(f"T={entry['timesteps']}", *(f"{r:.3f}" for r in entry["spike_rates"]))
+        rates.add_column(f"T={entry['timesteps']}", justify="right")
+    for index, layer in enumerate(zip(*(entry["spike_rates"] for entry in stages), strict=True)):
+        rates.add_row(str(index + 1), *(f"{rate:.3f}" for rate in layer))
     console.print(rates)
     console.print(
         "All per image. Not retrained: the ANN converted to that T and left so. Energy: 4.6 pJ a "
