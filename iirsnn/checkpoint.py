@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from .errors import RunError
@@ -33,7 +33,8 @@ def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -
     """
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     metadata = {_KEY: json.dumps({"format": FORMAT, **header})}
-    write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata))
+    # safetensors' own save_file writes through a file of a random name, which a kill leaves behind
+    write_atomically(path, lambda file: Path(file).write_bytes(to_bytes(contiguous, metadata)))
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -78,7 +79,7 @@ def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         with suppress(OSError):
             temporary.unlink()
         raise RunError(f"{path}: cannot be written ({error})") from error
