@@ -19,27 +19,31 @@ IIRSNN_INLINE float to_acc(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits)
 
 IIRSNN_INLINE float to_acc(Half x) {
   const uint32_t size = x.bits & 0x7fffu, sign = uint32_t(x.bits & 0x8000u) << 16;
-  uint32_t normal = (size << 13) + (112u << 23);            // exponent bias 15 -> 127
-  normal += size >= 0x7c00u ? 112u << 23 : 0u;              // infinity, NaN: all ones again
+  uint32_t normal = (size << 13) + (112u << 23);                  // exponent bias 15 -> 127
+  normal += size >= 0x7c00u ? 112u << 23 : 0u;                    // infinity, NaN: all ones again
   const float tiny = bit_cast<float>(size + 0x3f000000u) - 0.5f;  // 0.5 has a last place of 2^-24, a subnormal's unit
   return bit_cast<float>((size < 0x0400u ? bit_cast<uint32_t>(tiny) : normal) | sign);
 }
 
-template <typename scalar_t> struct Convert;
+template <typename scalar_t>
+struct Convert;
 
-template <> struct Convert<float> {
+template <>
+struct Convert<float> {
   using acc_t = float;
   static IIRSNN_INLINE float round(float x) { return x; }
   static IIRSNN_INLINE float spike(float s) { return s; }
 };
 
-template <> struct Convert<double> {
+template <>
+struct Convert<double> {
   using acc_t = double;
   static IIRSNN_INLINE double round(double x) { return x; }
   static IIRSNN_INLINE double spike(double s) { return s; }
 };
 
-template <> struct Convert<BFloat16> {
+template <>
+struct Convert<BFloat16> {
   using acc_t = float;
   static IIRSNN_INLINE BFloat16 round(float x) {  // to nearest, ties to even
     const uint32_t bits = bit_cast<uint32_t>(x);
@@ -51,7 +55,8 @@ template <> struct Convert<BFloat16> {
   }
 };
 
-template <> struct Convert<Half> {
+template <>
+struct Convert<Half> {
   using acc_t = float;
   static IIRSNN_INLINE Half round(float x) {  // to nearest, ties to even
     const uint32_t bits = bit_cast<uint32_t>(x), size = bits & 0x7fffffffu;

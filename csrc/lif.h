@@ -42,18 +42,18 @@ struct LifBackward {
   bool detach_reset;
   Surrogate surrogate;
   double surrogate_scale;
-  const void* grad_s;        // like x
-  int64_t grad_s_stride_t;   // N, or 0: the same gradient at every timestep
-  const void* grad_v;        // [N] acc, or null: 0
+  const void* grad_s;       // like x
+  int64_t grad_s_stride_t;  // N, or 0: the same gradient at every timestep
+  const void* grad_v;       // [N] acc, or null: 0
   const void* x;
   const void* threshold;
   const void* leak;
-  const void* v0;            // or null
-  void* grad_x;              // [T, N] like x
-  void* grad_threshold;      // [channels] acc, or null: parameter gradients not wanted (both or neither)
-  void* grad_leak;           // [channels] acc, or null
-  void* grad_v0;             // [N] acc, null when v0 is
-  void* workspace;           // *_workspace() bytes
+  const void* v0;        // or null
+  void* grad_x;          // [T, N] like x
+  void* grad_threshold;  // [channels] acc, or null: parameter gradients not wanted (both or neither)
+  void* grad_leak;       // [channels] acc, or null
+  void* grad_v0;         // [N] acc, null when v0 is
+  void* workspace;       // *_workspace() bytes
 };
 
 IIRSNN_INLINE constexpr int64_t packed_bytes(int64_t neurons) { return (neurons + 63) / 64 * 8; }

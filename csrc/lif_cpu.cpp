@@ -12,6 +12,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "half.h"
@@ -34,8 +35,8 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "packing reads eight by
 namespace iirsnn {
 namespace {
 
-constexpr int kBlock = 512;            // neurons; a multiple of the 64 that packing pads to
-constexpr int64_t kSegment = 16;       // timesteps between checkpoints
+constexpr int kBlock = 512;              // neurons; a multiple of the 64 that packing pads to
+constexpr int64_t kSegment = 16;         // timesteps between checkpoints
 constexpr int64_t kChunk = 32 * kBlock;  // neurons a thread takes at least
 constexpr int64_t kMaxChunks = 256;
 
@@ -73,8 +74,10 @@ std::atomic<Capability>& capability() {
 }
 
 // Row::run, compiled for each instruction set; pick() is the one in force.
-template <typename Row, typename Signature> struct Versions;
-template <typename Row, typename... Args> struct Versions<Row, void(Args...)> {
+template <typename Row, typename Signature>
+struct Versions;
+template <typename Row, typename... Args>
+struct Versions<Row, void(Args...)> {
   static void portable(Args... args) { Row::run(args...); }
 #if defined(__x86_64__)
   IIRSNN_AVX2 static void avx2(Args... args) { Row::run(args...); }
@@ -89,35 +92,46 @@ template <typename Row, typename... Args> struct Versions<Row, void(Args...)> {
     return &portable;
   }
 };
-template <typename Row> auto version() { return Versions<Row, decltype(Row::run)>::pick(); }
+template <typename Row>
+auto version() {
+  return Versions<Row, decltype(Row::run)>::pick();
+}
 
 // ---- Rows ----
 
 // The parameters of a block, one element a neuron, whether they are scalars or per channel.
-template <typename acc_t> struct Parameters {
+template <typename acc_t>
+struct Parameters {
   alignas(64) acc_t threshold[kBlock];
   alignas(64) acc_t inverse_threshold[kBlock];
   alignas(64) acc_t leak[kBlock];
   acc_t v_reset;
 
-  IIRSNN_INLINE Neuron<acc_t> at(int i) const { return {threshold[i], inverse_threshold[i], leak[i], v_reset}; }
+  // v_reset comes from outside the loop: a load under a condition would keep the loop from being vectorised
+  IIRSNN_INLINE Neuron<acc_t> at(int i, acc_t v_reset) const {
+    return {threshold[i], inverse_threshold[i], leak[i], v_reset};
+  }
 };
 
 // For packed output a neuron is first a byte: bit 0 its spike, bit 1 NaN.
 struct Mark {
   uint8_t bits;
 };
-template <typename out_t, typename acc_t> IIRSNN_INLINE out_t emit(acc_t h, acc_t threshold) {
+template <typename out_t, typename acc_t>
+IIRSNN_INLINE out_t emit(acc_t h, acc_t threshold) {
   return Convert<out_t>::spike(spike(h, threshold));
 }
-template <> IIRSNN_INLINE Mark emit<Mark, float>(float h, float threshold) {
+template <>
+IIRSNN_INLINE Mark emit<Mark, float>(float h, float threshold) {
   return {uint8_t((h > threshold ? 1u : 0u) | (h == h ? 0u : 2u))};
 }
-template <> IIRSNN_INLINE Mark emit<Mark, double>(double h, double threshold) {
+template <>
+IIRSNN_INLINE Mark emit<Mark, double>(double h, double threshold) {
   return {uint8_t((h > threshold ? 1u : 0u) | (h == h ? 0u : 2u))};
 }
 
-template <typename scalar_t, typename out_t> struct CompareRow {  // T = 1: no membrane at all
+template <typename scalar_t, typename out_t>
+struct CompareRow {  // T = 1: no membrane at all
   using acc_t = typename Convert<scalar_t>::acc_t;
   static IIRSNN_INLINE void run(const scalar_t* x, const Parameters<acc_t>* p, out_t* s, int n) {
     IIRSNN_VECTORIZE
@@ -125,12 +139,14 @@ template <typename scalar_t, typename out_t> struct CompareRow {  // T = 1: no m
   }
 };
 
-template <typename scalar_t, typename out_t, Reset kReset> struct ForwardRow {
+template <typename scalar_t, typename out_t, Reset kReset>
+struct ForwardRow {
   using acc_t = typename Convert<scalar_t>::acc_t;
   static IIRSNN_INLINE void run(const scalar_t* x, const Parameters<acc_t>* p, acc_t* v, out_t* s, int n) {
+    const acc_t v_reset = p->v_reset;
     IIRSNN_VECTORIZE
     for (int i = 0; i < n; ++i) {
-      const Neuron<acc_t> neuron = p->at(i);
+      const Neuron<acc_t> neuron = p->at(i, v_reset);
       const acc_t h = charge<kReset>(to_acc(x[i]), v[i], neuron);
       s[i] = emit<out_t>(h, neuron.threshold);
       v[i] = discharge<kReset>(h, neuron);
@@ -138,90 +154,117 @@ template <typename scalar_t, typename out_t, Reset kReset> struct ForwardRow {
   }
 };
 
-template <typename acc_t, Reset kReset> struct AdvanceRow {  // v_next may be v
+template <typename acc_t, Reset kReset>
+struct AdvanceRow {  // v_next may be v
   static IIRSNN_INLINE void run(const acc_t* x, const Parameters<acc_t>* p, const acc_t* v, acc_t* v_next, int n) {
+    const acc_t v_reset = p->v_reset;
     IIRSNN_VECTORIZE
     for (int i = 0; i < n; ++i) {
-      const Neuron<acc_t> neuron = p->at(i);
+      const Neuron<acc_t> neuron = p->at(i, v_reset);
       v_next[i] = discharge<kReset>(charge<kReset>(x[i], v[i], neuron), neuron);
     }
   }
 };
 
 // What backward carries from timestep to timestep and sums over them.
-template <typename acc_t> struct Gradients {
+template <typename acc_t>
+struct Gradients {
   alignas(64) acc_t v[kBlock];
   alignas(64) acc_t reset[kBlock];
   alignas(64) acc_t threshold[kBlock];
   alignas(64) acc_t leak[kBlock];
 };
 
-template <typename acc_t> struct SurrogateOptions {
-  acc_t scale;
-  bool detach_reset;
-};
-
-template <typename acc_t, Reset kReset, Surrogate kSurrogate> struct BackwardRow {
+template <typename acc_t, Reset kReset, bool kDetach, Surrogate kSurrogate>
+struct BackwardRow {
+  static constexpr bool kCarriesReset = kReset == Reset::soft_delayed && !kDetach;
   static IIRSNN_INLINE void run(const acc_t* grad_s, const acc_t* x, const acc_t* v, const Parameters<acc_t>* p,
-                                SurrogateOptions<acc_t> options, Gradients<acc_t>* grads, acc_t* grad_x, int n) {
+                                acc_t scale, Gradients<acc_t>* grads, acc_t* grad_x, int n) {
+    const acc_t v_reset = p->v_reset;
     IIRSNN_VECTORIZE
     for (int i = 0; i < n; ++i) {
-      const Neuron<acc_t> neuron = p->at(i);
-      Carry<acc_t> carry{grads->v[i], kReset == Reset::soft_delayed ? grads->reset[i] : acc_t(0)};
+      const Neuron<acc_t> neuron = p->at(i, v_reset);
+      Carry<acc_t> carry{grads->v[i], kCarriesReset ? grads->reset[i] : acc_t(0)};
       const acc_t h = charge<kReset>(x[i], v[i], neuron);
-      const StepGrad<acc_t> grad = backward_step<kReset, kSurrogate>(grad_s[i], h, v[i], neuron, options.scale,
-                                                                     options.detach_reset, carry);
+      const StepGrad<acc_t> grad = backward_step<kReset, kSurrogate>(grad_s[i], h, v[i], neuron, scale, kDetach, carry);
       grad_x[i] = grad.x;
       grads->threshold[i] += grad.threshold;
       grads->leak[i] += grad.leak;
       grads->v[i] = carry.grad_v;
-      if constexpr (kReset == Reset::soft_delayed) grads->reset[i] = carry.grad_reset;
+      if constexpr (kCarriesReset) grads->reset[i] = carry.grad_reset;
     }
   }
 };
 
-template <typename acc_t, Surrogate kSurrogate> struct DelayedV0Row {
+// T = 1 from v = 0: no membrane, no reset, no carry. grad_threshold [n] is written, not added to.
+template <typename scalar_t, Surrogate kSurrogate>
+struct SingleBackwardRow {
+  using acc_t = typename Convert<scalar_t>::acc_t;
+  static IIRSNN_INLINE void run(const scalar_t* grad_s, const scalar_t* x, const Parameters<acc_t>* p, acc_t scale,
+                                acc_t* grad_threshold, scalar_t* grad_x, int n) {
+    IIRSNN_VECTORIZE
+    for (int i = 0; i < n; ++i) {
+      Carry<acc_t> carry{acc_t(0), acc_t(0)};
+      const StepGrad<acc_t> grad = backward_step<Reset::none, kSurrogate>(to_acc(grad_s[i]), to_acc(x[i]), acc_t(0),
+                                                                          p->at(i, acc_t(0)), scale, true, carry);
+      grad_x[i] = Convert<scalar_t>::round(grad.x);
+      grad_threshold[i] = grad.threshold;
+    }
+  }
+};
+
+template <typename acc_t, Surrogate kSurrogate>
+struct DelayedV0Row {
   static IIRSNN_INLINE void run(const acc_t* v0, const Parameters<acc_t>* p, acc_t scale, Gradients<acc_t>* grads,
                                 int n) {
     IIRSNN_VECTORIZE
     for (int i = 0; i < n; ++i) {
       Carry<acc_t> carry{grads->v[i], grads->reset[i]};
-      grads->threshold[i] += backward_v0_delayed<kSurrogate>(v0[i], p->at(i), scale, carry);
+      grads->threshold[i] += backward_v0_delayed<kSurrogate>(v0[i], p->at(i, acc_t(0)), scale, carry);
       grads->v[i] = carry.grad_v;
     }
   }
 };
 
-template <typename scalar_t> struct LoadRow {
+template <typename scalar_t>
+struct LoadRow {
   static IIRSNN_INLINE void run(const scalar_t* from, float* to, int n) {
     IIRSNN_VECTORIZE
     for (int i = 0; i < n; ++i) to[i] = to_acc(from[i]);
   }
 };
 
-template <typename scalar_t> struct StoreRow {
+template <typename scalar_t>
+struct StoreRow {
   static IIRSNN_INLINE void run(const float* from, scalar_t* to, int n) {
     IIRSNN_VECTORIZE
     for (int i = 0; i < n; ++i) to[i] = Convert<scalar_t>::round(from[i]);
   }
 };
 
-template <typename acc_t> struct SumRow {  // sixteen lanes, then a tree: one order, whatever the vector width
+// Sums in 64-byte vectors, whatever the hardware's width: one order, hence the same bits everywhere.
+template <typename acc_t>
+struct SumRow {
+  typedef acc_t Lanes __attribute__((vector_size(64)));
+  static constexpr int kLanes = 64 / sizeof(acc_t);
   static IIRSNN_INLINE void run(const acc_t* row, int n, double* total) {
-    double lane[16] = {};
+    Lanes sum[4] = {};
     int i = 0;
-    for (; i + 16 <= n; i += 16) {
-      for (int j = 0; j < 16; ++j) lane[j] += double(row[i + j]);
+    for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+      Lanes part[4];
+      std::memcpy(part, row + i, sizeof(part));
+      for (int k = 0; k < 4; ++k) sum[k] += part[k];
     }
-    for (int j = 0; i + j < n; ++j) lane[j] += double(row[i + j]);
-    for (int width = 8; width > 0; width /= 2) {
-      for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
-    }
-    *total += lane[0];
+    const Lanes lanes = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    acc_t result = 0;
+    for (int k = 0; k < kLanes; ++k) result += lanes[k];
+    for (; i < n; ++i) result += row[i];
+    *total += double(result);
   }
 };
 
-template <typename out_t> struct UnpackRow {  // n neurons, from the first bit of `bits` on
+template <typename out_t>
+struct UnpackRow {  // n neurons, from the first bit of `bits` on
   using acc_t = typename Convert<out_t>::acc_t;
   static IIRSNN_INLINE void run(const uint8_t* bits, out_t* s, int n) {
     IIRSNN_VECTORIZE
@@ -250,7 +293,8 @@ int64_t chunk_neurons(const LifShape& shape) {
 }
 
 // Calls f(first, length, channel) for the runs of one channel among neurons [begin, begin + n), counted from begin.
-template <typename F> void for_each_run(const LifShape& shape, int64_t begin, int n, F f) {
+template <typename F>
+void for_each_run(const LifShape& shape, int64_t begin, int n, F f) {
   if (shape.channels == 1) return f(0, n, int64_t(0));
   int64_t channel = begin / shape.inner % shape.channels, left = shape.inner - begin % shape.inner;
   for (int first = 0; first < n;) {
@@ -262,7 +306,8 @@ template <typename F> void for_each_run(const LifShape& shape, int64_t begin, in
   }
 }
 
-template <typename acc_t> class BlockParameters : public Parameters<acc_t> {
+template <typename acc_t>
+class BlockParameters : public Parameters<acc_t> {
  public:
   BlockParameters(const LifShape& shape, const void* threshold, const void* leak, double v_reset)
       : shape_(shape), threshold_(static_cast<const acc_t*>(threshold)), leak_(static_cast<const acc_t*>(leak)) {
@@ -286,7 +331,8 @@ template <typename acc_t> class BlockParameters : public Parameters<acc_t> {
   const acc_t* const leak_;
 };
 
-template <typename acc_t> void load_or_zero(acc_t* row, const void* from, int64_t begin, int n) {
+template <typename acc_t>
+void load_or_zero(acc_t* row, const void* from, int64_t begin, int n) {
   if (from) {
     std::copy_n(static_cast<const acc_t*>(from) + begin, n, row);
   } else {
@@ -294,7 +340,8 @@ template <typename acc_t> void load_or_zero(acc_t* row, const void* from, int64_
   }
 }
 
-template <typename F> void for_each_block(const LifShape& shape, int64_t first_chunk, int64_t last_chunk, F f) {
+template <typename F>
+void for_each_block(const LifShape& shape, int64_t first_chunk, int64_t last_chunk, F f) {
   const int64_t chunk = chunk_neurons(shape);
   const int64_t end = std::min(last_chunk * chunk, shape.neurons);
   for (int64_t begin = first_chunk * chunk; begin < end; begin += kBlock) {
@@ -302,12 +349,17 @@ template <typename F> void for_each_block(const LifShape& shape, int64_t first_c
   }
 }
 
-template <typename scalar_t, typename out_t> auto forward_row(Reset reset) {
+template <typename scalar_t, typename out_t>
+auto forward_row(Reset reset) {
   switch (reset) {
-    case Reset::soft: return version<ForwardRow<scalar_t, out_t, Reset::soft>>();
-    case Reset::hard: return version<ForwardRow<scalar_t, out_t, Reset::hard>>();
-    case Reset::none: return version<ForwardRow<scalar_t, out_t, Reset::none>>();
-    default: return version<ForwardRow<scalar_t, out_t, Reset::soft_delayed>>();
+    case Reset::soft:
+      return version<ForwardRow<scalar_t, out_t, Reset::soft>>();
+    case Reset::hard:
+      return version<ForwardRow<scalar_t, out_t, Reset::hard>>();
+    case Reset::none:
+      return version<ForwardRow<scalar_t, out_t, Reset::none>>();
+    default:
+      return version<ForwardRow<scalar_t, out_t, Reset::soft_delayed>>();
   }
 }
 
@@ -351,69 +403,121 @@ bool forward(const LifForward& args, int64_t first_chunk, int64_t last_chunk) {
   return nan;
 }
 
-template <typename acc_t> auto advance_row(Reset reset) {
-  switch (reset) {
-    case Reset::soft: return version<AdvanceRow<acc_t, Reset::soft>>();
-    case Reset::hard: return version<AdvanceRow<acc_t, Reset::hard>>();
-    case Reset::none: return version<AdvanceRow<acc_t, Reset::none>>();
-    default: return version<AdvanceRow<acc_t, Reset::soft_delayed>>();
-  }
-}
-
-template <typename acc_t, Surrogate kSurrogate> auto backward_row(Reset reset) {
-  switch (reset) {
-    case Reset::soft: return version<BackwardRow<acc_t, Reset::soft, kSurrogate>>();
-    case Reset::hard: return version<BackwardRow<acc_t, Reset::hard, kSurrogate>>();
-    case Reset::none: return version<BackwardRow<acc_t, Reset::none, kSurrogate>>();
-    default: return version<BackwardRow<acc_t, Reset::soft_delayed, kSurrogate>>();
+// Calls f with the surrogate as a type.
+template <typename F>
+auto with_surrogate(Surrogate surrogate, F f) {
+  switch (surrogate) {
+    case Surrogate::triangle:
+      return f(std::integral_constant<Surrogate, Surrogate::triangle>());
+    case Surrogate::atan:
+      return f(std::integral_constant<Surrogate, Surrogate::atan>());
+    case Surrogate::sigmoid:
+      return f(std::integral_constant<Surrogate, Surrogate::sigmoid>());
+    case Surrogate::fast_sigmoid:
+      return f(std::integral_constant<Surrogate, Surrogate::fast_sigmoid>());
+    default:
+      return f(std::integral_constant<Surrogate, Surrogate::boxcar>());
   }
 }
 
 // The rows of backward, chosen once a call.
-template <typename acc_t> struct BackwardRows {
-  decltype(advance_row<acc_t>(Reset::soft)) advance;
-  decltype(backward_row<acc_t, Surrogate::triangle>(Reset::soft)) step;
+template <typename acc_t>
+struct BackwardRows {
+  decltype(version<AdvanceRow<acc_t, Reset::soft>>()) advance;
+  decltype(version<BackwardRow<acc_t, Reset::soft, true, Surrogate::triangle>>()) step;
   decltype(version<DelayedV0Row<acc_t, Surrogate::triangle>>()) delayed_v0;
 };
-template <typename acc_t, Surrogate kSurrogate> BackwardRows<acc_t> backward_rows(Reset reset) {
-  return {advance_row<acc_t>(reset), backward_row<acc_t, kSurrogate>(reset),
-          version<DelayedV0Row<acc_t, kSurrogate>>()};
+template <typename acc_t, Reset kReset, bool kDetach>
+BackwardRows<acc_t> backward_rows(Surrogate surrogate) {
+  return with_surrogate(surrogate, [](auto name) -> BackwardRows<acc_t> {
+    constexpr Surrogate kSurrogate = decltype(name)::value;
+    return {version<AdvanceRow<acc_t, kReset>>(), version<BackwardRow<acc_t, kReset, kDetach, kSurrogate>>(),
+            version<DelayedV0Row<acc_t, kSurrogate>>()};
+  });
 }
-template <typename acc_t> BackwardRows<acc_t> backward_rows(Reset reset, Surrogate surrogate) {
-  switch (surrogate) {
-    case Surrogate::triangle: return backward_rows<acc_t, Surrogate::triangle>(reset);
-    case Surrogate::atan: return backward_rows<acc_t, Surrogate::atan>(reset);
-    case Surrogate::sigmoid: return backward_rows<acc_t, Surrogate::sigmoid>(reset);
-    case Surrogate::fast_sigmoid: return backward_rows<acc_t, Surrogate::fast_sigmoid>(reset);
-    default: return backward_rows<acc_t, Surrogate::boxcar>(reset);
+template <typename acc_t>
+BackwardRows<acc_t> backward_rows(Reset reset, bool detach, Surrogate surrogate) {
+  switch (reset) {
+    case Reset::soft:
+      return detach ? backward_rows<acc_t, Reset::soft, true>(surrogate)
+                    : backward_rows<acc_t, Reset::soft, false>(surrogate);
+    case Reset::hard:
+      return detach ? backward_rows<acc_t, Reset::hard, true>(surrogate)
+                    : backward_rows<acc_t, Reset::hard, false>(surrogate);
+    case Reset::none:
+      return backward_rows<acc_t, Reset::none, true>(surrogate);
+    default:
+      return detach ? backward_rows<acc_t, Reset::soft_delayed, true>(surrogate)
+                    : backward_rows<acc_t, Reset::soft_delayed, false>(surrogate);
   }
 }
 
-template <typename scalar_t> struct Scratch {
+template <typename acc_t>
+class PartialSums {
+ public:
+  explicit PartialSums(const LifBackward& args) : args_(args), sum_(version<SumRow<acc_t>>()) {}
+  // Adds a block's rows to its chunk's sums; chunks come in order.
+  void add(const acc_t* threshold, const acc_t* leak, int64_t begin, int n, int64_t chunk) {
+    if (!args_.grad_threshold) return;
+    const LifShape& shape = args_.shape;
+    double* partial = static_cast<double*>(args_.workspace) + chunk * 2 * shape.channels;
+    if (chunk != chunk_) std::fill_n(partial, 2 * shape.channels, 0.0);
+    chunk_ = chunk;
+    for_each_run(shape, begin, n, [&](int first, int length, int64_t channel) {
+      sum_(threshold + first, length, partial + channel);
+      if (leak) sum_(leak + first, length, partial + shape.channels + channel);
+    });
+  }
+
+ private:
+  const LifBackward& args_;
+  decltype(version<SumRow<acc_t>>()) const sum_;
+  int64_t chunk_ = -1;
+};
+
+template <typename scalar_t>
+void backward_single(const LifBackward& args, int64_t first_chunk, int64_t last_chunk) {
   using acc_t = typename Convert<scalar_t>::acc_t;
-  alignas(64) acc_t v[kSegment][kBlock];  // the membrane each timestep of a segment starts from
+  const auto step = with_surrogate(
+      args.surrogate, [](auto name) { return version<SingleBackwardRow<scalar_t, decltype(name)::value>>(); });
+  BlockParameters<acc_t> parameters(args.shape, args.threshold, args.leak, 0);
+  PartialSums<acc_t> sums(args);
+  alignas(64) acc_t grad_threshold[kBlock];
+  for_each_block(args.shape, first_chunk, last_chunk, [&](int64_t begin, int n, int64_t chunk) {
+    parameters.move_to(begin, n);
+    step(static_cast<const scalar_t*>(args.grad_s) + begin, static_cast<const scalar_t*>(args.x) + begin, &parameters,
+         acc_t(args.surrogate_scale), grad_threshold, static_cast<scalar_t*>(args.grad_x) + begin, n);
+    sums.add(grad_threshold, nullptr, begin, n, chunk);
+  });
+}
+
+template <typename scalar_t>
+struct Scratch {
+  using acc_t = typename Convert<scalar_t>::acc_t;
+  alignas(64) acc_t v[kSegment][kBlock];  // the membranes the timesteps of a segment start from, but for the first
+  alignas(64) acc_t zero[kBlock] = {};
   alignas(64) acc_t x[kBlock];
   alignas(64) acc_t grad_s[kBlock];
   alignas(64) acc_t grad_x[kBlock];
   Gradients<acc_t> grads;
 };
 
-template <typename scalar_t> void backward(const LifBackward& args, int64_t first_chunk, int64_t last_chunk) {
+template <typename scalar_t>
+void backward(const LifBackward& args, int64_t first_chunk, int64_t last_chunk) {
   using acc_t = typename Convert<scalar_t>::acc_t;
   constexpr bool kConvert = !std::is_same_v<scalar_t, acc_t>;
   const LifShape& shape = args.shape;
   const int64_t steps = shape.timesteps, last_segment = (steps - 1) / kSegment;
-  // one timestep from v = 0 with nothing coming back from later: its reset cannot matter
-  const bool single = steps == 1 && !args.v0 && !args.grad_v;
-  const Reset reset = single ? Reset::none : args.reset;
-  const SurrogateOptions<acc_t> options{acc_t(args.surrogate_scale), args.detach_reset};
-  const BackwardRows<acc_t> rows = backward_rows<acc_t>(reset, args.surrogate);
-  const auto sum = version<SumRow<acc_t>>();
+  if (steps == 1 && !args.v0 && !args.grad_v) return backward_single<scalar_t>(args, first_chunk, last_chunk);
 
+  const bool carries_reset = args.reset == Reset::soft_delayed && !args.detach_reset;
+  const acc_t scale = acc_t(args.surrogate_scale);
+  const BackwardRows<acc_t> rows = backward_rows<acc_t>(args.reset, args.detach_reset, args.surrogate);
   BlockParameters<acc_t> parameters(shape, args.threshold, args.leak, args.v_reset);
+  PartialSums<acc_t> sums(args);
   const auto scratch = std::make_unique<Scratch<scalar_t>>();
   Gradients<acc_t>& grads = scratch->grads;
-  std::vector<acc_t> checkpoints((last_segment + 1) * kBlock);
+  std::vector<acc_t> checkpoints(last_segment * kBlock);
 
   const auto load = [](const scalar_t* from, acc_t* row, int n) -> const acc_t* {
     if constexpr (kConvert) {
@@ -424,68 +528,62 @@ template <typename scalar_t> void backward(const LifBackward& args, int64_t firs
     }
   };
 
-  int64_t chunk_in_sum = -1;
   for_each_block(shape, first_chunk, last_chunk, [&](int64_t begin, int n, int64_t chunk) {
+    const acc_t* v0 = args.v0 ? static_cast<const acc_t*>(args.v0) + begin : scratch->zero;
     const auto x_at = [&](int64_t t) {
       return load(static_cast<const scalar_t*>(args.x) + t * shape.x_stride_t + begin, scratch->x, n);
     };
     parameters.move_to(begin, n);
     load_or_zero(grads.v, args.grad_v, begin, n);
-    std::fill_n(grads.reset, n, acc_t(0));
+    if (carries_reset) std::fill_n(grads.reset, n, acc_t(0));
     std::fill_n(grads.threshold, n, acc_t(0));
     std::fill_n(grads.leak, n, acc_t(0));
 
-    load_or_zero(checkpoints.data(), args.v0, begin, n);
-    for (int64_t segment = 0; segment < last_segment; ++segment) {
-      const acc_t* v = checkpoints.data() + segment * kBlock;
-      acc_t* next = checkpoints.data() + (segment + 1) * kBlock;
-      for (int64_t t = segment * kSegment; t < (segment + 1) * kSegment; ++t, v = next) {
-        rows.advance(x_at(t), &parameters, v, next, n);
-      }
+    const acc_t* v = v0;
+    for (int64_t t = 0; t < last_segment * kSegment; ++t) {
+      acc_t* next = checkpoints.data() + t / kSegment * kBlock;
+      rows.advance(x_at(t), &parameters, v, next, n);
+      v = next;
     }
     for (int64_t segment = last_segment; segment >= 0; --segment) {
       const int64_t start = segment * kSegment, length = std::min(kSegment, steps - start);
-      std::copy_n(checkpoints.data() + segment * kBlock, n, scratch->v[0]);
+      const acc_t* v_start = segment == 0 ? v0 : checkpoints.data() + (segment - 1) * kBlock;
+      const auto v_at = [&](int64_t i) { return i == 0 ? v_start : scratch->v[i]; };
       for (int64_t i = 1; i < length; ++i) {
-        rows.advance(x_at(start + i - 1), &parameters, scratch->v[i - 1], scratch->v[i], n);
+        rows.advance(x_at(start + i - 1), &parameters, v_at(i - 1), scratch->v[i], n);
       }
       for (int64_t i = length - 1; i >= 0; --i) {
         const int64_t t = start + i;
-        const acc_t* grad_s = load(static_cast<const scalar_t*>(args.grad_s) + t * args.grad_s_stride_t + begin,
-                                   scratch->grad_s, n);
+        const acc_t* grad_s =
+            load(static_cast<const scalar_t*>(args.grad_s) + t * args.grad_s_stride_t + begin, scratch->grad_s, n);
         scalar_t* grad_x = static_cast<scalar_t*>(args.grad_x) + t * shape.neurons + begin;
         if constexpr (kConvert) {
-          rows.step(grad_s, x_at(t), scratch->v[i], &parameters, options, &grads, scratch->grad_x, n);
+          rows.step(grad_s, x_at(t), v_at(i), &parameters, scale, &grads, scratch->grad_x, n);
           version<StoreRow<scalar_t>>()(scratch->grad_x, grad_x, n);
         } else {
-          rows.step(grad_s, x_at(t), scratch->v[i], &parameters, options, &grads, grad_x, n);
+          rows.step(grad_s, x_at(t), v_at(i), &parameters, scale, &grads, grad_x, n);
         }
       }
     }
     if (args.v0) {
-      if (reset == Reset::soft_delayed && !args.detach_reset) {
-        rows.delayed_v0(static_cast<const acc_t*>(args.v0) + begin, &parameters, options.scale, &grads, n);
-      }
+      if (carries_reset) rows.delayed_v0(v0, &parameters, scale, &grads, n);
       std::copy_n(grads.v, n, static_cast<acc_t*>(args.grad_v0) + begin);
     }
-    if (args.grad_threshold) {
-      double* partial = static_cast<double*>(args.workspace) + chunk * 2 * shape.channels;
-      if (chunk != chunk_in_sum) std::fill_n(partial, 2 * shape.channels, 0.0);
-      chunk_in_sum = chunk;
-      for_each_run(shape, begin, n, [&](int first, int length, int64_t channel) {
-        sum(grads.threshold + first, length, partial + channel);
-        sum(grads.leak + first, length, partial + shape.channels + channel);
-      });
-    }
+    sums.add(grads.threshold, grads.leak, begin, n, chunk);
   });
 }
 
-template <typename F> auto dispatch(DType dtype, F f) {
+template <typename F>
+auto dispatch(DType dtype, F f) {
   switch (dtype) {
-    case DType::float32: return f(float());
-    case DType::float64: return f(double());
-    case DType::float16: return f(Half());
-    default: return f(BFloat16());
+    case DType::float32:
+      return f(float());
+    case DType::float64:
+      return f(double());
+    case DType::float16:
+      return f(Half());
+    default:
+      return f(BFloat16());
   }
 }
 

@@ -15,7 +15,8 @@ namespace iirsnn {
 enum class Reset : int { soft = 0, hard = 1, none = 2, soft_delayed = 3 };
 
 // acc_t is float, or double when the current is double. One neuron's parameters.
-template <typename acc_t> struct Neuron {
+template <typename acc_t>
+struct Neuron {
   acc_t threshold;
   acc_t inverse_threshold;  // 1 / threshold, rounded; only the backward pass reads it
   acc_t leak;
@@ -23,12 +24,14 @@ template <typename acc_t> struct Neuron {
 };
 
 // 1 above the threshold, 0 at or below it, NaN for NaN.
-template <typename acc_t> IIRSNN_INLINE acc_t spike(acc_t h, acc_t threshold) {
+template <typename acc_t>
+IIRSNN_INLINE acc_t spike(acc_t h, acc_t threshold) {
   return h > threshold ? acc_t(1) : (h == h ? acc_t(0) : h);
 }
 
 // The membrane before the reset.
-template <Reset kReset, typename acc_t> IIRSNN_INLINE acc_t charge(acc_t x, acc_t v, const Neuron<acc_t>& p) {
+template <Reset kReset, typename acc_t>
+IIRSNN_INLINE acc_t charge(acc_t x, acc_t v, const Neuron<acc_t>& p) {
   const acc_t h = add(mul(p.leak, v), x);
   if constexpr (kReset == Reset::soft_delayed) {
     return sub(h, v > p.threshold ? p.threshold : acc_t(0));
@@ -38,19 +41,22 @@ template <Reset kReset, typename acc_t> IIRSNN_INLINE acc_t charge(acc_t x, acc_
 }
 
 // The membrane after the reset.
-template <Reset kReset, typename acc_t> IIRSNN_INLINE acc_t discharge(acc_t h, const Neuron<acc_t>& p) {
+template <Reset kReset, typename acc_t>
+IIRSNN_INLINE acc_t discharge(acc_t h, const Neuron<acc_t>& p) {
   if constexpr (kReset == Reset::soft) return sub(h, h > p.threshold ? p.threshold : acc_t(0));
   if constexpr (kReset == Reset::hard) return h > p.threshold ? p.v_reset : h;
   return h;
 }
 
 // What backward hands from one timestep to the one before it.
-template <typename acc_t> struct Carry {
+template <typename acc_t>
+struct Carry {
   acc_t grad_v;      // of the membrane v' this timestep leaves
   acc_t grad_reset;  // of this timestep's spike, from the delayed reset; soft_delayed without detach_reset only
 };
 
-template <typename acc_t> struct StepGrad {
+template <typename acc_t>
+struct StepGrad {
   acc_t x;          // grad_x of this neuron and timestep, = grad_h
   acc_t threshold;  // to be summed over neurons and time
   acc_t leak;       // likewise

@@ -5,6 +5,10 @@
 #include <ATen/ops/empty_strided.h>
 #include <torch/library.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <atomic>
 #include <optional>
 #include <string>
@@ -41,18 +45,23 @@ Surrogate parse_surrogate(const std::string& name) {
   if (name == "atan") return Surrogate::atan;
   if (name == "sigmoid") return Surrogate::sigmoid;
   if (name == "fast_sigmoid") return Surrogate::fast_sigmoid;
-  TORCH_CHECK_VALUE(name == "boxcar",
-                    "surrogate: expected triangle, atan, sigmoid, fast_sigmoid or boxcar, got '", name, "'");
+  TORCH_CHECK_VALUE(name == "boxcar", "surrogate: expected triangle, atan, sigmoid, fast_sigmoid or boxcar, got '",
+                    name, "'");
   return Surrogate::boxcar;
 }
 
 DType parse_dtype(const char* argument, at::ScalarType dtype) {
   switch (dtype) {
-    case at::kFloat: return DType::float32;
-    case at::kDouble: return DType::float64;
-    case at::kHalf: return DType::float16;
-    case at::kBFloat16: return DType::bfloat16;
-    default: TORCH_CHECK_TYPE(false, argument, ": expected float32, float64, float16 or bfloat16, got ", dtype);
+    case at::kFloat:
+      return DType::float32;
+    case at::kDouble:
+      return DType::float64;
+    case at::kHalf:
+      return DType::float16;
+    case at::kBFloat16:
+      return DType::bfloat16;
+    default:
+      TORCH_CHECK_TYPE(false, argument, ": expected float32, float64, float16 or bfloat16, got ", dtype);
   }
 }
 
@@ -66,8 +75,21 @@ std::vector<int64_t> spike_strides(const Tensor& x, int64_t neurons) {
   return strides;
 }
 
+// Most of the time of writing a large fresh tensor is page faults: ask for 2 MiB pages, 512 times fewer.
+Tensor with_huge_pages(Tensor t) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = uintptr_t(2) << 20;
+  if (t.is_cpu() && t.nbytes() >= 2 * kPage) {
+    const uintptr_t start = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+    const uintptr_t first = (start + kPage - 1) / kPage * kPage, last = (start + t.nbytes()) / kPage * kPage;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: failing changes nothing
+  }
+#endif
+  return t;
+}
+
 Tensor empty_spikes(const Tensor& x, int64_t neurons) {
-  return at::empty_strided(x.sizes(), spike_strides(x, neurons), x.options());
+  return with_huge_pages(at::empty_strided(x.sizes(), spike_strides(x, neurons), x.options()));
 }
 
 Tensor empty_membrane(const Tensor& x, bool wanted) {
@@ -107,8 +129,8 @@ LifShape check_x(const Tensor& x) {
 
 void check_parameter(const char* name, const Tensor& value, const Tensor& x, LifShape& shape) {
   TORCH_CHECK_VALUE(value.device() == x.device(), name, ": expected device ", x.device(), ", got ", value.device());
-  TORCH_CHECK_TYPE(value.scalar_type() == acc_type(x), name, ": expected ", acc_type(x), " for x of ",
-                   x.scalar_type(), ", got ", value.scalar_type());
+  TORCH_CHECK_TYPE(value.scalar_type() == acc_type(x), name, ": expected ", acc_type(x), " for x of ", x.scalar_type(),
+                   ", got ", value.scalar_type());
   const bool per_channel = value.dim() == 1 && x.dim() >= 3 && value.numel() == x.size(2);
   TORCH_CHECK_VALUE(value.dim() == 1 && (value.numel() == 1 || per_channel), name,
                     ": expected 1-D with 1 element, or C for x [T, B, C, ...], got ", value.sizes(), " for x ",
@@ -119,7 +141,8 @@ void check_parameter(const char* name, const Tensor& value, const Tensor& x, Lif
   }
 }
 
-template <typename F> void check_each(const char* name, const Tensor& value, const char* expected, F good) {
+template <typename F>
+void check_each(const char* name, const Tensor& value, const char* expected, F good) {
   for (int64_t i = 0; i < value.numel(); ++i) {
     const double number = value.scalar_type() == at::kDouble ? value.const_data_ptr<double>()[i]
                                                              : double(value.const_data_ptr<float>()[i]);
@@ -169,7 +192,7 @@ const void* pointer(const OptionalTensor& t) { return t ? t->const_data_ptr() : 
 
 #if defined(IIRSNN_WITH_CUDA)
 void* current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
-#define IIRSNN_ON_CUDA(tensor) \
+#define IIRSNN_ON_CUDA(tensor)                                                                                     \
   const c10::cuda::OptionalCUDAGuard guard(tensor.is_cuda() ? std::make_optional(tensor.device()) : std::nullopt); \
   if (tensor.is_cuda())
 #endif
@@ -276,7 +299,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lif_backward(const Tensor& grad_s, co
   IIRSNN_ON_CUDA(x) {
     const Tensor memory = workspace(lif_backward_workspace_cuda(args));
     lif_backward_cuda(args, current_stream());
-  } else {
+  }
+  else {
     on_cpu();
   }
 #else
@@ -290,8 +314,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lif_backward(const Tensor& grad_s, co
 
 Tensor unpack_spikes(const Tensor& bits, at::IntArrayRef size, at::IntArrayRef stride, at::ScalarType dtype) {
   const DType type = parse_dtype("dtype", dtype);
-  TORCH_CHECK_VALUE(!size.empty() && size.size() == stride.size(), "size, stride: expected one entry a dimension of [T, "
-                    "*neurons], got ", size, " and ", stride);
+  TORCH_CHECK_VALUE(!size.empty() && size.size() == stride.size(),
+                    "size, stride: expected one entry a dimension of [T, "
+                    "*neurons], got ",
+                    size, " and ", stride);
   Tensor s = at::empty_strided(size, stride, bits.options().dtype(dtype));
   const int64_t timesteps = size[0], neurons = c10::multiply_integers(size.slice(1));
   TORCH_CHECK_VALUE(bits.scalar_type() == at::kByte && bits.dim() == 2 && bits.size(0) == timesteps &&

@@ -25,33 +25,52 @@ IIRSNN_INLINE double add(double a, double b) { return __dadd_rn(a, b); }
 IIRSNN_INLINE double sub(double a, double b) { return __dsub_rn(a, b); }
 IIRSNN_INLINE double div(double a, double b) { return __ddiv_rn(a, b); }
 #else
-template <typename acc_t> IIRSNN_INLINE acc_t mul(acc_t a, acc_t b) { return a * b; }
-template <typename acc_t> IIRSNN_INLINE acc_t add(acc_t a, acc_t b) { return a + b; }
-template <typename acc_t> IIRSNN_INLINE acc_t sub(acc_t a, acc_t b) { return a - b; }
-template <typename acc_t> IIRSNN_INLINE acc_t div(acc_t a, acc_t b) { return a / b; }
+template <typename acc_t>
+IIRSNN_INLINE acc_t mul(acc_t a, acc_t b) {
+  return a * b;
+}
+template <typename acc_t>
+IIRSNN_INLINE acc_t add(acc_t a, acc_t b) {
+  return a + b;
+}
+template <typename acc_t>
+IIRSNN_INLINE acc_t sub(acc_t a, acc_t b) {
+  return a - b;
+}
+template <typename acc_t>
+IIRSNN_INLINE acc_t div(acc_t a, acc_t b) {
+  return a / b;
+}
 #endif
 
-template <typename to_t, typename from_t> IIRSNN_INLINE to_t bit_cast(from_t value) {
+template <typename to_t, typename from_t>
+IIRSNN_INLINE to_t bit_cast(from_t value) {
   static_assert(sizeof(to_t) == sizeof(from_t), "bit_cast keeps the size");
   to_t result;
   memcpy(&result, &value, sizeof(result));
   return result;
 }
 
-template <typename acc_t> IIRSNN_INLINE acc_t magnitude(acc_t z) { return z < acc_t(0) ? -z : z; }
+template <typename acc_t>
+IIRSNN_INLINE acc_t magnitude(acc_t z) {
+  return z < acc_t(0) ? -z : z;
+}
 
 // exp(y) for y <= 0: y = n ln 2 + r, |r| <= ln 2 / 2, a Taylor polynomial in r and 2^n put into the exponent.
 // Our own because libm's does not vectorise and differs between host and device. Relative error below 2 ulp;
 // an exponent below the normal numbers is clamped there. NaN stays NaN.
-template <typename acc_t> struct ExpTraits;
-template <> struct ExpTraits<float> {
+template <typename acc_t>
+struct ExpTraits;
+template <>
+struct ExpTraits<float> {
   using int_t = int32_t;
   static constexpr float kLowest = -87.0f, kRound = 12582912.0f;  // kRound = 1.5 * 2^23
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   static constexpr double kLast = 1.0 / 5040;  // 1 / kDegree!
   static constexpr int kDegree = 7, kMantissa = 23, kBias = 127;
 };
-template <> struct ExpTraits<double> {
+template <>
+struct ExpTraits<double> {
   using int_t = int64_t;
   static constexpr double kLowest = -708.0, kRound = 6755399441055744.0;  // kRound = 1.5 * 2^52
   static constexpr double kLn2High = 0.693145751953125, kLn2Low = 1.42860682030941723212e-6;
@@ -59,7 +78,8 @@ template <> struct ExpTraits<double> {
   static constexpr int kDegree = 13, kMantissa = 52, kBias = 1023;
 };
 
-template <typename acc_t> IIRSNN_INLINE acc_t exp_negative(acc_t y) {
+template <typename acc_t>
+IIRSNN_INLINE acc_t exp_negative(acc_t y) {
   using Traits = ExpTraits<acc_t>;
   using int_t = typename Traits::int_t;
   const acc_t kLog2e = acc_t(1.44269504088896340736), kRound = Traits::kRound;
@@ -82,12 +102,14 @@ template <typename acc_t> IIRSNN_INLINE acc_t exp_negative(acc_t y) {
   return mul(p, bit_cast<acc_t>(int_t(exponent << Traits::kMantissa)));
 }
 
-template <typename acc_t> struct Ratio {
+template <typename acc_t>
+struct Ratio {
   acc_t numerator, denominator;
 };
 
 // The surrogates that divide, as what they divide: on a GPU they share one division.
-template <Surrogate kSurrogate, typename acc_t> IIRSNN_INLINE Ratio<acc_t> surrogate_ratio(acc_t z, acc_t a) {
+template <Surrogate kSurrogate, typename acc_t>
+IIRSNN_INLINE Ratio<acc_t> surrogate_ratio(acc_t z, acc_t a) {
   const acc_t one = acc_t(1);
   if constexpr (kSurrogate == Surrogate::atan) {
     const acc_t y = mul(mul(a, acc_t(1.57079632679489661923)), z);
@@ -104,7 +126,8 @@ template <Surrogate kSurrogate, typename acc_t> IIRSNN_INLINE Ratio<acc_t> surro
 }
 
 // z: distance to the threshold in thresholds; a: the surrogate's scale, > 0. Comparisons let NaN through.
-template <Surrogate kSurrogate, typename acc_t> IIRSNN_INLINE acc_t surrogate(acc_t z, acc_t a) {
+template <Surrogate kSurrogate, typename acc_t>
+IIRSNN_INLINE acc_t surrogate(acc_t z, acc_t a) {
   if constexpr (kSurrogate == Surrogate::triangle) {
     const acc_t height = sub(acc_t(1), magnitude(z));
     return mul(a, height < acc_t(0) ? acc_t(0) : height);

@@ -6,6 +6,7 @@ can run the plain torch `reference`, with one warning. A backend asked for by na
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import warnings
@@ -32,6 +33,9 @@ _COMPILED = Backend(
 )
 _REFERENCE = Backend(reference.lif_forward, reference.lif_packed, reference.unpack_spikes)
 NAMES = ("auto", "cpu", "cuda", "triton", "reference")
+
+with contextlib.suppress(ImportError):  # its ops must run in a loaded export too; lif() says why not
+    importlib.import_module("iirsnn._C")
 
 _compiled_reason: dict[str, str | None] = {}
 _warned: set[str] = set()
