@@ -90,8 +90,8 @@ def to_spiking(ann: nn.Module, timesteps: int, neuron: NeuronConfig | None = Non
                 f"ann: expected a Network or an nn.Sequential, got {type(ann).__name__}"
             )
         snn = Network.from_sequential(snn)
-    snn.requires_grad_(True)
     fold_batch_norm(snn)
+    snn.requires_grad_(True)  # torch's fusion freezes a bias that it had to add
     if any(isinstance(module, _BatchNorm) for module in snn.modules()):
         raise ValueError("ann: expected each BatchNorm right after a Conv2d or Linear")
     settings = asdict(neuron or NeuronConfig())
