@@ -116,6 +116,7 @@ class OperationCounter:
         self._pool_area *= size * size if isinstance(size, int) else size[0] * size[1]
 
     def _neuron_hook(self, name: str):
+        @torch.no_grad()
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], spikes: Tensor) -> None:
             self._spiking = True
             self._pool_area = 1.0
@@ -125,6 +126,7 @@ class OperationCounter:
         return hook
 
     def _layer_hook(self, name: str):
+        @torch.no_grad()
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             (x,) = inputs
             layer = self.layers.setdefault(name, LayerOperations(name))
