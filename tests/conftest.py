@@ -1,0 +1,87 @@
+"""What several test files share: a small recipe, the command line, a finished run."""
+
+import os
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from iirsnn import cli, recipe
+
+#: Settings that make a run of seconds out of the digits recipe. One thread: bit for bit everywhere.
+QUICK = [
+    "timesteps=[2,1]",
+    "data.batch_size=256",
+    "model.layers=[8,A,16]",
+    "model.hidden=[32]",
+    "ann.epochs=3",
+    "snn.epochs=1",
+    "stages.T1.epochs=2",
+    "runtime.threads=1",
+    "runtime.device=cpu",
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate keeps one state for the whole process; no test sees that of another."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def command(*arguments, cwd=None):
+    """`iirsnn ARGUMENTS` as a person would type it: its exit code, its stdout and its stderr."""
+    capture = pytest.MonkeyPatch()
+    threads = torch.get_num_threads()
+    folder = os.getcwd()
+    with capture.context() as patch:
+        patch.setattr(sys, "argv", ["iirsnn", *map(str, arguments)])
+        code = 0
+        try:
+            if cwd is not None:
+                os.chdir(cwd)
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        finally:
+            os.chdir(folder)
+            torch.set_num_threads(threads)
+            AcceleratorState._reset_state(reset_partial_state=True)
+    return code
+
+
+@pytest.fixture
+def iirsnn(capsys, tmp_path):
+    """The command line, run in an empty folder: iirsnn(*arguments) -> code, out, err."""
+
+    def run(*arguments, cwd=tmp_path):
+        capsys.readouterr()
+        code = command(*arguments, cwd=cwd)
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err)
+
+    return run
+
+
+@pytest.fixture
+def quick():
+    """The digits recipe, cut down to a run of seconds."""
+    return recipe.load("digits", QUICK)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder of a finished quick run. Not to be changed: see `finished_copy`."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    settings = [argument for setting in QUICK for argument in ("--set", setting)]
+    assert command("train", "digits", *settings, "--out", folder) == 0
+    return folder
+
+
+@pytest.fixture
+def finished_copy(finished, tmp_path):
+    """A finished quick run of the test's own."""
+    return shutil.copytree(finished, tmp_path / "finished")
