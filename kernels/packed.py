@@ -163,7 +163,7 @@ def unpack_kernel(bits_ptr, s_ptr, N, row_bytes, blocks, VEC: tl.constexpr, BYTE
     byte = (tl.cast(tl.program_id(0) % blocks, tl.int64) * BYTES + tl.arange(0, BYTES))[:, None]
     n = 8 * byte + tl.arange(0, 8)[None, :]  # [BYTES, 8]
     bits = tl.load(bits_ptr + t * row_bytes + byte, mask=8 * byte < N, other=0)
-    s = (bits >> tl.arange(0, 8)[None, :]) & 1
+    s = ((bits >> tl.arange(0, 8)[None, :]) & 1).to(tl.float32)
     tl.store(s_ptr + t * N + n, s.to(s_ptr.dtype.element_ty), mask=n < N)
 
 

@@ -1,0 +1,191 @@
+"""csrc/lif_cuda.cu on the CPU: its own launchers, their launches executed from PTX and counted."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iirsnn.reference import RESETS, SURROGATES, acc_dtype, empty_spikes
+from tests.cuda_compiler import compile_kernels
+from tests.lif_cases import Implementation
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+POINTER, INT, INT64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+DOUBLE, BOOL = ctypes.c_double, ctypes.c_bool
+
+
+class Shape(ctypes.Structure):
+    _fields_ = [
+        ("dtype", INT),
+        *((name, INT64) for name in ("timesteps", "neurons", "x_stride_t", "channels", "inner")),
+    ]
+
+
+class Forward(ctypes.Structure):
+    _fields_ = [
+        ("shape", Shape),
+        ("reset", INT),
+        ("v_reset", DOUBLE),
+        *((name, POINTER) for name in ("x", "threshold", "leak", "v0", "s", "bits", "v")),
+    ]
+
+
+class Backward(ctypes.Structure):
+    _fields_ = [
+        ("shape", Shape),
+        ("reset", INT),
+        ("v_reset", DOUBLE),
+        ("detach_reset", BOOL),
+        ("surrogate", INT),
+        ("surrogate_scale", DOUBLE),
+        ("grad_s", POINTER),
+        ("grad_s_stride_t", INT64),
+        *((name, POINTER) for name in ("grad_v", "x", "threshold", "leak", "v0", "grad_x")),
+        *((name, POINTER) for name in ("grad_threshold", "grad_leak", "grad_v0", "workspace")),
+    ]
+
+
+def build(arch: int, unrolled: int, library_dir: str) -> Path:
+    """liblif.so with PTX inside and the emulator for a runtime; its folder. See compile_kernels."""
+    runtime = ["-cudart", "none", f"-L{library_dir}", "-lptxcudart"]
+    runtime += ["-Xlinker", f"-rpath={library_dir}"]
+    launchers = Path(__file__).with_name("launchers.cpp")
+    return compile_kernels(arch, unrolled, runtime, [launchers])
+
+
+class Launchers:
+    """ops: an Implementation on CPU tensors. take(): (kernel name, Stats) of its launches so far."""
+
+    def __init__(self, rt: Any, library: Path) -> None:
+        self.rt, self.lib = rt, rt.load(str(library))
+        for name in ("forward", "backward", "unpack"):
+            getattr(self.lib, name).restype = ctypes.c_char_p
+        self.lib.workspace.restype = INT64
+        self.ops = Implementation(self.forward, self.backward, self.packed, self.unpack)
+
+    def take(self) -> list[tuple[str, Any]]:
+        launches = [(name, stats) for name, _, _, stats in self.rt.stats]
+        self.rt.stats.clear()
+        return launches
+
+    def call(self, launch: Callable[..., Any], *arguments: Any, **tensors: Tensor | None) -> None:
+        """Launch with the memory of these tensors known to the emulator under their names."""
+        known = {k: t for k, t in tensors.items() if t is not None and t.numel() > 0}
+        for name, tensor in known.items():
+            self.rt.register(tensor, name)
+        try:
+            error = launch(*arguments)
+            self.rt.check()
+            assert error is None, error
+        finally:
+            for tensor in known.values():
+                self.rt.unregister(tensor)
+        for name, _, _, stats in self.rt.stats:
+            assert not stats.undefined, (name, stats.undefined)
+            assert not stats.local, (name, stats.local)
+
+    @staticmethod
+    def shape(x: Tensor, *parameters: Tensor) -> tuple[Shape, list[Tensor]]:
+        channels = max(p.numel() for p in parameters)
+        neurons = math.prod(x.shape[1:])
+        inner = x.stride(2) if channels > 1 else neurons
+        shape = Shape(DTYPES.index(x.dtype), x.shape[0], neurons, x.stride(0), channels, inner)
+        return shape, [p.expand(channels).contiguous() for p in parameters]
+
+    def run_forward(self, x, threshold, leak, v0, reset, v_reset, return_v, packed) -> Any:
+        shape, (threshold, leak) = self.shape(x, threshold, leak)
+        v = x.new_empty_strided(x.shape[1:], x.stride()[1:], dtype=acc_dtype(x.dtype))
+        v = v.fill_(math.nan) if return_v else v.new_empty(0)
+        width = (shape.neurons + 63) // 64 * 8
+        bits = torch.full((x.shape[0], width), 255, dtype=torch.uint8) if packed else None
+        s = None if packed else empty_spikes(x).fill_(math.nan)
+        if x.numel() > 0:
+            v0 = None if v0 is None else torch.empty_strided(x.shape[1:], x.stride()[1:]).copy_(v0)
+            known = {"x": x, "threshold": threshold, "leak": leak, "v0": v0, "s": s, "bits": bits}
+            known["v"] = v if return_v else None
+            args = Forward(shape, RESETS.index(reset), v_reset, *map(pointer, known.values()))
+            self.call(self.lib.forward, ctypes.byref(args), **known)
+        return (bits if packed else s), v
+
+    def forward(self, x, threshold, leak, v0, reset, v_reset, detach, surrogate, scale, return_v):
+        return self.run_forward(x, threshold, leak, v0, reset, v_reset, return_v, packed=False)
+
+    def packed(self, x, threshold, leak, v0, reset, v_reset, return_v):
+        return self.run_forward(x, threshold, leak, v0, reset, v_reset, return_v, packed=True)
+
+    def unpack(self, bits, size, stride, dtype):
+        s = torch.empty_strided(size, stride, dtype=dtype).fill_(math.nan)
+        if s.numel() > 0:
+            arguments = (
+                POINTER(pointer(bits)),
+                POINTER(pointer(s)),
+                DTYPES.index(dtype),
+                INT64(size[0]),
+            )
+            self.call(self.lib.unpack, *arguments, INT64(math.prod(size[1:])), bits=bits, s=s)
+        return s
+
+    def backward(
+        self,
+        grad_s,
+        grad_v,
+        x,
+        threshold,
+        leak,
+        v0,
+        reset,
+        v_reset,
+        detach,
+        surrogate,
+        scale,
+        need_parameter_grads,
+    ):
+        elements = (threshold.numel(), leak.numel())
+        shape, (threshold, leak) = self.shape(x, threshold, leak)
+        acc = acc_dtype(x.dtype)
+
+        def membrane(value: Tensor | None) -> Tensor | None:
+            like = torch.empty_strided(x.shape[1:], x.stride()[1:], dtype=acc)
+            return None if value is None else like.copy_(value)
+
+        v0, grad_v = membrane(v0), membrane(grad_v)
+        same = grad_s.shape[0] > 1 and grad_s.stride(0) == 0
+        if not same and grad_s.stride() != empty_spikes(x).stride():
+            grad_s = empty_spikes(x).copy_(grad_s)
+        grad_x = empty_spikes(x).fill_(math.nan)
+        grad_v0 = None if v0 is None else torch.full_like(v0, math.nan)
+        sums = [torch.full_like(threshold, math.nan) for _ in range(2)]
+        if not need_parameter_grads:
+            sums = [None, None]
+        if x.numel() > 0:
+            known = {"grad_v": grad_v, "x": x, "threshold": threshold, "leak": leak, "v0": v0}
+            known |= {"grad_x": grad_x, "grad_threshold": sums[0], "grad_leak": sums[1]}
+            known["grad_v0"] = grad_v0
+            args = Backward(
+                *(shape, RESETS.index(reset), v_reset, detach, list(SURROGATES).index(surrogate)),
+                *(scale, pointer(grad_s), 0 if same else shape.neurons),
+                *map(pointer, known.values()),
+            )
+            size = self.lib.workspace(ctypes.byref(args))
+            workspace = torch.full((size // 4,), math.nan)  # NaN: read before written would show
+            args.workspace = pointer(workspace)
+            known |= {"grad_s": grad_s, "workspace": workspace}
+            self.call(self.lib.backward, ctypes.byref(args), **known)
+        elif need_parameter_grads:
+            sums = [torch.zeros_like(threshold) for _ in range(2)]
+        none = torch.empty(0, dtype=acc)
+        sums = [
+            none if g is None else g.sum(0, True) if n < shape.channels else g
+            for g, n in zip(sums, elements, strict=True)
+        ]
+        return grad_x, *sums, none if grad_v0 is None else grad_v0
+
+
+def pointer(t: Tensor | None) -> int | None:
+    return None if t is None or t.numel() == 0 else t.data_ptr()

@@ -1,0 +1,38 @@
+// The launchers of lif_cuda.cu for ctypes: what they throw comes back as text, null is success.
+#include <exception>
+#include <string>
+
+#include "lif_cuda.h"
+
+namespace {
+
+template <typename F> const char* caught(F f) {
+  static std::string message;
+  try {
+    f();
+    return nullptr;
+  } catch (const std::exception& error) {
+    message = error.what();
+    return message.c_str();
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* forward(const iirsnn::LifForward* args) {
+  return caught([&] { iirsnn::lif_forward_cuda(*args, nullptr); });
+}
+
+int64_t workspace(const iirsnn::LifBackward* args) { return iirsnn::lif_backward_workspace_cuda(*args); }
+
+const char* backward(const iirsnn::LifBackward* args) {
+  return caught([&] { iirsnn::lif_backward_cuda(*args, nullptr); });
+}
+
+const char* unpack(const uint8_t* bits, void* s, int dtype, int64_t timesteps, int64_t neurons) {
+  return caught([&] { iirsnn::unpack_spikes_cuda(bits, s, iirsnn::DType(dtype), timesteps, neurons, nullptr); });
+}
+
+}  // extern "C"

@@ -1,0 +1,264 @@
+"""Every CUDA kernel compiled to PTX and executed on the CPU, through the project's launchers.
+
+The emulator checks every access against the bounds and alignment of its array, and counts bytes.
+"""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from iirsnn import reference
+from tests import lif_cases
+from tests.lif_cases import CASES, FEW, Case, inputs, options
+from tests.ptx.conftest import ptxrun_module
+from tests.ptx.cuda_launchers import Launchers, build
+
+UNROLLED = {
+    90: 8,
+    80: 2,
+    100: 2,
+}  # every kernel for sm_90, those of T = 1, 2 and any for the others
+ARCHITECTURES = [(90, case) for case in CASES] + [(a, case) for a in (80, 100) for case in FEW]
+HALVES = (torch.float16, torch.bfloat16)
+# Every instantiation: T with kernels of its own and any T in packets, any T neuron by neuron.
+EVERY_KERNEL = [
+    Case(f"{reset} T={t} {n} {dtype}", (t, n), "contiguous", dtype, reset, False, v0=True)
+    for t, n in [*((t, 24) for t in (*range(2, 9), 18)), (18, 25)]
+    for reset in reference.RESETS
+    for dtype in (torch.float32, *HALVES)
+]
+
+
+@pytest.fixture(scope="session")
+def all_launchers():
+    rt = ptxrun_module("ptxcudart")
+    with ThreadPoolExecutor(2) as pool:
+        folders = pool.map(lambda arch: build(arch, UNROLLED[arch], rt.library_dir()), UNROLLED)
+        return {arch: Launchers(rt, folder) for arch, folder in zip(UNROLLED, folders, strict=True)}
+
+
+@pytest.fixture
+def launchers(all_launchers):
+    yield (sm_90 := all_launchers[90])
+    sm_90.take()
+
+
+def named(architectures):
+    ids = [f"sm_{arch} {case.name}" for arch, case in architectures]
+    return pytest.mark.parametrize(("arch", "case"), architectures, ids=ids)
+
+
+@named(ARCHITECTURES)
+def test_forward(all_launchers, arch, case):
+    lif_cases.check_forward(case, all_launchers[arch].ops)
+    assert len(all_launchers[arch].take()) == 2 * (0 not in case.shape)
+
+
+@named(ARCHITECTURES)
+def test_backward(all_launchers, arch, case):
+    lif_cases.check_backward(case, all_launchers[arch].ops)
+    sums = 1 if case.need_parameter_grads else 0
+    assert len(all_launchers[arch].take()) == (1 + sums) * (0 not in case.shape)
+
+
+@named(ARCHITECTURES)
+def test_packed(all_launchers, arch, case):
+    lif_cases.check_packed(case, all_launchers[arch].ops)
+    assert len(all_launchers[arch].take()) == 3 * (0 not in case.shape)
+
+
+def test_every_kernel(launchers):
+    for case in EVERY_KERNEL:
+        lif_cases.check_forward(case, launchers.ops)
+        lif_cases.check_backward(case, launchers.ops)
+    names = {name for name, _ in launchers.take()}
+    assert len([name for name in names if "single" not in name]) == 2 * len(EVERY_KERNEL) + 1
+
+
+@pytest.mark.parametrize("timesteps", [1, 3])
+def test_special_values(launchers, timesteps):
+    lif_cases.check_special_values(launchers.ops, timesteps)
+
+
+@pytest.mark.parametrize("reset", reference.RESETS)
+def test_split(launchers, reset):
+    lif_cases.check_split(launchers.ops, reset)
+
+
+def test_repeats(launchers):
+    lif_cases.check_repeats(launchers.ops)
+
+
+@pytest.mark.parametrize("reset", reference.RESETS)
+@pytest.mark.parametrize("neurons", [36, 35])
+def test_float64(launchers, reset, neurons):
+    case = Case("float64", (10, 2, neurons), reset=reset, detach=False, v0=True, grad_v=True)
+    a = inputs(case)
+    a.x, a.threshold, a.leak, a.v0 = (t.double() for t in (a.x, a.threshold, a.leak, a.v0))
+    a.grad_s, a.grad_v = a.grad_s.double(), a.grad_v.double()
+    call = (a.x, a.threshold, a.leak, a.v0, *options(case), True)
+    for got, wanted in zip(launchers.ops.forward(*call), reference.lif_forward(*call), strict=True):
+        assert torch.equal(got, wanted)
+    gradients = launchers.ops.backward(a.grad_s, a.grad_v, *call)
+    for got, wanted in zip(gradients, lif_cases.reference_gradients(case, a), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+# ---- bytes
+
+
+def moved(launches, kind):
+    """Bytes of each array, over all launches; the parameters are a few, read from cache."""
+    total = {}
+    for _, stats in launches:
+        for name, counts in stats.by_array.items():
+            if counts[f"{kind}_bytes"] and name not in ("threshold", "leak"):
+                total[name] = total.get(name, 0) + counts[f"{kind}_bytes"]
+    return total
+
+
+def in_packets(launches, arrays):
+    """Every access to these arrays moves 16 bytes, and a warp's accesses are neighbours."""
+    for _, stats in launches:
+        for name in arrays & stats.by_array.keys():
+            counts = stats.by_array[name]
+            for kind in ("ld", "st"):
+                assert counts[f"{kind}_bytes"] == 16 * counts[f"{kind}_threads"]
+                assert counts[f"{kind}_bytes"] == 32 * counts[f"{kind}_sectors"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("timesteps", [1, 2, 5, 8, 9, 16, 17, 30])
+def test_bytes(launchers, timesteps, dtype):
+    neurons = 2048
+    case = Case("bytes", (timesteps, 2, neurons // 2), dtype=dtype)
+    a = inputs(case)
+    parameters = (a.threshold, a.leak)
+    row, all_rows = neurons * dtype.itemsize, timesteps * neurons * dtype.itemsize
+
+    s, _ = launchers.ops.forward(a.x, *parameters, None, *options(case), False)
+    forward = launchers.take()
+    assert moved(forward, "ld") == {"x": all_rows}
+    assert moved(forward, "st") == {"s": all_rows}
+
+    bits, _ = launchers.ops.packed(a.x, *parameters, None, *options(case)[:2], False)
+    packed = launchers.take()
+    assert moved(packed, "ld") == {"x": all_rows}
+    assert moved(packed, "st") == {"bits": timesteps * neurons // 8}
+
+    launchers.ops.unpack(bits, list(s.shape), list(s.stride()), dtype)
+    unpack = launchers.take()
+    assert moved(unpack, "ld") == {"bits": timesteps * neurons // 8}
+    assert moved(unpack, "st") == {"s": all_rows}
+
+    launchers.ops.backward(a.grad_s, None, a.x, *parameters, None, *options(case), False)
+    backward = launchers.take()
+    segments = -(-timesteps // 8)
+    again = (segments - 1) * 8 * row  # the timesteps before the last segment
+    checkpoints = max(0, segments - 2) * neurons * 4
+    assert moved(backward, "ld") == {"x": all_rows + again, "grad_s": all_rows} | (
+        {"workspace": checkpoints} if checkpoints else {}
+    )
+    assert moved(backward, "st") == {"grad_x": all_rows} | (
+        {"workspace": checkpoints} if checkpoints else {}
+    )
+    in_packets([*forward, *packed, *backward, *unpack], {"x", "s", "grad_s", "grad_x"})
+    if timesteps <= 8:
+        both = sum(sum(moved(forward + backward, kind).values()) for kind in ("ld", "st"))
+        assert both == 5 * timesteps * dtype.itemsize * neurons
+
+
+def test_bytes_of_membranes(launchers):
+    """v0 and v are one read and one write."""
+    neurons = 2048
+    a = inputs(case := Case("membranes", (5, 2, neurons // 2), v0=True, grad_v=True))
+    launchers.ops.forward(a.x, a.threshold, a.leak, a.v0, *options(case), True)
+    forward = launchers.take()
+    assert moved(forward, "ld") == {"x": 20 * neurons, "v0": 4 * neurons}
+    assert moved(forward, "st") == {"s": 20 * neurons, "v": 4 * neurons}
+    parameters = (a.threshold, a.leak)
+    launchers.ops.backward(a.grad_s, a.grad_v, a.x, *parameters, a.v0, *options(case), False)
+    backward = launchers.take()
+    read = {"x": 20 * neurons, "grad_s": 20 * neurons, "v0": 4 * neurons, "grad_v": 4 * neurons}
+    assert moved(backward, "ld") == read
+    assert moved(backward, "st") == {"grad_x": 20 * neurons, "grad_v0": 4 * neurons}
+    in_packets(
+        [*forward, *backward], {"x", "s", "v0", "v", "grad_s", "grad_v", "grad_x", "grad_v0"}
+    )
+
+
+@pytest.mark.parametrize("timesteps", [5, 20])
+def test_same_current_and_gradient_are_read_once(launchers, timesteps):
+    neurons = 2048
+    a = inputs(case := Case("same", (timesteps, 2, neurons // 2), "same"))
+    launchers.ops.forward(a.x, a.threshold, a.leak, None, *options(case), False)
+    assert moved(launchers.take(), "ld") == {"x": 4 * neurons}
+    grad_s = a.grad_s[:1].expand(a.x.shape)
+    launchers.ops.backward(grad_s, None, a.x, a.threshold, a.leak, None, *options(case), False)
+    read = moved(launchers.take(), "ld")
+    assert {name: read[name] for name in ("x", "grad_s")} == {
+        "x": 4 * neurons,
+        "grad_s": 4 * neurons,
+    }
+
+
+def test_odd_rows_are_read_by_neighbours(launchers):
+    """Off 16 bytes: one neuron a lane, and a warp touches at most one sector more than it must."""
+    a = inputs(case := Case("odd", (5, 2, 1023)))
+    launchers.ops.forward(a.x, a.threshold, a.leak, None, *options(case), False)
+    ((_, stats),) = launchers.take()
+    for name, kind in (("x", "ld"), ("s", "st")):
+        counts = stats.by_array[name]
+        assert counts[f"{kind}_bytes"] == a.x.nbytes
+        assert counts[f"{kind}_sectors"] <= a.x.nbytes / 32 + counts[f"{kind}_requests"]
+
+
+# ---- sums over many blocks
+
+MANY_BLOCKS = [
+    Case("a pair a block", (2, 4, 5000)),
+    Case("rows within a tile", (1, 60, 3, 7, 7), threshold_channels=True, leak_channels=True),
+    Case("rows over tiles", (2, 3, 5, 30, 31), threshold_channels=True, leak_channels=True),
+    Case("blocks stride", (1, 2400, 131), threshold_channels=True),
+    Case("blocks stride, odd", (1, 1201, 131), threshold_channels=True),
+    Case("blocks stride over rows", (1, 5, 160, 20, 20), threshold_channels=True),
+]
+
+
+@pytest.mark.parametrize("case", MANY_BLOCKS, ids=lambda case: case.name)
+def test_many_blocks(launchers, case):
+    lif_cases.check_backward(case, launchers.ops)
+    (_, backward), (name, sums) = launchers.take()
+    assert "sum_partials" in name
+    tiles = -(-math.prod(case.shape[1:]) // 512)
+    assert (backward.blocks < tiles) == case.name.startswith("blocks stride")
+    assert sums.by_array["workspace"]["ld_bytes"] <= 2**20
+
+
+# ---- ordering
+
+
+def gradients(launchers, case):
+    a = inputs(case)
+    how = options(case)
+    bits, _ = launchers.ops.packed(a.x, a.threshold, a.leak, a.v0, *how[:2], False)
+    return bits, *launchers.ops.backward(
+        *(a.grad_s, a.grad_v, a.x, a.threshold, a.leak, a.v0, *how, True)
+    )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(5, 4, 6, 9, 12), (1, 3, 5, 7, 11)], ids=str)
+def test_any_order_of_warps(launchers, shape, layout):
+    """A missing barrier would show: warps run in random order, each until it must wait."""
+    case = Case("order", shape, layout, threshold_channels=True, leak_channels=True)
+    wanted = gradients(launchers, case)
+    for seed in range(3):
+        launchers.rt.options.update(sched="warp", seed=seed, order="random")
+        try:
+            got = gradients(launchers, case)
+        finally:
+            launchers.rt.options.clear()
+        assert all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True))
