@@ -34,7 +34,7 @@ _COMPILED = Backend(
 _REFERENCE = Backend(reference.lif_forward, reference.lif_packed, reference.unpack_spikes)
 NAMES = ("auto", "cpu", "cuda", "triton", "reference")
 
-with contextlib.suppress(ImportError):  # its ops must run in a loaded export too; lif() says why not
+with contextlib.suppress(ImportError):  # a loaded export needs its ops; lif() says why not
     importlib.import_module("iirsnn._C")
 
 _compiled_reason: dict[str, str | None] = {}

@@ -74,9 +74,9 @@ def lif(
     check_choice("reset", reset, RESETS)
     check_choice("surrogate", surrogate, tuple(SURROGATES))
     scale = SURROGATES[surrogate][1] if surrogate_scale is None else float(surrogate_scale)
-    if not (scale > 0 and math.isfinite(scale)):
+    if not 0 < scale < math.inf:
         raise ValueError(f"surrogate_scale: expected a finite number > 0, got {surrogate_scale}")
-    if not math.isfinite(v_reset):
+    if not -math.inf < v_reset < math.inf:
         raise ValueError(f"v_reset: expected a finite number, got {v_reset}")
     threshold = _parameter("threshold", threshold, x, acc)
     leak = _parameter("leak", leak, x, acc)
@@ -130,8 +130,10 @@ def _parameter(name: str, value: float | Tensor, x: Tensor, acc: torch.dtype) ->
     """threshold or leak as the ops want it: 1-D, 1 or C elements, acc."""
     if not isinstance(value, Tensor):
         number = float(value)
-        if not math.isfinite(number) or (name == "threshold" and number <= 0):
-            wanted = "a finite number > 0" if name == "threshold" else "a finite number"
+        lowest, wanted = -math.inf, "a finite number"
+        if name == "threshold":
+            lowest, wanted = 0.0, "a finite number > 0"
+        if not lowest < number < math.inf:
             raise ValueError(f"{name}: expected {wanted}, got {value}")
         return torch.full((1,), number, dtype=acc, device=x.device)
     if not value.is_floating_point():

@@ -27,6 +27,8 @@ class FusedLIF(nn.Module):
     """
 
     over_time = True  # takes [T, B, ...] as a whole, not one merged T*B axis
+    threshold: Tensor
+    leak: Tensor
     state: Tensor | None
 
     def __init__(

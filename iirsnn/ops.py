@@ -83,9 +83,9 @@ def _unpack_spikes_fake(bits: Tensor, size: Any, stride: Any, dtype: torch.dtype
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, threshold, leak, v0, *options, _return_v = inputs
+    x, threshold, leak, v0, *options, return_v = inputs
     ctx.save_for_backward(x, threshold, leak, v0)
-    ctx.options = options
+    ctx.options, ctx.return_v = options, return_v
     ctx.set_materialize_grads(False)
 
 
@@ -111,6 +111,8 @@ def register(forward_op: Any, backward_op: Any) -> None:
         if grad_s is None:
             grad_s = x.new_zeros(()).expand(x.shape)
         need_parameter_grads = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        if not ctx.return_v:  # AOTAutograd makes a gradient of 0 elements for the empty v
+            grad_v = None
         grad_x, grad_threshold, grad_leak, grad_v0 = call(
             grad_s, grad_v, x, threshold, leak, v0, *ctx.options, need_parameter_grads
         )

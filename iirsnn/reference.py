@@ -124,11 +124,9 @@ def lif_forward(
     """
     if not torch.compiler.is_compiling():
         _check_values(threshold, leak)
-    ones = [1] * (x.dim() - 3)
-    if threshold.numel() > 1:
-        threshold = threshold.view(-1, *ones)
-    if leak.numel() > 1:
-        leak = leak.view(-1, *ones)
+    channels = (-1, *[1] * (x.dim() - 3))
+    threshold = threshold.reshape(channels if threshold.numel() > 1 else ())
+    leak = leak.reshape(channels if leak.numel() > 1 else ())
 
     def spike(h: Tensor) -> Tensor:
         return _Spike.apply(h, threshold, surrogate, surrogate_scale)
@@ -153,6 +151,7 @@ def lif_forward(
         else:
             v = h
         spikes.append(s.to(x.dtype))
+    assert v is not None  # T >= 1
     return torch.stack(spikes), v if return_v else x.new_empty(0, dtype=acc)
 
 
