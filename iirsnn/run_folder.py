@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import checkpoint, recipe
 from .errors import RunError, UsageError
-from .recipe import Recipe
+from .recipe import Recipe, dump
 
 
 class RunFolder:
@@ -31,6 +31,7 @@ class RunFolder:
 
     def __init__(self, path: Path, recipe: Recipe, lock: FileLock | None) -> None:
         self.path, self.recipe, self._lock = path, recipe, lock
+        self._recipe_text = dump(recipe)  # in the header of every checkpoint
 
     @classmethod
     def create(cls, path: Path, new: Recipe) -> RunFolder:
@@ -55,11 +56,12 @@ class RunFolder:
                 )
             if any(entry.name != ".lock" for entry in path.iterdir()):
                 raise UsageError(f"output folder {path}: is not empty and holds no run")
-            checkpoint.write_text(path / "recipe.yaml", recipe.dump(new))
+            folder = cls(path, new, lock)
+            checkpoint.write_text(path / "recipe.yaml", folder._recipe_text)
         except BaseException:
             lock.release()
             raise
-        return cls(path, new, lock)
+        return folder
 
     @classmethod
     def resume(cls, path: Path, expected: Recipe | None = None) -> RunFolder:
@@ -74,14 +76,12 @@ class RunFolder:
             UsageError: no run there, or one of another recipe.
             RunError: another process uses it, or it is not writable.
         """
-        folder = cls.read(path)
+        stored = cls.read(path).recipe
         if expected is not None:
-            difference = _difference(folder.recipe, expected)
+            difference = _difference(stored, expected)
             if difference:
                 raise UsageError(f"run {path}: was started with another recipe: {difference}")
-            folder.recipe = expected
-        folder._lock = _acquire(path)
-        return folder
+        return cls(path, expected or stored, _acquire(path))
 
     @classmethod
     def read(cls, path: Path) -> RunFolder:
@@ -116,7 +116,7 @@ class RunFolder:
         self, stage: str, name: str, tensors: dict[str, Tensor], header: dict[str, Any]
     ) -> None:
         """Write stages/STAGE/NAME.safetensors; its header holds the recipe as well."""
-        header = {"recipe": recipe.dump(self.recipe), "stage": stage, **header}
+        header = {"recipe": self._recipe_text, "stage": stage, **header}
         checkpoint.save(self.stage_path(stage) / f"{name}.safetensors", tensors, header)
 
     def load_checkpoint(self, stage: str, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -131,11 +131,11 @@ class RunFolder:
             raise RunError(
                 f"checkpoint {path}: expected stage {stage}, got {header.get('stage')!r}"
             )
-        difference = _difference(
-            recipe.parse(header.get("recipe", ""), source=str(path)), self.recipe
-        )
-        if difference:
-            raise RunError(f"checkpoint {path}: is not of this run's recipe: {difference}")
+        text = header.get("recipe", "")
+        if text != self._recipe_text:
+            difference = _difference(recipe.parse(text, source=str(path)), self.recipe)
+            if difference:
+                raise RunError(f"checkpoint {path}: is not of this run's recipe: {difference}")
         return tensors, header
 
     def has_checkpoint(self, stage: str, name: str) -> bool:
