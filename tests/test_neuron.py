@@ -1,0 +1,151 @@
+"""FusedLIF: parameters, state, constraints, what it prints."""
+
+import copy
+import io
+
+import pytest
+import torch
+
+from iirsnn import FusedLIF, PackedSpikes
+from iirsnn.functional import lif
+
+
+def test_is_functional_lif_with_its_parameters():
+    x = torch.randn(4, 2, 3, 5) + 0.5
+    neuron = FusedLIF(0.75, 0.5, reset="hard", v_reset=0.25, surrogate="atan")
+    expected = lif(x, 0.75, 0.5, reset="hard", v_reset=0.25, surrogate="atan")
+    assert torch.equal(neuron(x), expected)
+
+
+def test_one_parameter_of_each_or_one_a_channel():
+    assert {n: p.shape for n, p in FusedLIF().named_parameters()} == {
+        "threshold": (1,),
+        "leak": (1,),
+    }
+    neuron = FusedLIF(0.75, 0.5, channels=3)
+    assert neuron.threshold.tolist() == [0.75] * 3
+    assert neuron.leak.tolist() == [0.5] * 3
+    neuron(torch.rand(4, 2, 3, 5)).sum().backward()
+    assert neuron.threshold.grad.shape == neuron.leak.grad.shape == (3,)
+    with pytest.raises(ValueError, match="threshold: expected 1 element, or C"):
+        neuron(torch.rand(4, 2, 4, 5))
+
+
+def test_what_is_not_learned_is_a_buffer_and_is_saved():
+    neuron = FusedLIF(learn_threshold=False, learn_leak=False)
+    assert list(neuron.parameters()) == []
+    assert set(neuron.state_dict()) == {"threshold", "leak"}
+    s = neuron(torch.rand(3, 2, requires_grad=True))
+    s.sum().backward()
+    assert neuron.threshold.grad is None
+
+
+def test_learned_and_fixed_neurons_read_each_others_checkpoints():
+    fixed = FusedLIF(learn_threshold=False, learn_leak=False)
+    fixed.load_state_dict(FusedLIF(0.5, 0.25).state_dict())
+    assert (fixed.threshold.item(), fixed.leak.item()) == (0.5, 0.25)
+
+
+def test_a_stream_in_pieces_equals_the_whole():
+    x = torch.randn(9, 2, 5) + 0.4
+    neuron = FusedLIF(leak=0.9, stateful=True)
+    pieces = torch.cat([neuron(piece) for piece in x.split([1, 2, 6])])
+    assert torch.equal(pieces, FusedLIF(leak=0.9)(x))
+    assert not torch.equal(neuron(x), pieces)
+    neuron.reset_state()
+    assert torch.equal(neuron(x), pieces)
+
+
+def test_the_state_is_detached():
+    neuron = FusedLIF(stateful=True)
+    for _ in range(2):  # a second backward through the first piece would raise
+        neuron(torch.rand(3, 4, requires_grad=True)).sum().backward()
+    assert not neuron.state.requires_grad
+
+
+def test_the_state_follows_to_and_is_copied_but_not_saved():
+    neuron = FusedLIF(stateful=True)
+    assert neuron.state is None
+    neuron(torch.rand(3, 4))
+    assert neuron.state.dtype == torch.float32
+    twin = copy.deepcopy(neuron)
+    assert torch.equal(twin.state, neuron.state)
+    assert neuron.double().state.dtype == torch.float64
+    assert neuron.to("meta").state.device.type == "meta"
+    assert "state" not in twin.state_dict()
+    buffer = io.BytesIO()
+    torch.save(twin.state_dict(), buffer)
+
+
+def test_a_state_of_another_batch_is_refused():
+    neuron = FusedLIF(stateful=True)
+    neuron(torch.rand(3, 4))
+    with pytest.raises(ValueError, match=r"v0: expected shape \(5,\) on cpu, got \(4,\)"):
+        neuron(torch.rand(3, 5))
+
+
+def test_returns_the_membrane_or_packed_spikes():
+    x = torch.randn(3, 2, 70) + 0.5
+    s, v = FusedLIF(return_v=True)(x)
+    assert torch.equal(v, lif(x, return_v=True)[1])
+    assert torch.equal(FusedLIF(return_v=True, stateful=True)(x)[1], v)
+    with torch.no_grad():
+        packed = FusedLIF(packed=True)(x)
+    assert isinstance(packed, PackedSpikes)
+    assert torch.equal(packed.unpack(), s)
+
+
+def test_constrain_clamps_in_place_and_nothing_else():
+    neuron = FusedLIF(channels=3)
+    threshold, leak = neuron.threshold, neuron.leak
+    with torch.no_grad():
+        threshold.copy_(torch.tensor([-1.0, 1e-6, 2.0]))
+        leak.copy_(torch.tensor([1.5, 1.0, -0.5]))
+    neuron.constrain_()
+    assert neuron.threshold is threshold
+    torch.testing.assert_close(threshold.detach(), torch.tensor([1e-3, 1e-3, 2.0]))
+    assert leak.tolist() == [1.0, 1.0, -0.5]
+
+
+def test_prints_what_it_is():
+    assert repr(FusedLIF()) == "FusedLIF(threshold=1, leak=1, reset=soft, surrogate=triangle)"
+    neuron = FusedLIF(
+        0.5,
+        0.9,
+        channels=2,
+        learn_leak=False,
+        reset="hard",
+        v_reset=-0.1,
+        surrogate="atan",
+        surrogate_scale=3.0,
+        detach_reset=False,
+        stateful=True,
+        backend="reference",
+    )
+    with torch.no_grad():
+        neuron.threshold[1] = 0.75
+    assert repr(neuron) == (
+        "FusedLIF(threshold=0.5..0.75, leak=0.9 (fixed), channels=2, reset=hard, v_reset=-0.1, "
+        "surrogate=atan(3), detach_reset=False, stateful, backend=reference)"
+    )
+
+
+def test_compiles_whole():
+    neuron = FusedLIF(leak=0.9)
+    x = torch.randn(3, 2, 5) + 0.4
+    compiled = torch.compile(neuron, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), neuron(x))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"threshold": 0.0}, "threshold: expected a number > 0, got 0.0"),
+        ({"channels": 0}, "channels: expected None or a number >= 1, got 0"),
+        ({"reset": "sharp"}, "reset: expected one of soft, .* got 'sharp'"),
+        ({"surrogate": "spline"}, "surrogate: expected one of triangle, .* got 'spline'"),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        FusedLIF(**arguments)
