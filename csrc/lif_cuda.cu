@@ -24,26 +24,37 @@
 
 #include "lif_cuda.h"
 
+// The largest T that has kernels of its own; a smaller one builds faster.
+#ifndef IIRSNN_UNROLLED_TIMESTEPS
+#define IIRSNN_UNROLLED_TIMESTEPS 8
+#endif
+
 namespace iirsnn {
 namespace {
 
 constexpr int kBlock = 128;
-constexpr int kSegment = 8;         // timesteps held in registers
-constexpr int kSinglePackets = 2;   // packets per thread of a forward at T = 1
+constexpr int kBlocksAtLeast = 1;  // per multiprocessor; said aloud, it keeps ptxas from spilling to fit one more
+constexpr int kSegment = 8;        // timesteps held in registers
+constexpr int kSinglePackets = 2;  // packets per thread of a forward at T = 1
 constexpr int kSumBlock = 256;
 constexpr int64_t kMaxBlocks = 8192, kMinBlocks = 512, kPartials = 1 << 16;  // see plan_backward
 constexpr unsigned kWarp = 0xffffffffu;
 
-template <typename scalar_t> using acc_of = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+template <typename scalar_t>
+using acc_of = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
 __device__ __forceinline__ float widen(float value) { return value; }
 __device__ __forceinline__ double widen(double value) { return value; }
 __device__ __forceinline__ float widen(__half value) { return __half2float(value); }
 __device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
-template <typename scalar_t> __device__ __forceinline__ scalar_t narrow(acc_of<scalar_t> value) {
-  if constexpr (std::is_same_v<scalar_t, __half>) return __float2half_rn(value);
-  else if constexpr (std::is_same_v<scalar_t, __nv_bfloat16>) return __float2bfloat16_rn(value);
-  else return value;
+template <typename scalar_t>
+__device__ __forceinline__ scalar_t narrow(acc_of<scalar_t> value) {
+  if constexpr (std::is_same_v<scalar_t, __half>)
+    return __float2half_rn(value);
+  else if constexpr (std::is_same_v<scalar_t, __nv_bfloat16>)
+    return __float2bfloat16_rn(value);
+  else
+    return value;
 }
 
 // ---- where a thread's neurons are
@@ -74,11 +85,13 @@ struct Layout {
   Channels channels;
 };
 
-template <typename value_t, int kSize> struct alignas(std::min<size_t>(sizeof(value_t) * kSize, 16)) Packet {
+template <typename value_t, int kSize>
+struct alignas(std::min<size_t>(sizeof(value_t) * kSize, 16)) Packet {
   value_t value[kSize];
 };
 
-template <typename scalar_t> constexpr int kPacket = 16 / sizeof(scalar_t);
+template <typename scalar_t>
+constexpr int kPacket = 16 / sizeof(scalar_t);
 
 // A packet starts at neuron n. Only at T = 1 may the last one end inside it (kTail): at any other T a row that is no
 // multiple of packets would put the next row off its 16 bytes, and such rows are moved neuron by neuron (kSize = 1).
@@ -103,16 +116,23 @@ __device__ __forceinline__ Packet<value_t, kSize> load(const value_t* row, int64
   return packet;
 }
 
+// In assembly, because the compiler takes a plain store of eight 16-bit values apart into four of 4 bytes.
+__device__ __forceinline__ void store_words(uint4* to, uint4 words) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y), "r"(words.z),
+               "r"(words.w)
+               : "memory");
+}
+
 template <int kSize, bool kTail = false, typename value_t>
 __device__ __forceinline__ void store(value_t* row, int64_t n, int64_t neurons, const Packet<value_t, kSize>& packet) {
   if (n + kSize <= neurons) {
     if constexpr (kSize == 1) {
       row[n] = packet.value[0];
     } else {
-      uint4 words[sizeof(packet) / 16];  // stored by __stwb: plain stores of 16-bit values fall apart into 4 bytes each
+      uint4 words[sizeof(packet) / 16];
       memcpy(words, &packet, sizeof(packet));
 #pragma unroll
-      for (int i = 0; i < int(sizeof(packet) / 16); ++i) __stwb(reinterpret_cast<uint4*>(row + n) + i, words[i]);
+      for (int i = 0; i < int(sizeof(packet) / 16); ++i) store_words(reinterpret_cast<uint4*>(row + n) + i, words[i]);
     }
   } else if constexpr (kTail) {
 #pragma unroll
@@ -131,8 +151,7 @@ __device__ __forceinline__ void store_bits(uint8_t* row, int64_t n, int64_t neur
     if (n % 32 == 0 && n < padded) *reinterpret_cast<uint32_t*>(row + n / 8) = word;
   } else {
 #pragma unroll
-    for (int width = kSize; width < 8; width *= 2)
-      fired |= __shfl_down_sync(kWarp, fired, width / kSize) << width;
+    for (int width = kSize; width < 8; width *= 2) fired |= __shfl_down_sync(kWarp, fired, width / kSize) << width;
     if (n % 8 == 0 && n < padded) row[n / 8] = uint8_t(fired);
   }
 }
@@ -183,7 +202,7 @@ __device__ __forceinline__ void store_membrane(acc_t* to, int64_t n, int64_t neu
 
 // T = 1 from rest: compare, and that is all.
 template <typename scalar_t, int kSize>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, kBlocksAtLeast)
     single_forward_kernel(const scalar_t* __restrict__ x, const acc_of<scalar_t>* __restrict__ threshold,
                           scalar_t* __restrict__ s, uint8_t* __restrict__ bits, const __grid_constant__ Layout layout) {
   using acc_t = acc_of<scalar_t>;
@@ -205,14 +224,16 @@ __global__ void __launch_bounds__(kBlock)
       spikes.value[k] = narrow<scalar_t>(spike(h, neurons[k].threshold));
       fired |= unsigned(h > neurons[k].threshold) << k;
     }
-    if (bits != nullptr) store_bits<kSize>(bits, n, layout.neurons, fired);
-    else store<kSize, true>(s, n, layout.neurons, spikes);
+    if (bits != nullptr)
+      store_bits<kSize>(bits, n, layout.neurons, fired);
+    else
+      store<kSize, true>(s, n, layout.neurons, spikes);
   }
 }
 
 // kTimesteps = 0: any number, in segments of kSegment.
 template <typename scalar_t, int kSize, int kTimesteps, Reset kReset>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, kBlocksAtLeast)
     forward_kernel(const scalar_t* __restrict__ x, const acc_of<scalar_t>* __restrict__ threshold,
                    const acc_of<scalar_t>* __restrict__ leak, const acc_of<scalar_t>* __restrict__ v0,
                    scalar_t* __restrict__ s, uint8_t* __restrict__ bits, acc_of<scalar_t>* __restrict__ v_out,
@@ -232,8 +253,10 @@ __global__ void __launch_bounds__(kBlock)
     for (int j = 0; j < kSteps; ++j) {
       const int64_t t = t0 + j;
       if (t == 0 || t >= timesteps) continue;
-      if (layout.x_stride_t == 0) current[j] = current[0];
-      else current[j] = load<kSize>(x + t * layout.x_stride_t, n, layout.neurons);
+      if (layout.x_stride_t == 0)
+        current[j] = current[0];
+      else
+        current[j] = load<kSize>(x + t * layout.x_stride_t, n, layout.neurons);
     }
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
@@ -248,8 +271,10 @@ __global__ void __launch_bounds__(kBlock)
         fired |= unsigned(h > neurons[k].threshold) << k;
         v[k] = discharge<kReset>(h, neurons[k]);
       }
-      if (bits != nullptr) store_bits<kSize>(bits + t * packed_bytes(layout.neurons), n, layout.neurons, fired);
-      else store(s + t * layout.neurons, n, layout.neurons, spikes);
+      if (bits != nullptr)
+        store_bits<kSize>(bits + t * packed_bytes(layout.neurons), n, layout.neurons, fired);
+      else
+        store(s + t * layout.neurons, n, layout.neurons, spikes);
     }
   }
   if (v_out != nullptr) store_membrane(v_out, n, layout.neurons, v);
@@ -259,21 +284,25 @@ __global__ void __launch_bounds__(kBlock)
 
 // Blocks walk over the neurons in strides that are a multiple of channels * inner, so that a thread meets the same
 // channels in each of them and sums their gradients in registers. A block leaves `slots` pairs of partial sums, one for
-// each channel its tile touches, and sum_partials_kernel adds them in a fixed order: no atomics, the same bits each run.
+// each channel its tile touches, and sum_partials_kernel adds them in a fixed order: no atomics, the same bits each
+// run.
 struct Plan {
   int64_t blocks, slots, stride;
 };
 
-template <typename acc_t> struct Partial {
+template <typename acc_t>
+struct Partial {
   acc_t threshold, leak;
 };
 
-template <typename acc_t> __device__ __forceinline__ Partial<acc_t> operator+(Partial<acc_t> a, Partial<acc_t> b) {
+template <typename acc_t>
+__device__ __forceinline__ Partial<acc_t> operator+(Partial<acc_t> a, Partial<acc_t> b) {
   return {add(a.threshold, b.threshold), add(a.leak, b.leak)};
 }
 
 // Lanes apart by less than width (a power of two) end with their sum.
-template <typename acc_t> __device__ __forceinline__ Partial<acc_t> sum_lanes(Partial<acc_t> sum, int width) {
+template <typename acc_t>
+__device__ __forceinline__ Partial<acc_t> sum_lanes(Partial<acc_t> sum, int width) {
   for (int apart = width / 2; apart > 0; apart /= 2) {
     const Partial<acc_t> other{__shfl_xor_sync(kWarp, sum.threshold, apart), __shfl_xor_sync(kWarp, sum.leak, apart)};
     sum = sum + other;
@@ -293,8 +322,9 @@ __device__ __forceinline__ Partial<acc_t> sum_block(Partial<acc_t> sum, Partial<
 }
 
 template <int kSize, typename acc_t>
-__device__ __forceinline__ void store_partials(Partial<acc_t>* __restrict__ partials, const Partial<acc_t> (&sums)[kSize],
-                                               const Layout& layout, const Plan& plan) {
+__device__ __forceinline__ void store_partials(Partial<acc_t>* __restrict__ partials,
+                                               const Partial<acc_t> (&sums)[kSize], const Layout& layout,
+                                               const Plan& plan) {
   constexpr int kPositions = kBlock * kSize;
   __shared__ Partial<acc_t> shared[kPositions];
   const Channels& channels = layout.channels;
@@ -355,13 +385,15 @@ __global__ void __launch_bounds__(kSumBlock)
   if (threadIdx.x == 0) grad_threshold[blockIdx.x] = sum.threshold, grad_leak[blockIdx.x] = sum.leak;
 }
 
-template <typename acc_t> struct BackwardOptions {
+template <typename acc_t>
+struct BackwardOptions {
   acc_t v_reset, scale;
   Surrogate surrogate;
   bool detach_reset;
 };
 
-template <auto kValue> using constant = std::integral_constant<decltype(kValue), kValue>;
+template <auto kValue>
+using constant = std::integral_constant<decltype(kValue), kValue>;
 
 // ds/dh of a thread's neurons. The branches are the same for every thread of the grid.
 template <int kSize, typename acc_t>
@@ -386,9 +418,12 @@ __device__ __forceinline__ void spike_slopes(acc_t (&slopes)[kSize], const acc_t
   } else if (kind == Surrogate::boxcar) {
     whole(constant<Surrogate::boxcar>{});
   } else {
-    if (kind == Surrogate::atan) ratio(constant<Surrogate::atan>{});
-    else if (kind == Surrogate::sigmoid) ratio(constant<Surrogate::sigmoid>{});
-    else ratio(constant<Surrogate::fast_sigmoid>{});
+    if (kind == Surrogate::atan)
+      ratio(constant<Surrogate::atan>{});
+    else if (kind == Surrogate::sigmoid)
+      ratio(constant<Surrogate::sigmoid>{});
+    else
+      ratio(constant<Surrogate::fast_sigmoid>{});
 #pragma unroll
     for (int k = 0; k < kSize; ++k) slopes[k] = div(slopes[k], denominators[k]);
   }
@@ -415,7 +450,7 @@ __device__ __forceinline__ void backward_neurons(Packet<scalar_t, kSize>& grad, 
 
 // T = 1 from rest, and nothing arrives at the membrane.
 template <typename scalar_t, int kSize>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, kBlocksAtLeast)
     single_backward_kernel(const scalar_t* __restrict__ grad_s, const scalar_t* __restrict__ x,
                            const acc_of<scalar_t>* __restrict__ threshold, scalar_t* __restrict__ grad_x,
                            Partial<acc_of<scalar_t>>* __restrict__ partials,
@@ -443,7 +478,7 @@ __global__ void __launch_bounds__(kBlock)
 // kTimesteps = 0: any number, in segments of kSegment. checkpoints: [segments - 2, N], the membranes the segments
 // between the first and the last start from.
 template <typename scalar_t, int kSize, int kTimesteps, Reset kReset>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, kBlocksAtLeast)
     backward_kernel(const scalar_t* __restrict__ grad_s, const acc_of<scalar_t>* __restrict__ grad_v,
                     const scalar_t* __restrict__ x, const acc_of<scalar_t>* __restrict__ threshold,
                     const acc_of<scalar_t>* __restrict__ leak, const acc_of<scalar_t>* __restrict__ v0,
@@ -468,8 +503,10 @@ __global__ void __launch_bounds__(kBlock)
 #pragma unroll
       for (int j = 0; j < kSteps; ++j) {
         if (t0 + j >= timesteps) continue;
-        if (layout.x_stride_t == 0) current[j] = same_current;
-        else current[j] = load<kSize>(x + (t0 + j) * layout.x_stride_t, n, count);
+        if (layout.x_stride_t == 0)
+          current[j] = same_current;
+        else
+          current[j] = load<kSize>(x + (t0 + j) * layout.x_stride_t, n, count);
       }
     };
     acc_t start[kSize];  // the membranes a segment starts from
@@ -498,8 +535,10 @@ __global__ void __launch_bounds__(kBlock)
 #pragma unroll
       for (int j = 0; j < kSteps; ++j) {
         if (t0 + j >= timesteps) continue;
-        if (grad_s_stride_t == 0) grad[j] = same_grad;
-        else grad[j] = load<kSize>(grad_s + (t0 + j) * grad_s_stride_t, n, count);
+        if (grad_s_stride_t == 0)
+          grad[j] = same_grad;
+        else
+          grad[j] = load<kSize>(grad_s + (t0 + j) * grad_s_stride_t, n, count);
       }
       acc_t h[kSteps][kSize], v[kSize];
 #pragma unroll
@@ -517,12 +556,16 @@ __global__ void __launch_bounds__(kBlock)
       for (int j = kSteps - 1; j >= 0; --j) {
         if (t0 + j >= timesteps) continue;
 #pragma unroll
-        for (int k = 0; k < kSize; ++k) v[k] = j > 0 ? discharge<kReset>(h[j > 0 ? j - 1 : 0][k], neurons[k]) : start[k];
+        for (int k = 0; k < kSize; ++k)
+          v[k] = j > 0 ? discharge<kReset>(h[j > 0 ? j - 1 : 0][k], neurons[k]) : start[k];
         backward_neurons<kReset>(grad[j], h[j], v, neurons, options, carry, sums);
         store(grad_x + (t0 + j) * count, n, count, grad[j]);
       }
       if (t0 == 0) break;
-      load_membrane(start, t0 == kSteps ? v0 : checkpoints + (t0 / kSteps - 2) * count, n, count);
+      if (t0 == kSteps)
+        load_membrane(start, v0, n, count);
+      else
+        load_membrane(start, checkpoints + (t0 / kSteps - 2) * count, n, count);
     }
     if constexpr (kReset == Reset::soft_delayed) {
       if (v0 != nullptr && !options.detach_reset) {
@@ -547,7 +590,7 @@ __global__ void __launch_bounds__(kBlock)
 
 // A thread reads one byte, a warp 256 neurons; its stores are kSize neurons a lane, side by side across the warp.
 template <typename scalar_t, int kSize>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, kBlocksAtLeast)
     unpack_kernel(const uint8_t* __restrict__ bits, scalar_t* __restrict__ s, int64_t timesteps, int64_t neurons) {
   const int64_t column = int64_t(blockIdx.x) * kBlock + threadIdx.x, row_bytes = packed_bytes(neurons);
   const int lane = threadIdx.x % 32;
@@ -568,43 +611,48 @@ __global__ void __launch_bounds__(kBlock)
 
 // ---- launchers
 
-template <typename F> void with_dtype(DType dtype, const F& f) {
+template <typename F>
+void with_dtype(DType dtype, const F& f) {
   switch (dtype) {
-    case DType::float32: return f(float{});
-    case DType::float64: return f(double{});
-    case DType::float16: return f(__half{});
-    case DType::bfloat16: return f(__nv_bfloat16{});
+    case DType::float32:
+      return f(float{});
+    case DType::float64:
+      return f(double{});
+    case DType::float16:
+      return f(__half{});
+    case DType::bfloat16:
+      return f(__nv_bfloat16{});
   }
   throw std::invalid_argument("unknown dtype " + std::to_string(int(dtype)));
 }
 
-template <typename F> void with_reset(Reset reset, const F& f) {
+template <typename F>
+void with_reset(Reset reset, const F& f) {
   switch (reset) {
-    case Reset::soft: return f(constant<Reset::soft>{});
-    case Reset::hard: return f(constant<Reset::hard>{});
-    case Reset::none: return f(constant<Reset::none>{});
-    case Reset::soft_delayed: return f(constant<Reset::soft_delayed>{});
+    case Reset::soft:
+      return f(constant<Reset::soft>{});
+    case Reset::hard:
+      return f(constant<Reset::hard>{});
+    case Reset::none:
+      return f(constant<Reset::none>{});
+    case Reset::soft_delayed:
+      return f(constant<Reset::soft_delayed>{});
   }
   throw std::invalid_argument("unknown reset " + std::to_string(int(reset)));
 }
 
-// Calls f(neurons per packet, T or 0 for any). Rows off their 16 bytes and double, which is there to check gradients with,
-// share one kernel for every T: that keeps the build short.
-template <typename scalar_t, typename F> void with_steps(int packet, int64_t timesteps, const F& f) {
-  constexpr constant<kPacket<scalar_t>> whole{};
-  if (packet == 1) return f(constant<1>{}, constant<0>{});
-  if constexpr (!std::is_same_v<scalar_t, double>) {
-    switch (timesteps) {
-      case 2: return f(whole, constant<2>{});
-      case 3: return f(whole, constant<3>{});
-      case 4: return f(whole, constant<4>{});
-      case 5: return f(whole, constant<5>{});
-      case 6: return f(whole, constant<6>{});
-      case 7: return f(whole, constant<7>{});
-      case 8: return f(whole, constant<8>{});
-    }
-  }
-  f(whole, constant<0>{});
+// Calls f(neurons per packet, T or 0 for any). Rows off their 16 bytes and double, which is there to check gradients
+// with, share one kernel for every T: that keeps the build short.
+template <typename scalar_t, int kTimesteps = IIRSNN_UNROLLED_TIMESTEPS, typename F>
+void with_steps(int packet, int64_t timesteps, const F& f) {
+  if (packet == 1)
+    f(constant<1>{}, constant<0>{});
+  else if constexpr (kTimesteps < 2 || std::is_same_v<scalar_t, double>)
+    f(constant<kPacket<scalar_t>>{}, constant<0>{});
+  else if (timesteps == kTimesteps)
+    f(constant<kPacket<scalar_t>>{}, constant<kTimesteps>{});
+  else
+    with_steps<scalar_t, kTimesteps - 1>(packet, timesteps, f);
 }
 
 void check_launch(const char* kernel) {
@@ -621,19 +669,30 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 int64_t size_of_acc(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
 
+// One timestep and no membrane: the kernels of T = 1.
+bool from_rest(const LifForward& args) { return args.shape.timesteps == 1 && !args.v0 && !args.v; }
+bool from_rest(const LifBackward& args) { return args.shape.timesteps == 1 && !args.v0 && !args.grad_v; }
+
 // Neurons a thread moves at once: a packet of 16 bytes when every row starts on 16 bytes, else 1.
-template <typename... pointers_t> int packet_of(const LifShape& shape, int64_t stride, pointers_t... pointers) {
-  const int64_t strides = shape.timesteps == 1 ? 0 : (shape.neurons | shape.x_stride_t | stride) * size_of(shape.dtype);
-  return (strides | (reinterpret_cast<intptr_t>(pointers) | ...)) % 16 == 0 ? int(16 / size_of(shape.dtype)) : 1;
+template <typename... pointers_t>
+int packet_of(const LifShape& shape, bool one_row, int64_t stride, pointers_t... pointers) {
+  const int64_t rows = one_row ? 0 : (shape.neurons | shape.x_stride_t | stride) * size_of(shape.dtype);
+  return (rows | (reinterpret_cast<intptr_t>(pointers) | ...)) % 16 == 0 ? int(16 / size_of(shape.dtype)) : 1;
 }
-int packet_of(const LifForward& args) { return packet_of(args.shape, 0, args.x, args.s, args.v0, args.v); }
+int packet_of(const LifForward& args) {
+  return packet_of(args.shape, from_rest(args), 0, args.x, args.s, args.v0, args.v);
+}
 int packet_of(const LifBackward& args) {
-  return packet_of(args.shape, args.grad_s_stride_t, args.grad_s, args.grad_v, args.x, args.v0, args.grad_x, args.grad_v0);
+  return packet_of(args.shape, from_rest(args), args.grad_s_stride_t, args.grad_s, args.grad_v, args.x, args.v0,
+                   args.grad_x, args.grad_v0);
 }
 
 Layout layout_of(const LifShape& shape) {
   const int64_t inner = shape.channels == 1 ? shape.neurons : shape.inner;
-  return {shape.timesteps, shape.neurons, shape.x_stride_t, {shape.channels, inner, Divider(inner), Divider(shape.channels)}};
+  return {shape.timesteps,
+          shape.neurons,
+          shape.x_stride_t,
+          {shape.channels, inner, Divider(inner), Divider(shape.channels)}};
 }
 
 // As many blocks as tiles, up to kMaxBlocks, or fewer where their partial sums would pass kPartials (yet kMinBlocks,
@@ -656,11 +715,10 @@ Plan plan_backward(const LifBackward& args) {
 }
 
 int64_t partial_bytes(const LifBackward& args, const Plan& plan) {
-  return args.grad_threshold == nullptr ? 0 : ceil_div(plan.blocks * plan.slots * 2 * size_of_acc(args.shape.dtype), 16) * 16;
+  return args.grad_threshold == nullptr
+             ? 0
+             : ceil_div(plan.blocks * plan.slots * 2 * size_of_acc(args.shape.dtype), 16) * 16;
 }
-
-bool from_rest(const LifForward& args) { return args.shape.timesteps == 1 && !args.v0 && !args.v; }
-bool from_rest(const LifBackward& args) { return args.shape.timesteps == 1 && !args.v0 && !args.grad_v; }
 
 }  // namespace
 
@@ -676,7 +734,8 @@ void lif_forward_cuda(const LifForward& args, void* stream_) {
     const auto threshold = static_cast<const acc_t*>(args.threshold);
     const auto s = static_cast<scalar_t*>(args.s);
     if (from_rest(args)) {
-      const auto kernel = packet == 1 ? single_forward_kernel<scalar_t, 1> : single_forward_kernel<scalar_t, kPacket<scalar_t>>;
+      const auto kernel =
+          packet == 1 ? single_forward_kernel<scalar_t, 1> : single_forward_kernel<scalar_t, kPacket<scalar_t>>;
       kernel<<<ceil_div(tiles, kSinglePackets), kBlock, 0, stream>>>(x, threshold, s, args.bits, layout);
       return;
     }
@@ -710,7 +769,8 @@ void lif_backward_cuda(const LifBackward& args, void* stream_) {
     const auto grad_x = static_cast<scalar_t*>(args.grad_x);
     const auto partials = args.grad_threshold ? static_cast<Partial<acc_t>*>(args.workspace) : nullptr;
     const auto checkpoints = reinterpret_cast<acc_t*>(static_cast<char*>(args.workspace) + partial_bytes(args, plan));
-    const BackwardOptions<acc_t> options{acc_t(args.v_reset), acc_t(args.surrogate_scale), args.surrogate, args.detach_reset};
+    const BackwardOptions<acc_t> options{acc_t(args.v_reset), acc_t(args.surrogate_scale), args.surrogate,
+                                         args.detach_reset};
     if (from_rest(args)) {
       const auto kernel =
           packet == 1 ? single_backward_kernel<scalar_t, 1> : single_backward_kernel<scalar_t, kPacket<scalar_t>>;
@@ -728,7 +788,8 @@ void lif_backward_cuda(const LifBackward& args, void* stream_) {
     check_launch("lif_backward");
     if (partials == nullptr) return;
     sum_partials_kernel<acc_t><<<args.shape.channels, kSumBlock, 0, stream>>>(
-        partials, static_cast<acc_t*>(args.grad_threshold), static_cast<acc_t*>(args.grad_leak), kBlock * packet, plan, layout);
+        partials, static_cast<acc_t*>(args.grad_threshold), static_cast<acc_t*>(args.grad_leak), kBlock * packet, plan,
+        layout);
     check_launch("sum_partials");
   });
 }
@@ -740,8 +801,10 @@ void unpack_spikes_cuda(const uint8_t* bits, void* s, DType dtype, int64_t times
   with_dtype(dtype, [&](auto value) {
     using scalar_t = decltype(value);
     const auto spikes = static_cast<scalar_t*>(s);
-    if (packets) unpack_kernel<scalar_t, kPacket<scalar_t>><<<grid, kBlock, 0, stream>>>(bits, spikes, timesteps, neurons);
-    else unpack_kernel<scalar_t, 1><<<grid, kBlock, 0, stream>>>(bits, spikes, timesteps, neurons);
+    if (packets)
+      unpack_kernel<scalar_t, kPacket<scalar_t>><<<grid, kBlock, 0, stream>>>(bits, spikes, timesteps, neurons);
+    else
+      unpack_kernel<scalar_t, 1><<<grid, kBlock, 0, stream>>>(bits, spikes, timesteps, neurons);
   });
   check_launch("unpack_spikes");
 }

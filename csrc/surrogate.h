@@ -89,9 +89,9 @@ IIRSNN_INLINE acc_t exp_negative(acc_t y) {
   const acc_t r = sub(sub(y, mul(n, acc_t(Traits::kLn2High))), mul(n, acc_t(Traits::kLn2Low)));
   acc_t p = acc_t(0);
   double coefficient = Traits::kLast;  // 1 / k!, folded by the compiler
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
 #pragma unroll
-#else
+#elif !defined(__CUDACC__)
 #pragma GCC unroll 16
 #endif
   for (int k = Traits::kDegree; k >= 0; --k) {

@@ -52,15 +52,15 @@ class Backward(ctypes.Structure):
 
 
 def build(arch: int, unrolled: int, library_dir: str) -> Path:
-    """liblif.so with PTX inside and the emulator for a runtime; its folder. See compile_kernels."""
+    """The launchers with PTX inside and the emulator for a runtime. See compile_kernels."""
     runtime = ["-cudart", "none", f"-L{library_dir}", "-lptxcudart"]
     runtime += ["-Xlinker", f"-rpath={library_dir}"]
     launchers = Path(__file__).with_name("launchers.cpp")
-    return compile_kernels(arch, unrolled, runtime, [launchers])
+    return compile_kernels(arch, unrolled, runtime, launchers)[1]
 
 
 class Launchers:
-    """ops: an Implementation on CPU tensors. take(): (kernel name, Stats) of its launches so far."""
+    """ops: an Implementation for CPU tensors. take(): (kernel name, Stats) of its launches."""
 
     def __init__(self, rt: Any, library: Path) -> None:
         self.rt, self.lib = rt, rt.load(str(library))
@@ -96,18 +96,17 @@ class Launchers:
         neurons = math.prod(x.shape[1:])
         inner = x.stride(2) if channels > 1 else neurons
         shape = Shape(DTYPES.index(x.dtype), x.shape[0], neurons, x.stride(0), channels, inner)
-        return shape, [p.expand(channels).contiguous() for p in parameters]
+        return shape, [p.expand(channels).clone() for p in parameters]
 
     def run_forward(self, x, threshold, leak, v0, reset, v_reset, return_v, packed) -> Any:
         shape, (threshold, leak) = self.shape(x, threshold, leak)
-        v = x.new_empty_strided(x.shape[1:], x.stride()[1:], dtype=acc_dtype(x.dtype))
-        v = v.fill_(math.nan) if return_v else v.new_empty(0)
-        width = (shape.neurons + 63) // 64 * 8
-        bits = torch.full((x.shape[0], width), 255, dtype=torch.uint8) if packed else None
-        s = None if packed else empty_spikes(x).fill_(math.nan)
+        v = membrane(x).fill_(math.nan) if return_v else membrane(x).new_empty(0)
+        bits = torch.full((x.shape[0], -(-shape.neurons // 64) * 8), 255, dtype=torch.uint8)
+        s = empty_spikes(x).fill_(math.nan)
         if x.numel() > 0:
-            v0 = None if v0 is None else torch.empty_strided(x.shape[1:], x.stride()[1:]).copy_(v0)
-            known = {"x": x, "threshold": threshold, "leak": leak, "v0": v0, "s": s, "bits": bits}
+            v0 = None if v0 is None else membrane(x, v0)
+            known = {"x": x, "threshold": threshold, "leak": leak, "v0": v0}
+            known |= {"s": None if packed else s, "bits": bits if packed else None}
             known["v"] = v if return_v else None
             args = Forward(shape, RESETS.index(reset), v_reset, *map(pointer, known.values()))
             self.call(self.lib.forward, ctypes.byref(args), **known)
@@ -122,13 +121,9 @@ class Launchers:
     def unpack(self, bits, size, stride, dtype):
         s = torch.empty_strided(size, stride, dtype=dtype).fill_(math.nan)
         if s.numel() > 0:
-            arguments = (
-                POINTER(pointer(bits)),
-                POINTER(pointer(s)),
-                DTYPES.index(dtype),
-                INT64(size[0]),
-            )
-            self.call(self.lib.unpack, *arguments, INT64(math.prod(size[1:])), bits=bits, s=s)
+            where = (POINTER(pointer(bits)), POINTER(pointer(s)), DTYPES.index(dtype))
+            many = (INT64(size[0]), INT64(math.prod(size[1:])))
+            self.call(self.lib.unpack, *where, *many, bits=bits, s=s)
         return s
 
     def backward(
@@ -148,13 +143,9 @@ class Launchers:
     ):
         elements = (threshold.numel(), leak.numel())
         shape, (threshold, leak) = self.shape(x, threshold, leak)
-        acc = acc_dtype(x.dtype)
-
-        def membrane(value: Tensor | None) -> Tensor | None:
-            like = torch.empty_strided(x.shape[1:], x.stride()[1:], dtype=acc)
-            return None if value is None else like.copy_(value)
-
-        v0, grad_v = membrane(v0), membrane(grad_v)
+        v0 = None if v0 is None else membrane(x, v0)
+        grad_v = None if grad_v is None else membrane(x, grad_v)
+        none = membrane(x).new_empty(0)
         same = grad_s.shape[0] > 1 and grad_s.stride(0) == 0
         if not same and grad_s.stride() != empty_spikes(x).stride():
             grad_s = empty_spikes(x).copy_(grad_s)
@@ -179,12 +170,17 @@ class Launchers:
             self.call(self.lib.backward, ctypes.byref(args), **known)
         elif need_parameter_grads:
             sums = [torch.zeros_like(threshold) for _ in range(2)]
-        none = torch.empty(0, dtype=acc)
         sums = [
             none if g is None else g.sum(0, True) if n < shape.channels else g
             for g, n in zip(sums, elements, strict=True)
         ]
         return grad_x, *sums, none if grad_v0 is None else grad_v0
+
+
+def membrane(x: Tensor, value: Tensor | None = None) -> Tensor:
+    """A copy of value, or fresh memory, with the layout of x[0]."""
+    like = torch.empty_strided(x.shape[1:], x.stride()[1:], dtype=acc_dtype(x.dtype))
+    return like if value is None else like.copy_(value)
 
 
 def pointer(t: Tensor | None) -> int | None:

@@ -6,7 +6,8 @@
 
 namespace {
 
-template <typename F> const char* caught(F f) {
+template <typename F>
+const char* caught(F f) {
   static std::string message;
   try {
     f();

@@ -4,12 +4,13 @@ The emulator checks every access against the bounds and alignment of its array, 
 """
 
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from iirsnn import reference
+from iirsnn.reference import RESETS, lif_forward
 from tests import lif_cases
 from tests.lif_cases import CASES, FEW, Case, inputs, options
 from tests.ptx.conftest import ptxrun_module
@@ -21,13 +22,14 @@ UNROLLED = {
     100: 2,
 }  # every kernel for sm_90, those of T = 1, 2 and any for the others
 ARCHITECTURES = [(90, case) for case in CASES] + [(a, case) for a in (80, 100) for case in FEW]
+EVERY = os.environ.get("IIRSNN_TEST_EVERY_KERNEL") == "1"  # every reset at every T: minutes
 HALVES = (torch.float16, torch.bfloat16)
-# Every instantiation: T with kernels of its own and any T in packets, any T neuron by neuron.
-EVERY_KERNEL = [
-    Case(f"{reset} T={t} {n} {dtype}", (t, n), "contiguous", dtype, reset, False, v0=True)
-    for t, n in [*((t, 24) for t in (*range(2, 9), 18)), (18, 25)]
-    for reset in reference.RESETS
-    for dtype in (torch.float32, *HALVES)
+# T with kernels of its own and any T in packets, any T neuron by neuron; the reset goes around.
+EVERY_T = [
+    Case(f"T={t} N={n} {dtype}", (t, n), "contiguous", dtype, reset, detach=False, v0=True)
+    for i, dtype in enumerate((torch.float32, *HALVES))
+    for k, (t, n) in enumerate([*((t, 24) for t in (*range(2, 9), 18)), (18, 25)])
+    for reset in (RESETS if EVERY else (RESETS[(i + k) % 4],))
 ]
 
 
@@ -35,8 +37,8 @@ EVERY_KERNEL = [
 def all_launchers():
     rt = ptxrun_module("ptxcudart")
     with ThreadPoolExecutor(2) as pool:
-        folders = pool.map(lambda arch: build(arch, UNROLLED[arch], rt.library_dir()), UNROLLED)
-        return {arch: Launchers(rt, folder) for arch, folder in zip(UNROLLED, folders, strict=True)}
+        built = pool.map(lambda arch: build(arch, UNROLLED[arch], rt.library_dir()), UNROLLED)
+        return {arch: Launchers(rt, library) for arch, library in zip(UNROLLED, built, strict=True)}
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def named(architectures):
 @named(ARCHITECTURES)
 def test_forward(all_launchers, arch, case):
     lif_cases.check_forward(case, all_launchers[arch].ops)
-    assert len(all_launchers[arch].take()) == 2 * (0 not in case.shape)
+    assert all_launchers[arch].take() or 0 in case.shape
 
 
 @named(ARCHITECTURES)
@@ -66,15 +68,14 @@ def test_backward(all_launchers, arch, case):
 @named(ARCHITECTURES)
 def test_packed(all_launchers, arch, case):
     lif_cases.check_packed(case, all_launchers[arch].ops)
-    assert len(all_launchers[arch].take()) == 3 * (0 not in case.shape)
+    assert all_launchers[arch].take() or 0 in case.shape
 
 
-def test_every_kernel(launchers):
-    for case in EVERY_KERNEL:
-        lif_cases.check_forward(case, launchers.ops)
-        lif_cases.check_backward(case, launchers.ops)
-    names = {name for name, _ in launchers.take()}
-    assert len([name for name in names if "single" not in name]) == 2 * len(EVERY_KERNEL) + 1
+@pytest.mark.parametrize("case", EVERY_T, ids=lambda case: f"{case.name} {case.reset}")
+def test_every_t(launchers, case):
+    lif_cases.check_forward(case, launchers.ops)
+    lif_cases.check_backward(case, launchers.ops)
+    assert len({name for name, _ in launchers.take()}) == 3
 
 
 @pytest.mark.parametrize("timesteps", [1, 3])
@@ -82,7 +83,7 @@ def test_special_values(launchers, timesteps):
     lif_cases.check_special_values(launchers.ops, timesteps)
 
 
-@pytest.mark.parametrize("reset", reference.RESETS)
+@pytest.mark.parametrize("reset", RESETS)
 def test_split(launchers, reset):
     lif_cases.check_split(launchers.ops, reset)
 
@@ -91,7 +92,7 @@ def test_repeats(launchers):
     lif_cases.check_repeats(launchers.ops)
 
 
-@pytest.mark.parametrize("reset", reference.RESETS)
+@pytest.mark.parametrize("reset", RESETS)
 @pytest.mark.parametrize("neurons", [36, 35])
 def test_float64(launchers, reset, neurons):
     case = Case("float64", (10, 2, neurons), reset=reset, detach=False, v0=True, grad_v=True)
@@ -99,7 +100,7 @@ def test_float64(launchers, reset, neurons):
     a.x, a.threshold, a.leak, a.v0 = (t.double() for t in (a.x, a.threshold, a.leak, a.v0))
     a.grad_s, a.grad_v = a.grad_s.double(), a.grad_v.double()
     call = (a.x, a.threshold, a.leak, a.v0, *options(case), True)
-    for got, wanted in zip(launchers.ops.forward(*call), reference.lif_forward(*call), strict=True):
+    for got, wanted in zip(launchers.ops.forward(*call), lif_forward(*call), strict=True):
         assert torch.equal(got, wanted)
     gradients = launchers.ops.backward(a.grad_s, a.grad_v, *call)
     for got, wanted in zip(gradients, lif_cases.reference_gradients(case, a), strict=True):
@@ -130,7 +131,7 @@ def in_packets(launches, arrays):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-@pytest.mark.parametrize("timesteps", [1, 2, 5, 8, 9, 16, 17, 30])
+@pytest.mark.parametrize("timesteps", [1, 2, 5, 9, 17])
 def test_bytes(launchers, timesteps, dtype):
     neurons = 2048
     case = Case("bytes", (timesteps, 2, neurons // 2), dtype=dtype)
@@ -221,9 +222,10 @@ MANY_BLOCKS = [
     Case("a pair a block", (2, 4, 5000)),
     Case("rows within a tile", (1, 60, 3, 7, 7), threshold_channels=True, leak_channels=True),
     Case("rows over tiles", (2, 3, 5, 30, 31), threshold_channels=True, leak_channels=True),
-    Case("blocks stride", (1, 2400, 131), threshold_channels=True),
-    Case("blocks stride, odd", (1, 1201, 131), threshold_channels=True),
-    Case("blocks stride over rows", (1, 5, 160, 20, 20), threshold_channels=True),
+    Case("strides", (2, 2400, 131), threshold_channels=True),
+    Case("strides, odd end", (1, 2401, 131), threshold_channels=True),
+    Case("strides over rows", (1, 18, 160, 20, 20), "unaligned", threshold_channels=True),
+    Case("strides, a pair a block", (1, 1100, 1000), "unaligned"),
 ]
 
 
@@ -232,8 +234,8 @@ def test_many_blocks(launchers, case):
     lif_cases.check_backward(case, launchers.ops)
     (_, backward), (name, sums) = launchers.take()
     assert "sum_partials" in name
-    tiles = -(-math.prod(case.shape[1:]) // 512)
-    assert (backward.blocks < tiles) == case.name.startswith("blocks stride")
+    tiles = math.ceil(math.prod(case.shape[1:]) / (128 if case.layout == "unaligned" else 512))
+    assert (backward.blocks < tiles) == case.name.startswith("strides")
     assert sums.by_array["workspace"]["ld_bytes"] <= 2**20
 
 
