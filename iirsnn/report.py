@@ -92,7 +92,7 @@ def show(report: dict[str, Any], console: Console) -> None:
         "": "",
         "test\naccuracy": "bold",
         "not re-\ntrained": "",
-        "spikes /\nneuron": "",
+        "spikes/\nneuron": "",
         "additions": "",
         "multipli-\ncations": "",
         "energy\nuJ": "",
@@ -110,12 +110,12 @@ def show(report: dict[str, Any], console: Console) -> None:
             f"{mean_rate(entry):.3f}" if spiking else "",
             _short(entry["additions"]),
             _short(entry["multiplications"]),
-            f"{entry['energy_uj']:.2f}",
+            _brief(entry["energy_uj"], 2),
             f"{report['ann_energy_uj'] / entry['energy_uj']:.1f}x",
-            f"{entry['milliseconds_per_image']:.3f}",
+            _brief(entry["milliseconds_per_image"], 3),
         )
     console.print(table)
-    rates = Table(title="Spikes per neuron and image, by layer", box=box.SIMPLE)
+    rates = Table(title="Spikes per neuron and image", box=box.SIMPLE)
     rates.add_column("layer", justify="right")
     for entry in stages:
         rates.add_column(f"T={entry['timesteps']}", justify="right")
@@ -137,8 +137,12 @@ def mean_rate(entry: dict[str, Any]) -> float:
     return sum(entry["spike_rates"]) / len(entry["spike_rates"])
 
 
+def _brief(value: float, decimals: int) -> str:
+    return f"{value:.{0 if value >= 100 else decimals}f}"
+
+
 def _short(count: float) -> str:
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count:.0f}"
