@@ -125,6 +125,6 @@ def main() -> None:
     """Run the command line; an error the user can mend is one line, without a traceback."""
     try:
         app()
-    except IirsnnError as error:
+    except (IirsnnError, OSError) as error:  # OSError: a full disk, a folder taken away
         Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(error.exit_code)
+        sys.exit(getattr(error, "exit_code", 1))
