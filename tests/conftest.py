@@ -14,11 +14,12 @@ from iirsnn import cli, recipe
 #: Settings that make a run of seconds out of the digits recipe. One thread: bit for bit everywhere.
 QUICK = [
     "timesteps=[2,1]",
-    "data.batch_size=256",
+    "data.batch_size=128",
     "model.layers=[8,A,16]",
     "model.hidden=[32]",
-    "ann.epochs=3",
+    "ann.epochs=4",
     "snn.epochs=1",
+    "snn.learning_rate=0.01",
     "stages.T1.epochs=2",
     "runtime.threads=1",
     "runtime.device=cpu",
