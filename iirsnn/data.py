@@ -381,7 +381,7 @@ def _fashion_mnist(root: Path | None, download: bool) -> tuple[ImageSet, ImageSe
 
 def _open_fashion_mnist(root: Path, download: bool = False) -> tuple[ImageSet, ImageSet, list[str]]:
     train, test = (
-        MemoryImages(data.data[:, None], data.targets, [0.2860], [0.3530], pad=2, flip=True)
+        MemoryImages(data.data[:, None], data.targets, [0.2860], [0.3530], pad=0, flip=True)
         for data in (FashionMNIST(root, train=part, download=download) for part in (True, False))
     )
     return train, test, FashionMNIST.classes
