@@ -35,6 +35,7 @@ from .step import (
     SURROGATES,
     charge,
     discharge,
+    discharge_again,
     spike,
     surrogate,
 )
@@ -182,10 +183,10 @@ def unwind(
 ):
     """STEPS timesteps forward for h, then backward -> g_v, g_h, sum_threshold, sum_leak"""
     hs = ()
-    vs = (v,)
+    v_t = v
     for t in tl.static_range(STEPS):
-        hs += (charge(vs[t], xs[t], threshold, leak, RESET),)
-        vs += (discharge(hs[t], threshold, RESET, V_RESET),)
+        hs += (charge(v_t, xs[t], threshold, leak, RESET),)
+        v_t = discharge(hs[t], threshold, RESET, V_RESET)
     for t in tl.static_range(STEPS - 1, -1, -1):
         h = hs[t]
         g = gs[t].to(tl.float32)
@@ -205,10 +206,13 @@ def unwind(
         sum_threshold -= g_u * u
         g_h = g_u + g_v
         tl.store(grad_x_ptrs + t * N, g_h.to(grad_x_ptrs.dtype.element_ty), mask=mask)
-        if vs[t] is not None:
-            sum_leak += g_h * vs[t]
+        before = v
+        if t > 0:
+            before = discharge_again(hs[t - 1], threshold, RESET, V_RESET)
+        if before is not None:
+            sum_leak += g_h * before
             if RESET == SOFT_DELAYED:
-                sum_threshold -= spike(vs[t], threshold) * g_h
+                sum_threshold -= spike(before, threshold) * g_h
         g_v = leak * g_h
     return g_v, g_h, sum_threshold, sum_leak
 

@@ -230,8 +230,7 @@ def check_forward(case: Case, ops: Implementation) -> None:
 def reference_gradients(case: Case, a: Inputs) -> tuple[Tensor | None, ...]:
     """Gradients of x, threshold, leak and v0 by autograd through the reference in float64."""
     x, threshold, leak, v0 = (
-        None if t is None else t.double().requires_grad_()
-        for t in (a.x, a.threshold, a.leak, a.v0)
+        None if t is None else t.double().requires_grad_() for t in (a.x, a.threshold, a.leak, a.v0)
     )
     s, v = reference.lif_forward(x, threshold, leak, v0, *options(case), True)
     outputs, grads = [s], [a.grad_s.double()]

@@ -1,5 +1,8 @@
-"""Triton decides when it is imported whether it interprets, so every file of this folder runs in a
-process of its own that sets TRITON_INTERPRET=1, and counts as one test of the pytest that met it."""
+"""Every file of this folder runs in a process of its own, with TRITON_INTERPRET=1.
+
+Triton decides when it is imported whether it interprets, which the rest of the tests must not. A
+file counts as one test of the pytest that met it.
+"""
 
 from __future__ import annotations
 

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-
-import iirsnn
 from iirsnn.kernels import tiles
+
 from tests import lif_cases
 from tests.lif_cases import CASES, Implementation
 

@@ -3,10 +3,12 @@
 The emulator checks every access against the bounds and alignment of its array, and counts bytes.
 """
 
+import iirsnn.kernels  # noqa: F401  (registers the ops)
 import pytest
 import torch
+import triton
+from torch.library import opcheck
 
-import iirsnn.kernels  # noqa: F401  (registers the ops)
 from tests import lif_cases
 from tests.lif_cases import CASES, FEW, Case, Implementation, inputs, options
 
@@ -51,6 +53,58 @@ def test_checkpoints_when_warps_run_in_random_order(cudarun):
     for seed in range(3):
         with cudarun.emulate(arch=90, sched="warp", seed=seed):
             lif_cases.check_backward(case, TRITON)
+
+
+class Target:
+    """What torch.compile asks of Triton's driver, which there is none of without a GPU."""
+
+    def get_current_target(self):
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def target(monkeypatch):
+    monkeypatch.setattr(triton.runtime.driver, "_active", Target())
+
+
+@pytest.mark.parametrize(("timesteps", "v0"), [(1, False), (5, False), (3, True)])
+def test_opcheck(cudarun, target, timesteps, v0):
+    case = Case("opcheck", (timesteps, 2, 6, 10), v0=v0, threshold_channels=True)
+    a = inputs(case)
+    leaves = [
+        None if t is None else t.clone().requires_grad_() for t in (a.x, a.threshold, a.leak, a.v0)
+    ]
+    stride = (a.x[0].numel(), *a.x.stride()[1:])
+    backward = (a.grad_s, None, a.x, a.threshold, a.leak, a.v0)
+    ops = torch.ops.iirsnn
+    with cudarun.emulate(arch=90) as launches, torch.no_grad():
+        bits, _ = TRITON.packed(a.x, a.threshold, a.leak, a.v0, "soft", 0.0, False)
+        opcheck(ops.triton_lif_packed, (a.x, a.threshold, a.leak, a.v0, "soft", 0.0, v0))
+        opcheck(ops.triton_unpack_spikes, (bits, list(a.x.shape), list(stride), torch.float32))
+        opcheck(ops.triton_lif_backward, (*backward, *options(case), True))
+    with cudarun.emulate(arch=90) as launches:
+        opcheck(ops.triton_lif_forward, (*leaves, *options(case), v0))
+    assert launches
+
+
+def test_compiled_whole_graph_with_dynamic_shapes(cudarun, target):
+    """torch.compile traces into the launchers; its graph, kernels included, runs as eager does."""
+
+    def step(x, threshold, leak):
+        s, _ = TRITON.forward(2 * x, threshold, leak, None, *options(Case("", ())), False)
+        return 3 * s
+
+    def gradients(fn, a):
+        leaves = [t.clone().requires_grad_() for t in (a.x, a.threshold, a.leak)]
+        out = fn(*leaves)
+        return out, *torch.autograd.grad(out, leaves, a.grad_s)
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
+    with cudarun.emulate(arch=90):
+        for shape in ((5, 4, 32), (5, 3, 33), (1, 3, 33), (11, 2, 7)):
+            a = inputs(Case("compile", shape))
+            for got, wanted in zip(gradients(compiled, a), gradients(step, a), strict=True):
+                assert torch.equal(got, wanted)
 
 
 def per_neuron(stats, neurons):
