@@ -40,7 +40,8 @@ def extension():
     compiler = cpp_extension.get_cxx_compiler()
     if shutil.which(compiler) is None:
         return pure(f"there is no C++ compiler ({compiler})")
-    plan = load_build().recipe()
+    build = load_build()
+    plan = build.recipe(build.cuda_mode())
     print(f"iirsnn: CUDA {'on' if plan['cuda'] else 'off'} ({plan['why']})", file=sys.stderr)
     kind = cpp_extension.CUDAExtension if plan["cuda"] else cpp_extension.CppExtension
     module = kind(

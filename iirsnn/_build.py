@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
+import sys
 from pathlib import Path
 
 # One rounding per operation and no fast math; the two -fno flags only drop errno and FP traps.
@@ -27,17 +28,22 @@ def source_dir() -> Path:
     raise FileNotFoundError(f"csrc/module.cpp is neither in {here} nor beside it")
 
 
-def want_cuda() -> tuple[bool, str]:
-    """Whether to build the CUDA kernels, and why; IIRSNN_BUILD_CUDA = auto | 0 | 1 decides.
+def cuda_mode() -> str:
+    """IIRSNN_BUILD_CUDA: auto (the default), 0 or 1."""
+    mode = os.environ.get("IIRSNN_BUILD_CUDA", "auto")
+    if mode not in ("auto", "0", "1"):
+        raise RuntimeError(f"IIRSNN_BUILD_CUDA: expected auto, 0 or 1, got {mode!r}")
+    return mode
+
+
+def want_cuda(mode: str) -> tuple[bool, str]:
+    """Whether to build the CUDA kernels under a mode of `cuda_mode`, and why.
 
     A GPU need not be present. Raises RuntimeError for 1 without a toolkit or with a CPU-only torch.
     """
     import torch
     from torch.utils import cpp_extension
 
-    mode = os.environ.get("IIRSNN_BUILD_CUDA", "auto")
-    if mode not in ("auto", "0", "1"):
-        raise RuntimeError(f"IIRSNN_BUILD_CUDA: expected auto, 0 or 1, got {mode!r}")
     if mode == "0":
         return False, "IIRSNN_BUILD_CUDA=0"
     home = cpp_extension.CUDA_HOME
@@ -71,11 +77,11 @@ def cuda_archs() -> str:
     return ";".join([*archs[:-1], archs[-1] + "+PTX"])
 
 
-def recipe() -> dict:
+def recipe(mode: str) -> dict:
     """Sources (absolute paths) and flags: keys sources, cxx, nvcc, cuda (bool), why (str)."""
     folder = source_dir()
     sources = sorted(folder.glob("*.cpp")) + sorted(folder.glob("event/*.cpp"))
-    cuda, why = want_cuda()
+    cuda, why = want_cuda(mode)
     cxx = [*CXX_FLAGS, *_OPENMP, f"-DIIRSNN_FLAGS={','.join(CXX_FLAGS)}"]
     if cuda:
         os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs()
@@ -113,15 +119,20 @@ def load() -> str | None:
 
 
 def _compile_now() -> str | None:
-    import sys
-
+    import torch
     from torch.utils import cpp_extension
 
     compiler = cpp_extension.get_cxx_compiler()
     if shutil.which(compiler) is None:
         return f"iirsnn._C is not compiled and there is no C++ compiler ({compiler})"
-    plan = recipe()
-    print("iirsnn: compiling its kernels, once (about a minute)", file=sys.stderr)
+    mode = cuda_mode()
+    if torch.cuda.is_available():  # what is compiled at first use is for this machine only
+        major, minor = torch.cuda.get_device_capability()
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}")
+    elif mode == "auto":
+        mode = "0"
+    plan = recipe(mode)
+    print("iirsnn: loading its kernels; the first time compiles them (a minute)", file=sys.stderr)
     module = cpp_extension.load(
         name="iirsnn_C",
         sources=plan["sources"],

@@ -73,15 +73,13 @@ def test_an_unknown_instruction_set_is_refused():
 
 def test_cuda_is_decided_by_toolkit_and_torch(monkeypatch):
     home = cpp_extension.CUDA_HOME
-    monkeypatch.setenv("IIRSNN_BUILD_CUDA", "0")
-    assert _build.want_cuda() == (False, "IIRSNN_BUILD_CUDA=0")
-    monkeypatch.setenv("IIRSNN_BUILD_CUDA", "auto")
+    assert _build.want_cuda("0") == (False, "IIRSNN_BUILD_CUDA=0")
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert _build.want_cuda() == (False, "nvcc was not found (set CUDA_HOME)")
+    assert _build.want_cuda("auto") == (False, "nvcc was not found (set CUDA_HOME)")
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", home)
-    assert _build.want_cuda() == (False, "this torch was built without CUDA")
+    assert _build.want_cuda("auto") == (False, "this torch was built without CUDA")
 
 
 def test_cuda_is_built_where_a_toolkit_is_found_without_asking_for_a_gpu(monkeypatch, tmp_path):
@@ -92,7 +90,7 @@ def test_cuda_is_built_where_a_toolkit_is_found_without_asking_for_a_gpu(monkeyp
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for a GPU"))
-    recipe = _build.recipe()
+    recipe = _build.recipe("auto")
     assert recipe["cuda"]
     assert "-DIIRSNN_WITH_CUDA" in recipe["cxx"]
     assert any(source.endswith("lif_cuda.cu") for source in recipe["sources"])
@@ -100,16 +98,15 @@ def test_cuda_is_built_where_a_toolkit_is_found_without_asking_for_a_gpu(monkeyp
 
 
 def test_asking_for_cuda_in_vain_is_an_error(monkeypatch):
-    monkeypatch.setenv("IIRSNN_BUILD_CUDA", "1")
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(RuntimeError, match=r"IIRSNN_BUILD_CUDA=1: expected .* without CUDA"):
-        _build.want_cuda()
+        _build.want_cuda("1")
 
 
 def test_an_unknown_mode_is_an_error(monkeypatch):
     monkeypatch.setenv("IIRSNN_BUILD_CUDA", "yes")
     with pytest.raises(RuntimeError, match="IIRSNN_BUILD_CUDA: expected auto, 0 or 1, got 'yes'"):
-        _build.want_cuda()
+        _build.cuda_mode()
 
 
 def test_the_architecture_list_is_respected(monkeypatch):
@@ -120,9 +117,8 @@ def test_the_architecture_list_is_respected(monkeypatch):
     assert _build.cuda_archs() == "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 
 
-def test_a_cpu_build_has_no_cuda_in_it(monkeypatch):
-    monkeypatch.setenv("IIRSNN_BUILD_CUDA", "0")
-    recipe = _build.recipe()
+def test_a_cpu_build_has_no_cuda_in_it():
+    recipe = _build.recipe("0")
     names = {Path(source).name for source in recipe["sources"]}
     assert {"lif_cpu.cpp", "lif_torch.cpp", "module.cpp"} <= names
     assert not any(name.endswith(".cu") for name in names)
@@ -144,12 +140,13 @@ def not_compiled(monkeypatch):
 
 
 def test_compiling_at_first_use_takes_the_same_recipe(not_compiled, monkeypatch):
-    monkeypatch.setenv("IIRSNN_BUILD_CUDA", "0")
+    # without a GPU it does not compile for one, though a toolkit may be installed
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     calls = []
     monkeypatch.setattr(cpp_extension, "load", lambda **how: calls.append(how) or "the module")
     assert _build.load() is None
     assert sys.modules["iirsnn._C"] == "the module"
-    recipe = _build.recipe()
+    recipe = _build.recipe("0")
     assert calls[0]["sources"] == recipe["sources"]
     assert calls[0]["extra_cflags"] == recipe["cxx"]
     assert not calls[0]["with_cuda"]

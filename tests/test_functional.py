@@ -225,7 +225,7 @@ def peak_growth(run):
     not os.access("/proc/self/clear_refs", os.W_OK),
     reason="no /proc/self/clear_refs to measure peak memory with; run on Linux",
 )
-@pytest.mark.parametrize("timesteps", [1, 2, 4, 8, 20])
+@pytest.mark.parametrize("timesteps", [1, 4, 8, 20])
 def test_no_membrane_sequence_is_ever_allocated(timesteps):
     size = 24 << 20  # bytes of x, of s, of a membrane sequence
     x = torch.ones(timesteps, size // 4 // timesteps, requires_grad=True)
