@@ -60,6 +60,7 @@ class Pipeline:
                 **self.test(stage),
             }
             self.folder.finish_stage(stage.name, result)
+            self.accelerator.free_memory()  # it holds on to all that it has prepared
             console.print(f"{stage.name:>4}  test {result['test_accuracy']:.2%}", style="bold")
 
     def initial(self, stage: Stage) -> Network:
