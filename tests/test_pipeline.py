@@ -39,10 +39,12 @@ def test_the_first_spiking_stage_starts_from_the_converted_ann(pipeline):
         torch.testing.assert_close(initial.state_dict()[name], value)
 
 
-def test_thresholds_are_balanced_at_the_timesteps_asked_for(pipeline):
-    images = pipeline.calibration_images(pipeline.recipe.conversion.images)
+def test_thresholds_are_balanced_at_the_timesteps_and_by_the_rule_asked_for(pipeline):
+    conversion = pipeline.recipe.conversion
+    conversion.percentile, conversion.scale, conversion.images = 70.0, 0.5, 33
+    images = pipeline.calibration_images(33)
     for timesteps in (1, 4):
-        expected = neurons(convert(pipeline.trained("ann"), images, timesteps=timesteps))
+        expected = neurons(convert(pipeline.trained("ann"), images, 70, 0.5, timesteps=timesteps))
         converted = pipeline.converted(timesteps)
         assert converted.timesteps == timesteps
         assert [n.threshold.item() for n in neurons(converted)] == pytest.approx(
