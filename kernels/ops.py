@@ -40,6 +40,7 @@ def triton_lif_forward(
     surrogate_scale: float,
     return_v: bool,
 ) -> tuple[Tensor, Tensor]:
+    threshold, leak = threshold.contiguous(), leak.contiguous()
     with on_device_of(x):
         if x.shape[0] == 1 and v0 is None and not return_v:
             return single_step_forward(x, threshold), contract.empty_membrane(x, False)
@@ -61,6 +62,7 @@ def triton_lif_backward(
     surrogate_scale: float,
     need_parameter_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    threshold, leak = threshold.contiguous(), leak.contiguous()
     how = surrogate, surrogate_scale, need_parameter_grads
     with on_device_of(x):
         if x.shape[0] == 1 and v0 is None and grad_v is None:
@@ -82,6 +84,7 @@ def triton_lif_packed(
     v_reset: float,
     return_v: bool,
 ) -> tuple[Tensor, Tensor]:
+    threshold, leak = threshold.contiguous(), leak.contiguous()
     with on_device_of(x):
         return lif_packed(x, threshold, leak, v0, reset, v_reset, return_v)
 
@@ -91,7 +94,7 @@ def triton_unpack_spikes(
     bits: Tensor, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     with on_device_of(bits):
-        return unpack_spikes(bits, size, stride, dtype)
+        return unpack_spikes(bits.contiguous(), size, stride, dtype)
 
 
 contract.register(triton_lif_forward, triton_lif_backward)

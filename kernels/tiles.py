@@ -115,7 +115,6 @@ def tile(x: Tensor, channels: int, block: int) -> Tiling:
         planes, width, row_stride, plane_stride = channels, inner, channels * inner, inner
         cols = min(triton.next_power_of_2(width), block)
     rows = neurons // row_stride
-    rows = neurons // row_stride
     return Tiling(planes, rows, width, row_stride, plane_stride, block // cols, cols, index)
 
 

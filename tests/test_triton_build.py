@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._library.triton import set_wrap_triton_enabled
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-import iirsnn.kernels  # noqa: E402, F401  (registers the ops)
+from iirsnn.kernels import lif, packed, single_step  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
@@ -60,7 +61,7 @@ def compile_launches(monkeypatch, arch, call, replace=lambda kernel: kernel):
                 if value.data_ptr() % 16 == 0:
                     hints[(i,)] = [["tt.divisibility", 16]]
             else:
-                signature[p.name] = "i32"
+                signature[p.name] = "i32" if value < 2**31 else "i64"
         fn = replace(self)
         source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=hints)
         target = GPUTarget("cuda", arch, 32)
@@ -143,3 +144,27 @@ def test_packed_accesses_are_wide(monkeypatch, tmp_path, arch, timesteps):
     assert sum(bits != 128 for bits in loads) <= 2
     _, stores = global_accesses(kernels["unpack_kernel"], tmp_path)
     assert set(stores) == {128}
+
+
+@pytest.mark.parametrize("timesteps", [1, 11])
+@pytest.mark.parametrize("channels", [1, 4])
+def test_sizes_beyond_32_bits_compile(monkeypatch, timesteps, channels):
+    """Sizes come as 64-bit arguments where they need to: every kernel takes them too."""
+    shape = (timesteps, 2**29 + 1, channels, 3)
+    x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    p = torch.empty(channels, device="meta")
+
+    def call():
+        if timesteps == 1:
+            single_step.single_step_forward(x, p)
+            single_step.single_step_backward(x, x, p, "atan", 2.0, True)
+        lif.lif_forward(x, p, p, None, "soft", 0.0, True)
+        lif.lif_backward(
+            x, x[0].float(), x, p, p, x[0].float(), "hard", 0.0, False, "boxcar", 0.5, True
+        )
+        bits, _ = packed.lif_packed(x, p, p, None, "soft_delayed", 0.0, True)
+        packed.unpack_spikes(bits, x.shape, x.stride(), torch.float16)
+
+    with set_wrap_triton_enabled(False):  # as an op has it that is not being traced
+        kernels = compile_launches(monkeypatch, 90, call)
+    assert len(kernels) == (6 if timesteps == 1 else 4)

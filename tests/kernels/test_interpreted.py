@@ -4,6 +4,8 @@ import pytest
 import torch
 from iirsnn.kernels import tiles
 
+from iirsnn import reference
+from iirsnn.functional import lif
 from tests import lif_cases
 from tests.lif_cases import CASES, Implementation
 
@@ -63,3 +65,45 @@ def test_few_programs_share_many_rows(timesteps, monkeypatch):
         "rows", (timesteps, 50, 70), threshold_channels=True, leak_channels=True, v0=timesteps > 1
     )
     lif_cases.check_backward(case, TRITON)
+
+
+def test_strided_arguments():
+    """Parameters and bits that are views with holes."""
+    a = lif_cases.inputs(lif_cases.Case("views", (3, 2, 6, 10), threshold_channels=True))
+    spread = torch.stack([a.threshold, -a.threshold], 1)[:, 0]
+    how = ("soft", 0.0, True, "triangle", 0.3)
+    for threshold in (a.threshold, spread):
+        s, _ = TRITON.forward(a.x, threshold, a.leak, None, *how, False)
+        bits, _ = TRITON.packed(a.x, threshold, a.leak, None, "soft", 0.0, False)
+        grads = TRITON.backward(a.grad_s, None, a.x, threshold, a.leak, None, *how, True)
+        assert torch.equal(s, reference.lif_forward(a.x, threshold, a.leak, None, *how, False)[0])
+        assert torch.equal(bits, reference.pack(s))
+        assert grads[1].shape == (6,)
+    holes = torch.stack([bits, ~bits], 2)[:, :, 0]
+    assert torch.equal(TRITON.unpack(holes, list(s.shape), list(s.stride()), s.dtype), s)
+
+
+@pytest.mark.parametrize("timesteps", [1, 3])
+def test_lif_takes_cpu_tensors(timesteps):
+    """functional.lif with backend="triton": spikes, gradients and bits."""
+    a = lif_cases.inputs(lif_cases.Case("lif", (timesteps, 2, 6, 7), threshold_channels=True))
+
+    def run(backend):
+        leaves = [t.clone().requires_grad_() for t in (a.x, a.threshold)]
+        s = lif(*leaves, 0.8, surrogate="atan", backend=backend)
+        return s, *torch.autograd.grad(s, leaves, a.grad_s)
+
+    got, wanted = run("triton"), run("reference")
+    assert torch.equal(got[0], wanted[0])
+    for g, w in zip(got[1:], wanted[1:], strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5)
+    packed = lif(a.x, a.threshold, 0.8, packed=True, backend="triton")
+    assert torch.equal(packed.unpack(backend="triton"), got[0])
+
+
+def test_no_second_derivative():
+    x = torch.randn(2, 8, requires_grad=True)
+    s = lif(x, backend="triton")
+    (grad,) = torch.autograd.grad(s.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        grad.sum().backward()
