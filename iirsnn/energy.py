@@ -91,7 +91,11 @@ class OperationCounter:
 
     @contextmanager
     def counting(self) -> Iterator[OperationCounter]:
-        """Count every forward pass of the model inside the context."""
+        """Count every forward pass of the model inside the context.
+
+        Raises:
+            ValueError: a pool whose sub-spikes cannot be counted.
+        """
         hooks = [self.model.register_forward_pre_hook(self._start)]
         for name, module in self.model.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -100,6 +104,8 @@ class OperationCounter:
                 hooks.append(module.register_forward_hook(self._neuron_hook(name)))
             elif isinstance(module, nn.AvgPool2d):
                 hooks.append(module.register_forward_hook(self._pool))
+            elif isinstance(module, (nn.AdaptiveAvgPool2d, nn.LPPool2d)):
+                raise ValueError(f"{name}: expected AvgPool2d or MaxPool2d as a pool, got {module}")
         try:
             yield self
         finally:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from . import models
 from .convert import NeuronConfig
 from .data import DataConfig
 from .errors import UsageError
 from .models import ModelConfig
+from .neuron import FusedLIF
 from .reduction import stages
 
 
@@ -188,7 +190,11 @@ def check(recipe: Recipe) -> None:
         UsageError: naming the key, what was expected and what came.
     """
     names = [stage.name for stage in stages(recipe.timesteps)]
-    _choice("neuron.reset", recipe.neuron.reset, ("soft", "hard", "none", "soft_delayed"))
+    _choice("model.name", recipe.model.name, models.NAMES)
+    try:
+        FusedLIF(**asdict(recipe.neuron))
+    except ValueError as error:
+        raise UsageError(f"neuron.{error}") from error
     _choice("runtime.device", recipe.runtime.device, ("auto", "cpu"))
     _choice("runtime.precision", recipe.runtime.precision, ("fp32", "bf16", "fp16"))
     _number("runtime.threads", recipe.runtime.threads, "at least 0", recipe.runtime.threads >= 0)

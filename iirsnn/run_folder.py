@@ -20,6 +20,9 @@ from . import checkpoint, recipe
 from .errors import RunError, UsageError
 from .recipe import Recipe, dump
 
+#: Settings a resumed run may change: where it computes and where its data lies.
+_FREE = ("runtime.", "data.root", "data.download", "data.workers", "data.test_batch_size")
+
 
 class RunFolder:
     """An open run folder; see `create`, `resume` and `read`.
@@ -69,8 +72,8 @@ class RunFolder:
 
         Args:
             path: of the folder.
-            expected: a recipe it must have been started with but for its `runtime`, which is taken
-                from this one; or None.
+            expected: a recipe it must have been started with, but for `runtime` and the place of
+                the data, which are taken from this one; or None.
 
         Raises:
             UsageError: no run there, or one of another recipe.
@@ -190,9 +193,9 @@ def _acquire(path: Path) -> FileLock:
 
 
 def _difference(theirs: Recipe, ours: Recipe) -> str | None:
-    """The first setting that differs, in words; `runtime` does not count."""
+    """The first setting that differs, in words; those that change no result do not count."""
     a, b = recipe.flatten(theirs), recipe.flatten(ours)
     for key in [*a, *(key for key in b if key not in a)]:
-        if not key.startswith("runtime.") and a.get(key) != b.get(key):
+        if not key.startswith(_FREE) and a.get(key) != b.get(key):
             return f"{key} is {a.get(key)} there and {b.get(key)} here"
     return None

@@ -127,7 +127,7 @@ def test_commands_that_are_none(iirsnn, arguments, tmp_path):
         (["ann.learning_rate=0"], "ann: learning_rate: expected a value positive, got 0.0"),
         (["snn.learning_rate=-1"], "learning_rate: expected a value positive, got -1.0"),
         (["data.name=mnist"], "data.name: expected one of digits, "),
-        (["model.name=lenet"], "model: expected one of vgg, "),
+        (["model.name=lenet"], "model.name: expected one of vgg, "),
         (["model.layers=[A]"], "layers: expected a convolution's channels first, got ['A']"),
         (["neuron.backend=abacus"], "backend: expected one of auto, "),
         (["neuron.backend=cuda"], "backend: expected one that can run, got 'cuda'"),
