@@ -36,9 +36,9 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "packing reads eight by
 namespace iirsnn {
 namespace {
 
-constexpr int kBlock = 512;              // neurons; a multiple of the 64 that packing pads to
+constexpr int kBlock = 256;              // neurons; a multiple of the 64 that packing pads to
 constexpr int64_t kSegment = 16;         // timesteps between checkpoints
-constexpr int64_t kChunk = 32 * kBlock;  // neurons a thread takes at least
+constexpr int64_t kChunk = 64 * kBlock;  // neurons a thread takes at least
 constexpr int64_t kMaxChunks = 256;
 
 // ---- Instruction sets ----
@@ -359,6 +359,13 @@ class BlockParameters : public Parameters<acc_t> {
   const acc_t* const leak_;
 };
 
+// A block's rows are too short for the hardware to see the next ones coming. Past the end nothing happens.
+template <typename scalar_t>
+void prefetch(const scalar_t* row, int n) {
+  const char* first = reinterpret_cast<const char*>(row);
+  for (int64_t i = 0; i < n * int64_t(sizeof(scalar_t)); i += 64) __builtin_prefetch(first + i, 0, 2);
+}
+
 template <typename acc_t>
 void load_or_zero(acc_t* row, const void* from, int64_t begin, int n) {
   if (from) {
@@ -585,6 +592,9 @@ void backward(const LifBackward& args, int64_t first_chunk, int64_t last_chunk) 
         const acc_t* grad_s =
             load(static_cast<const scalar_t*>(args.grad_s) + t * args.grad_s_stride_t + begin, scratch->grad_s, n);
         scalar_t* grad_x = static_cast<scalar_t*>(args.grad_x) + t * shape.neurons + begin;
+        prefetch(static_cast<const scalar_t*>(args.x) + t * shape.x_stride_t + begin + n, n);
+        prefetch(static_cast<const scalar_t*>(args.grad_s) + t * args.grad_s_stride_t + begin + n, n);
+        prefetch(grad_x + n, n);
         if constexpr (kConvert) {
           rows.step(grad_s, x_at(t), v_at(i), &parameters, scale, &grads, scratch->grad_x, n);
           version<StoreRow<scalar_t>>()(scratch->grad_x, grad_x, n);
