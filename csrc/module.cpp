@@ -7,6 +7,7 @@ static const char kFlags[] = IIRSNN_EXPANDED(IIRSNN_FLAGS);
 
 #include <pybind11/pybind11.h>
 
+#include "event/bind.h"
 #include "lif_cpu.h"
 
 #if defined(__clang__)
@@ -37,4 +38,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "What was compiled: compiler, flags, cuda (bool), cuda_archs; and the cpu_capability in force.");
   m.def("set_cpu_capability", &iirsnn::set_cpu_capability, pybind11::arg("name"),
         "Use the CPU kernels for portable, avx2 or avx512; ValueError where the processor lacks it.");
+  iirsnn::event::bind(m);
 }

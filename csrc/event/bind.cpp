@@ -1,0 +1,157 @@
+// EventEngine for Python: numpy arrays in and out, each checked for its shape here.
+#include "bind.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "engine.h"
+
+namespace py = pybind11;
+
+namespace iirsnn::event {
+namespace {
+
+using Array = py::array_t<float, py::array::c_style>;
+using Numbers = std::array<int64_t, 10>;  // kernel, stride, dilation, padding before and after: y, x each
+
+Window window(const Numbers& n) { return {{n[0], n[1]}, {n[2], n[3]}, {n[4], n[5]}, {n[6], n[7]}, {n[8], n[9]}}; }
+
+Precision precision(const std::string& name) {
+  if (name == "fp32") return Precision::fp32;
+  if (name == "bf16") return Precision::bf16;
+  if (name == "int8") return Precision::int8;
+  throw std::invalid_argument("precision: expected fp32, bf16 or int8, got '" + name + "'");
+}
+
+Fires reset(const std::string& name) {
+  const char* const names[] = {"soft", "hard", "none", "soft_delayed"};
+  for (int i = 0; i < 4; ++i) {
+    if (name == names[i]) return Fires(i);
+  }
+  throw std::invalid_argument("reset: expected soft, hard, none or soft_delayed, got '" + name + "'");
+}
+
+const float* values(const char* name, const Array& array, int64_t outputs) {
+  if (array.ndim() != 1 || array.shape(0) != outputs) {
+    throw std::invalid_argument(std::string(name) + ": expected float32 [" + std::to_string(outputs) + "], got " +
+                                std::to_string(array.size()) + " values in " + std::to_string(array.ndim()) +
+                                " dimensions");
+  }
+  return array.data();
+}
+
+// (source, weight [outputs, channels / groups, kernel y, kernel x], groups, window)
+using PySynapses = std::tuple<int64_t, Array, int64_t, Numbers>;
+
+Synapses synapses(const Engine& engine, const PySynapses& given) {
+  const auto& [source, weight, groups, numbers] = given;
+  const int64_t channels = engine.shape(source).channels / (groups > 0 ? groups : 1);
+  if (weight.ndim() != 4 || weight.shape(1) != channels || weight.shape(2) != numbers[0] ||
+      weight.shape(3) != numbers[1]) {
+    std::string got;
+    for (int i = 0; i < weight.ndim(); ++i) got += (i ? ", " : "") + std::to_string(weight.shape(i));
+    throw std::invalid_argument("weight: expected float32 [outputs, " + std::to_string(channels) + ", " +
+                                std::to_string(numbers[0]) + ", " + std::to_string(numbers[1]) + "], got [" + got +
+                                "]");
+  }
+  return {source, weight.data(), weight.shape(0), groups, window(numbers)};
+}
+
+LayerParameters parameters(const std::string& name, const Array& bias, const Array& scale, int64_t outputs) {
+  const Precision chosen = precision(name);
+  return {chosen, values("bias", bias, outputs), chosen == Precision::int8 ? values("scale", scale, outputs) : nullptr};
+}
+
+int64_t add_neurons(Engine& engine, const std::vector<PySynapses>& given, const std::vector<int64_t>& skips,
+                    const std::string& precision_name, const Array& bias, const Array& scale, const Array& threshold,
+                    const Array& leak, const std::string& reset_name, float v_reset) {
+  std::vector<Synapses> all;
+  for (const PySynapses& one : given) all.push_back(synapses(engine, one));
+  if (all.empty()) throw std::invalid_argument("synapses: expected at least one, got none");
+  const int64_t outputs = all[0].outputs;
+  return engine.add_neurons(
+      all, skips, parameters(precision_name, bias, scale, outputs),
+      {values("threshold", threshold, outputs), values("leak", leak, outputs), reset(reset_name), v_reset});
+}
+
+void add_readout(Engine& engine, const PySynapses& given, const std::string& precision_name, const Array& bias,
+                 const Array& scale) {
+  const Synapses one = synapses(engine, given);
+  engine.add_readout(one, parameters(precision_name, bias, scale, one.outputs));
+}
+
+Array run(Engine& engine, const Array& images) {
+  const Shape shape = engine.shape(0);
+  if (images.ndim() != 4 || images.shape(1) != shape.channels || images.shape(2) != shape.height ||
+      images.shape(3) != shape.width) {
+    throw std::invalid_argument("images: expected float32 [count, " + std::to_string(shape.channels) + ", " +
+                                std::to_string(shape.height) + ", " + std::to_string(shape.width) + "]");
+  }
+  Array logits({py::ssize_t(images.shape(0)), py::ssize_t(engine.outputs())});
+  const float* from = images.data();
+  float* to = logits.mutable_data();
+  const py::gil_scoped_release release;
+  engine.run(from, images.shape(0), to);
+  return logits;
+}
+
+py::array_t<uint64_t> bits(const Engine& engine, int64_t source) {
+  const Shape shape = engine.shape(source);
+  const std::vector<uint64_t>& all = engine.bits(source);
+  const py::ssize_t rows = shape.height, columns = shape.width, words = (shape.channels + kWord - 1) / kWord;
+  return py::array_t<uint64_t>({py::ssize_t(all.size()) / (rows * columns * words), rows, columns, words}, all.data());
+}
+
+py::list report(const Engine& engine) {
+  py::list layers;
+  for (const LayerReport& layer : engine.report()) {
+    py::dict entry;
+    entry["spikes"] = layer.spikes;
+    entry["neurons"] = layer.neurons;
+    entry["additions"] = layer.additions;
+    entry["multiplications"] = layer.multiplications;
+    entry["weight_bytes"] = layer.weight_bytes;
+    entry["spike_bytes"] = layer.spike_bytes;
+    entry["milliseconds"] = layer.milliseconds;
+    layers.append(entry);
+  }
+  return layers;
+}
+
+}  // namespace
+
+void bind(py::module_& m) {
+  py::class_<Engine>(m, "EventEngine", "A spiking network that adds weights where spikes are; see csrc/event/engine.h.")
+      .def(py::init([](int64_t channels, int64_t height, int64_t width, int64_t timesteps) {
+             return std::make_unique<Engine>(Shape{channels, height, width}, timesteps);
+           }),
+           py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("timesteps"))
+      .def("add_neurons", &add_neurons, py::arg("synapses"), py::arg("skips"), py::arg("precision"), py::arg("bias"),
+           py::arg("scale"), py::arg("threshold"), py::arg("leak"), py::arg("reset"), py::arg("v_reset"))
+      .def(
+          "add_max_pool", [](Engine& e, int64_t source, const Numbers& n) { return e.add_max_pool(source, window(n)); },
+          py::arg("source"), py::arg("window"))
+      .def(
+          "add_average_pool",
+          [](Engine& e, int64_t source, const Numbers& n) { return e.add_average_pool(source, window(n)); },
+          py::arg("source"), py::arg("window"))
+      .def("add_readout", &add_readout, py::arg("synapses"), py::arg("precision"), py::arg("bias"), py::arg("scale"))
+      .def(
+          "shape",
+          [](const Engine& e, int64_t source) {
+            const Shape s = e.shape(source);
+            return py::make_tuple(s.channels, s.height, s.width);
+          },
+          py::arg("source"))
+      .def("run", &run, py::arg("images"), "float32 [count, channels, height, width] -> logits [count, classes]")
+      .def("bits", &bits, py::arg("source"),
+           "uint64 [digit of the count * image * timestep, row, column, word of 64 channels] after a run.")
+      .def("report", &report, "One dict a layer, of the last run.");
+}
+
+}  // namespace iirsnn::event

@@ -1,0 +1,108 @@
+// A spiking network as a sequence of layers that handle events. Build it once, run it on any number of images.
+//
+// A layer's work is cut into tasks: a strip of positions by a range of outputs. A task keeps its sums (and over several
+// timesteps its membranes) in a buffer of its thread that fits the cache, and writes nothing but spikes.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+
+namespace iirsnn::event {
+
+struct Shape {
+  int64_t channels, height, width;
+};
+
+struct Pair {
+  int64_t y, x;
+};
+
+struct Window {
+  Pair kernel{1, 1}, stride{1, 1}, dilation{1, 1};
+  Pair before{0, 0}, after{0, 0};  // zero padding at the top left and the bottom right
+};
+
+// A convolution from a source: 0 is the image, others are what Engine::add_* returned.
+struct Synapses {
+  int64_t source;
+  const float* weight;  // [outputs][channels / groups][kernel.y][kernel.x]; integers in [-127, 127] when int8
+  int64_t outputs;
+  int64_t groups;
+  Window window;
+};
+
+struct LayerParameters {
+  Precision precision;  // of weights that spikes meet; those of the image are fp32
+  const float* bias;    // [outputs]
+  const float* scale;   // [outputs] when int8: current = sum * scale + bias
+};
+
+struct NeuronParameters {
+  const float* threshold;  // [outputs]
+  const float* leak;       // [outputs]
+  Fires reset;
+  float v_reset;
+};
+
+struct LayerReport {
+  int64_t spikes = 0;           // that the layer gave
+  int64_t neurons = 0;          // of one image
+  int64_t additions = 0;        // weights added, and the doublings and sums that pooled counts cost
+  int64_t multiplications = 0;  // of the image's values
+  int64_t weight_bytes = 0;     // of the rows added
+  int64_t spike_bytes = 0;      // of the bits read and written
+  double milliseconds = 0;
+};
+
+class Engine {
+ public:
+  Engine(Shape image, int64_t timesteps);
+  ~Engine();
+
+  // Each returns the number that stands for the spikes it gives. std::invalid_argument says what cannot be.
+  // A layer's current is the sum of its synapses, plus its skips: spikes of its own shape, 1 each.
+  int64_t add_neurons(const std::vector<Synapses>& synapses, const std::vector<int64_t>& skips,
+                      const LayerParameters& parameters, const NeuronParameters& neurons);
+  int64_t add_max_pool(int64_t source, const Window& window);      // any spike in the window is one
+  int64_t add_average_pool(int64_t source, const Window& window);  // counts; dividing is for the next layer's weights
+  void add_readout(const Synapses& synapses, const LayerParameters& parameters);
+
+  Shape shape(int64_t source) const;
+  int64_t outputs() const;  // of the readout
+
+  // images [count][channels][height][width] -> logits [count][outputs], summed over the timesteps.
+  void run(const float* images, int64_t count, float* logits);
+
+  // Bits of a source after a run: [digit of the count][image][timestep][row][column][word of 64 channels].
+  const std::vector<uint64_t>& bits(int64_t source) const;
+
+  const std::vector<LayerReport>& report() const { return report_; }  // of the last run, in the order of adding
+
+ private:
+  struct Spikes;
+  struct Connection;
+  struct Step;
+  struct Strip;
+
+  const Spikes& spikes(int64_t source) const;
+  int64_t add_step(std::unique_ptr<Step> step, int64_t planes);
+  Connection connect(const Synapses& synapses, const LayerParameters& parameters) const;
+  std::unique_ptr<Step> layer(const std::vector<Synapses>& synapses, const LayerParameters& parameters) const;
+  std::unique_ptr<Step> pool(int64_t source, const Window& window) const;
+  std::vector<Strip> cut(const Step& step) const;
+  void run_pool(const Step& step, LayerReport& report);
+  void run_layer(const Step& step, const float* images, float* logits, LayerReport& report);
+  void add_up(const Step& step, const Strip& strip, const float* images, void* sums, LayerReport& report) const;
+  void finish(const Step& step, const Strip& strip, const void* sums, float* logits, LayerReport& report);
+
+  Shape image_;
+  int64_t timesteps_, count_ = 0;
+  std::vector<std::unique_ptr<Spikes>> spikes_;  // that of source i is at i - 1
+  std::vector<std::unique_ptr<Step>> steps_;
+  std::vector<LayerReport> report_;
+};
+
+}  // namespace iirsnn::event

@@ -1,0 +1,116 @@
+// The loops of event-driven inference over raw memory: additions for events, then the neurons that fire.
+//
+// Spikes are bits, channels innermost: words [image][row][column][word] of 64 channels, one such array ("plane") for
+// each binary digit of a pooled count, or a single one for plain spikes. Weights are rows [channel] of outputs. The
+// "sums" of a strip of output positions, [position][output], stay in the cache from the bias to the spike.
+//
+// Every output's additions are made in one order, whatever the processor and the number of threads: the same bits.
+#pragma once
+
+#include <cstdint>
+
+namespace iirsnn::event {
+
+enum class Precision : int { fp32 = 0, bf16 = 1, int8 = 2 };
+
+constexpr int kWord = 64;  // channels in a word
+
+// Outputs that rows are padded to, and outputs whose sums a tile kernel keeps in registers.
+constexpr int row_unit(Precision precision) { return precision == Precision::fp32 ? 16 : 32; }
+constexpr int tile_width(Precision precision) { return precision == Precision::int8 ? 128 : 64; }
+constexpr int weight_bytes(Precision precision) {
+  return precision == Precision::fp32 ? 4 : precision == Precision::bf16 ? 2 : 1;
+}
+
+// One kernel tap over a strip: the rectangle of output positions whose input pixel lies inside the image.
+struct Tap {
+  int64_t in;   // words from the strip's first image to the first input pixel
+  int64_t out;  // positions from the strip's first to the rectangle's first
+  int rows, columns;
+};
+
+struct Additions {
+  const uint64_t* bits;  // plane 0 of the strip's first image
+  int planes;
+  int64_t plane;  // words from plane to plane
+  int64_t images, image_in, image_out;
+  int64_t row_in, row_out, column_in;  // "in" counts words, "out" positions; columns are 1 position apart
+
+  const Tap* taps;
+  int tap_count;
+
+  int first_word, words;
+  uint64_t first_mask, last_mask;  // channels of the first and the last word that take part
+  int channels;                    // of them all: the rows of one tap
+  bool whole;                      // they are all that the source has
+
+  const void* weights;  // [word][tap][channel of the word][pitch]
+  int64_t pitch;        // outputs from row to row
+  void* sums;           // float or int32_t [position][width]
+  int width;            // outputs; a multiple of row_unit
+};
+
+struct Work {
+  int64_t events = 0;  // rows added
+  int64_t merges = 0;  // additions that double and add up the digits of pooled counts, per output
+};
+
+// Adds the row of every set bit of every tap to the sums.
+// A tile keeps the sums of a position in registers while it reads the bits of one tap and word (width <= tile_width,
+// pitch == width). A stream passes over long rows four at a time, which memory serves fastest.
+void add_tile(Precision precision, const Additions& work, Work& done);
+void add_stream(Precision precision, const Additions& work, Work& done);
+
+// The first layer: real-valued input, so a dense convolution.
+struct Products {
+  const float* image;  // [channel][row][column] of the strip's first image
+  int64_t images, image_in, image_out;
+  int64_t channel_in;
+  int64_t row_in, row_out, column_in;  // "in" counts floats
+  const Tap* taps;                     // in floats as well
+  int tap_count;
+  int first_channel, channels;
+  const float* weights;  // [tap][channel][pitch]
+  int64_t pitch;
+  float* sums;
+  int width;
+};
+void add_products(const Products& work);
+
+enum class Fires : int { soft = 0, hard = 1, none = 2, soft_delayed = 3 };  // as Reset in lif_step.h
+
+// Sums -> spikes, over time where there is more than one timestep.
+struct Neurons {
+  const void* sums;  // [image][timestep][position][width], or without timesteps when the current is constant
+  bool integer;      // int32_t sums: current = sum * scale + bias
+  bool constant;
+  int64_t images, timesteps, positions;
+  int width;    // outputs of a row of sums
+  int outputs;  // the first of them that are real
+  const float* scale;
+  const float* bias;       // of integer sums; of others the sums began with it
+  const float* threshold;  // [width]; so are scale, bias and leak
+  const float* leak;
+  float v_reset;
+  Fires reset;
+  const uint64_t* skip;  // spikes added to the current, laid out as the output, or null
+  uint64_t* spikes;      // word of the first output, image, timestep and position
+  int64_t words;         // from position to position
+  int64_t image_words;   // from image (and timestep) to image
+};
+int64_t fire(const Neurons& work);  // returns the number of spikes
+
+// Sums -> logits: what the layer without neurons gives, summed over the timesteps.
+struct Logits {
+  const void* sums;  // [image][timestep][width]
+  bool integer, constant;
+  int64_t images, timesteps;
+  int width, outputs;
+  const float* scale;
+  const float* bias;
+  float* logits;  // [image][stride], from the first output on
+  int64_t stride;
+};
+void read_out(const Logits& work);
+
+}  // namespace iirsnn::event
