@@ -128,11 +128,9 @@ def test_the_checkpoint_of_another_network(finished_copy):
     ("settings", "kind", "message"),
     [
         (["data.name=mnist"], UsageError, "data.name: expected one of digits, .*, got 'mnist'"),
-        (["model.name=resnet"], UsageError, "model: expected one of vgg, .*, got 'resnet'"),
         (["model.layers=[]"], UsageError, "layers: expected a convolution's channels first"),
         (["model.layers=[4,A,A,A,A]"], UsageError, "4 pools are too many for images of 8 x 8"),
         (["model.pool=median"], UsageError, "pool: expected one of average, max"),
-        (["neuron.surrogate=step"], UsageError, "surrogate: expected one of .*, got 'step'"),
         (["neuron.surrogate_scale=0"], UsageError, "surrogate_scale: expected .*, got 0.0"),
         (["neuron.backend=abacus"], UsageError, "backend: expected one of .*, got 'abacus'"),
         (["neuron.backend=cuda"], UsageError, "backend: expected one that can run, got 'cuda'"),

@@ -152,6 +152,8 @@ def test_a_recipe_that_cannot_be_read(tmp_path):
         ("conversion.images=0", "conversion.images"),
         ("neuron.leak=1.5", r"neuron.leak: expected a value in \[0, 1\], got 1.5"),
         ("neuron.reset=later", "neuron.reset: expected one of soft, .*, got 'later'"),
+        ("neuron.surrogate=step", "neuron.surrogate: expected one of .*, got 'step'"),
+        ("model.name=resnet", "model.name: expected one of vgg, .*, got 'resnet'"),
         ("ann.learning_rate=0", "ann: learning_rate: expected a value positive, got 0.0"),
         ("snn.learning_rate=-1e-3", "T5: learning_rate: expected a value positive"),
         ("stages.T1.learning_rate=0", "T1: learning_rate: expected a value positive"),
