@@ -112,8 +112,9 @@ def test_the_kernels_bits_do_not_depend_on_the_instruction_set():
             assert torch.equal(got, wanted), name
 
 
-# Relative, of an element or of the largest one: the roundings of up to 35 timesteps. fast_sigmoid is
-# so steep (its slope changes by 2 a = 50 in one threshold) that it makes five times as much of them.
+# Relative, of an element or of the largest one: the roundings of up to 35 timesteps. fast_sigmoid
+# is so steep (its slope changes by 2 a = 50 in one threshold) that it makes five times as much of
+# them.
 GRADIENT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
 
 
