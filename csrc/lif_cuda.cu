@@ -9,7 +9,7 @@
 // A current or gradient that is the same at every timestep (stride 0) is read once.
 //
 // A thread owns the neurons of one 16-byte packet and keeps their membranes in registers; it asks for all T packets
-// before it needs the first. 128 threads a block: the largest backward (T = 8, 16 bit) takes about 200 registers a
+// before it needs the first. 128 threads a block: the largest backward (T = 8, 16 bit) takes 207 registers a
 // thread, and small blocks waste the fewest of the 64 K; with 128 bytes in flight per thread 8 warps fill the memory
 // pipe, at T = 1 two packets per thread do. Not yet measured on a device.
 #include <cuda_bf16.h>
@@ -33,12 +33,15 @@ namespace iirsnn {
 namespace {
 
 constexpr int kBlock = 128;
-constexpr int kBlocksAtLeast = 1;  // per multiprocessor; said aloud, it keeps ptxas from spilling to fit one more
 constexpr int kSegment = 8;        // timesteps held in registers
 constexpr int kSinglePackets = 2;  // packets per thread of a forward at T = 1
 constexpr int kSumBlock = 256;
 constexpr int64_t kMaxBlocks = 8192, kMinBlocks = 512, kPartials = 1 << 16;  // see plan_backward
 constexpr unsigned kWarp = 0xffffffffu;
+
+// Blocks of a backward kernel on a multiprocessor: enough for 32 KiB of loads in flight, 2T packets a thread. Elsewhere
+// 1 is said aloud, which keeps ptxas from spilling a few bytes to fit one more.
+constexpr int blocks_at_least(int timesteps) { return timesteps == 1 ? 8 : timesteps == 2 ? 4 : 1; }
 
 template <typename scalar_t>
 using acc_of = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
@@ -85,9 +88,26 @@ struct Layout {
   Channels channels;
 };
 
+// kSize neighbours, held as the words they were loaded in: 16-bit values on their own would take a register each.
 template <typename value_t, int kSize>
-struct alignas(std::min<size_t>(sizeof(value_t) * kSize, 16)) Packet {
-  value_t value[kSize];
+struct Packet {
+  using word_t = std::conditional_t<sizeof(value_t) == 8, uint64_t, uint32_t>;
+  static constexpr int kPerWord = sizeof(word_t) / sizeof(value_t);
+  word_t words[(kSize + kPerWord - 1) / kPerWord] = {};
+
+  __device__ __forceinline__ value_t get(int k) const {
+    if constexpr (kPerWord == 2)
+      return bit_cast<value_t>(uint16_t(words[k / 2] >> k % 2 * 16));
+    else
+      return bit_cast<value_t>(words[k]);
+  }
+  __device__ __forceinline__ void set(int k, value_t value) {
+    if constexpr (kPerWord == 2)
+      words[k / 2] = (words[k / 2] & (k % 2 ? 0xffffu : 0xffff0000u)) | uint32_t(bit_cast<uint16_t>(value))
+                                                                            << k % 2 * 16;
+    else
+      words[k] = bit_cast<word_t>(value);
+  }
 };
 
 template <typename scalar_t>
@@ -98,10 +118,10 @@ constexpr int kPacket = 16 / sizeof(scalar_t);
 // Neurons past the end read as 0.
 template <int kSize, bool kTail = false, typename value_t>
 __device__ __forceinline__ Packet<value_t, kSize> load(const value_t* row, int64_t n, int64_t neurons) {
-  Packet<value_t, kSize> packet{};
+  Packet<value_t, kSize> packet;
   if (n + kSize <= neurons) {
     if constexpr (kSize == 1) {
-      packet.value[0] = row[n];
+      packet.set(0, row[n]);
     } else {
       uint4 words[sizeof(packet) / 16];
 #pragma unroll
@@ -111,7 +131,7 @@ __device__ __forceinline__ Packet<value_t, kSize> load(const value_t* row, int64
   } else if constexpr (kTail) {
 #pragma unroll
     for (int k = 0; k < kSize; ++k)
-      if (n + k < neurons) packet.value[k] = row[n + k];
+      if (n + k < neurons) packet.set(k, row[n + k]);
   }
   return packet;
 }
@@ -127,7 +147,7 @@ template <int kSize, bool kTail = false, typename value_t>
 __device__ __forceinline__ void store(value_t* row, int64_t n, int64_t neurons, const Packet<value_t, kSize>& packet) {
   if (n + kSize <= neurons) {
     if constexpr (kSize == 1) {
-      row[n] = packet.value[0];
+      row[n] = packet.get(0);
     } else {
       uint4 words[sizeof(packet) / 16];
       memcpy(words, &packet, sizeof(packet));
@@ -137,7 +157,7 @@ __device__ __forceinline__ void store(value_t* row, int64_t n, int64_t neurons, 
   } else if constexpr (kTail) {
 #pragma unroll
     for (int k = 0; k < kSize; ++k)
-      if (n + k < neurons) row[n + k] = packet.value[k];
+      if (n + k < neurons) row[n + k] = packet.get(k);
   }
 }
 
@@ -184,17 +204,17 @@ __device__ __forceinline__ void load_neurons(Neuron<acc_t> (&neurons)[kSize], co
 
 template <int kSize, typename acc_t>
 __device__ __forceinline__ void load_membrane(acc_t (&v)[kSize], const acc_t* from, int64_t n, int64_t neurons) {
-  Packet<acc_t, kSize> packet{};
+  Packet<acc_t, kSize> packet;
   if (from != nullptr) packet = load<kSize>(from, n, neurons);
 #pragma unroll
-  for (int k = 0; k < kSize; ++k) v[k] = packet.value[k];
+  for (int k = 0; k < kSize; ++k) v[k] = packet.get(k);
 }
 
 template <int kSize, typename acc_t>
 __device__ __forceinline__ void store_membrane(acc_t* to, int64_t n, int64_t neurons, const acc_t (&v)[kSize]) {
   Packet<acc_t, kSize> packet;
 #pragma unroll
-  for (int k = 0; k < kSize; ++k) packet.value[k] = v[k];
+  for (int k = 0; k < kSize; ++k) packet.set(k, v[k]);
   store(to, n, neurons, packet);
 }
 
@@ -202,7 +222,7 @@ __device__ __forceinline__ void store_membrane(acc_t* to, int64_t n, int64_t neu
 
 // T = 1 from rest: compare, and that is all.
 template <typename scalar_t, int kSize>
-__global__ void __launch_bounds__(kBlock, kBlocksAtLeast)
+__global__ void __launch_bounds__(kBlock, 1)
     single_forward_kernel(const scalar_t* __restrict__ x, const acc_of<scalar_t>* __restrict__ threshold,
                           scalar_t* __restrict__ s, uint8_t* __restrict__ bits, const __grid_constant__ Layout layout) {
   using acc_t = acc_of<scalar_t>;
@@ -220,8 +240,8 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtLeast)
     unsigned fired = 0;
 #pragma unroll
     for (int k = 0; k < kSize; ++k) {
-      const acc_t h = widen(current[i].value[k]);
-      spikes.value[k] = narrow<scalar_t>(spike(h, neurons[k].threshold));
+      const acc_t h = widen(current[i].get(k));
+      spikes.set(k, narrow<scalar_t>(spike(h, neurons[k].threshold)));
       fired |= unsigned(h > neurons[k].threshold) << k;
     }
     if (bits != nullptr)
@@ -233,7 +253,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtLeast)
 
 // kTimesteps = 0: any number, in segments of kSegment.
 template <typename scalar_t, int kSize, int kTimesteps, Reset kReset>
-__global__ void __launch_bounds__(kBlock, kBlocksAtLeast)
+__global__ void __launch_bounds__(kBlock, 1)
     forward_kernel(const scalar_t* __restrict__ x, const acc_of<scalar_t>* __restrict__ threshold,
                    const acc_of<scalar_t>* __restrict__ leak, const acc_of<scalar_t>* __restrict__ v0,
                    scalar_t* __restrict__ s, uint8_t* __restrict__ bits, acc_of<scalar_t>* __restrict__ v_out,
@@ -242,19 +262,19 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtLeast)
   constexpr int kSteps = kTimesteps ? kTimesteps : kSegment;
   const int64_t timesteps = kTimesteps ? kTimesteps : layout.timesteps;
   const int64_t n = (int64_t(blockIdx.x) * kBlock + threadIdx.x) * kSize;
-  Packet<scalar_t, kSize> current[kSteps];
-  current[0] = load<kSize>(x, n, layout.neurons);
+  const auto first = load<kSize>(x, n, layout.neurons);
   Neuron<acc_t> neurons[kSize];
   load_neurons<false>(neurons, threshold, leak, v_reset, layout.channels, n);
   acc_t v[kSize];
   load_membrane(v, v0, n, layout.neurons);
   for (int64_t t0 = 0; t0 < timesteps; t0 += kSteps) {
+    Packet<scalar_t, kSize> current[kSteps];
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
       const int64_t t = t0 + j;
-      if (t == 0 || t >= timesteps) continue;
-      if (layout.x_stride_t == 0)
-        current[j] = current[0];
+      if (t >= timesteps) continue;
+      if (t == 0 || layout.x_stride_t == 0)
+        current[j] = first;
       else
         current[j] = load<kSize>(x + t * layout.x_stride_t, n, layout.neurons);
     }
@@ -266,8 +286,8 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtLeast)
       unsigned fired = 0;
 #pragma unroll
       for (int k = 0; k < kSize; ++k) {
-        const acc_t h = charge<kReset>(acc_t(widen(current[j].value[k])), v[k], neurons[k]);
-        spikes.value[k] = narrow<scalar_t>(spike(h, neurons[k].threshold));
+        const acc_t h = charge<kReset>(acc_t(widen(current[j].get(k))), v[k], neurons[k]);
+        spikes.set(k, narrow<scalar_t>(spike(h, neurons[k].threshold)));
         fired |= unsigned(h > neurons[k].threshold) << k;
         v[k] = discharge<kReset>(h, neurons[k]);
       }
@@ -281,6 +301,17 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtLeast)
 }
 
 // ---- backward
+
+// The same value, of which the compiler does not know that it is the same: it would otherwise keep what it computed
+// from it the first time, a membrane beside each h: 40 registers more at T = 8 in 16 bit.
+__device__ __forceinline__ float forgotten(float value) {
+  asm("" : "+f"(value));
+  return value;
+}
+__device__ __forceinline__ double forgotten(double value) {
+  asm("" : "+d"(value));
+  return value;
+}
 
 // Blocks walk over the neurons in strides that are a multiple of channels * inner, so that a thread meets the same
 // channels in each of them and sums their gradients in registers. A block leaves `slots` pairs of partial sums, one for
@@ -441,16 +472,16 @@ __device__ __forceinline__ void backward_neurons(Packet<scalar_t, kSize>& grad, 
   spike_slopes(slopes, h, neurons, options.surrogate, options.scale);
 #pragma unroll
   for (int k = 0; k < kSize; ++k) {
-    const StepGrad<acc_t> step = backward_step<kReset>(acc_t(widen(grad.value[k])), h[k], v[k], slopes[k], neurons[k],
+    const StepGrad<acc_t> step = backward_step<kReset>(acc_t(widen(grad.get(k))), h[k], v[k], slopes[k], neurons[k],
                                                        options.detach_reset, carry[k]);
     sums[k] = sums[k] + Partial<acc_t>{step.threshold, step.leak};
-    grad.value[k] = narrow<scalar_t>(step.x);
+    grad.set(k, narrow<scalar_t>(step.x));
   }
 }
 
 // T = 1 from rest, and nothing arrives at the membrane.
 template <typename scalar_t, int kSize>
-__global__ void __launch_bounds__(kBlock, kBlocksAtLeast)
+__global__ void __launch_bounds__(kBlock, blocks_at_least(1))
     single_backward_kernel(const scalar_t* __restrict__ grad_s, const scalar_t* __restrict__ x,
                            const acc_of<scalar_t>* __restrict__ threshold, scalar_t* __restrict__ grad_x,
                            Partial<acc_of<scalar_t>>* __restrict__ partials,
@@ -468,7 +499,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtLeast)
     const acc_t v[kSize] = {};
     Carry<acc_t> carry[kSize] = {};
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) h[k] = widen(current.value[k]);
+    for (int k = 0; k < kSize; ++k) h[k] = widen(current.get(k));
     backward_neurons<Reset::none>(grad, h, v, neurons, options, carry, sums);
     store<kSize, true>(grad_x, n, layout.neurons, grad);
   }
@@ -478,7 +509,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtLeast)
 // kTimesteps = 0: any number, in segments of kSegment. checkpoints: [segments - 2, N], the membranes the segments
 // between the first and the last start from.
 template <typename scalar_t, int kSize, int kTimesteps, Reset kReset>
-__global__ void __launch_bounds__(kBlock, kBlocksAtLeast)
+__global__ void __launch_bounds__(kBlock, blocks_at_least(kTimesteps))
     backward_kernel(const scalar_t* __restrict__ grad_s, const acc_of<scalar_t>* __restrict__ grad_v,
                     const scalar_t* __restrict__ x, const acc_of<scalar_t>* __restrict__ threshold,
                     const acc_of<scalar_t>* __restrict__ leak, const acc_of<scalar_t>* __restrict__ v0,
@@ -495,11 +526,10 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtLeast)
   load_neurons<true>(neurons, threshold, leak, options.v_reset, layout.channels, n);
   Partial<acc_t> sums[kSize] = {};
   for (; n < count; n += plan.stride) {
-    Packet<scalar_t, kSize> current[kSteps], grad[kSteps];
     Packet<scalar_t, kSize> same_current, same_grad;  // of all timesteps, where the stride is 0
     if (layout.x_stride_t == 0) same_current = load<kSize>(x, n, count);
     if (grad_s_stride_t == 0) same_grad = load<kSize>(grad_s, n, count);
-    const auto load_current = [&](int64_t t0) {
+    const auto load_current = [&](Packet<scalar_t, kSize>(&current)[kSteps], int64_t t0) {
 #pragma unroll
       for (int j = 0; j < kSteps; ++j) {
         if (t0 + j >= timesteps) continue;
@@ -514,12 +544,13 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtLeast)
     if constexpr (kTimesteps == 0) {
       for (int64_t t0 = 0; t0 < last; t0 += kSteps) {
         if (t0 > 0) store_membrane(checkpoints + (t0 / kSteps - 1) * count, n, count, start);
-        load_current(t0);
+        Packet<scalar_t, kSize> current[kSteps];
+        load_current(current, t0);
 #pragma unroll
         for (int j = 0; j < kSteps; ++j) {
 #pragma unroll
           for (int k = 0; k < kSize; ++k) {
-            const acc_t h = charge<kReset>(acc_t(widen(current[j].value[k])), start[k], neurons[k]);
+            const acc_t h = charge<kReset>(acc_t(widen(current[j].get(k))), start[k], neurons[k]);
             start[k] = discharge<kReset>(h, neurons[k]);
           }
         }
@@ -531,7 +562,8 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtLeast)
 #pragma unroll
     for (int k = 0; k < kSize; ++k) carry[k] = {grad_v_last[k], acc_t(0)};
     for (int64_t t0 = last;; t0 -= kSteps) {
-      load_current(t0);
+      Packet<scalar_t, kSize> current[kSteps], grad[kSteps];
+      load_current(current, t0);
 #pragma unroll
       for (int j = 0; j < kSteps; ++j) {
         if (t0 + j >= timesteps) continue;
@@ -548,7 +580,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtLeast)
         if (t0 + j >= timesteps) continue;
 #pragma unroll
         for (int k = 0; k < kSize; ++k) {
-          h[j][k] = charge<kReset>(acc_t(widen(current[j].value[k])), v[k], neurons[k]);
+          h[j][k] = charge<kReset>(acc_t(widen(current[j].get(k))), v[k], neurons[k]);
           v[k] = discharge<kReset>(h[j][k], neurons[k]);
         }
       }
@@ -557,7 +589,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtLeast)
         if (t0 + j >= timesteps) continue;
 #pragma unroll
         for (int k = 0; k < kSize; ++k)
-          v[k] = j > 0 ? discharge<kReset>(h[j > 0 ? j - 1 : 0][k], neurons[k]) : start[k];
+          v[k] = j > 0 ? discharge<kReset>(forgotten(h[j > 0 ? j - 1 : 0][k]), neurons[k]) : start[k];
         backward_neurons<kReset>(grad[j], h[j], v, neurons, options, carry, sums);
         store(grad_x + (t0 + j) * count, n, count, grad[j]);
       }
@@ -590,7 +622,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtLeast)
 
 // A thread reads one byte, a warp 256 neurons; its stores are kSize neurons a lane, side by side across the warp.
 template <typename scalar_t, int kSize>
-__global__ void __launch_bounds__(kBlock, kBlocksAtLeast)
+__global__ void __launch_bounds__(kBlock, 1)
     unpack_kernel(const uint8_t* __restrict__ bits, scalar_t* __restrict__ s, int64_t timesteps, int64_t neurons) {
   const int64_t column = int64_t(blockIdx.x) * kBlock + threadIdx.x, row_bytes = packed_bytes(neurons);
   const int lane = threadIdx.x % 32;
@@ -603,7 +635,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtLeast)
       const int64_t first = (column - lane) * 8 + in_warp;
       Packet<scalar_t, kSize> spikes;
 #pragma unroll
-      for (int k = 0; k < kSize; ++k) spikes.value[k] = narrow<scalar_t>(fired >> k & 1);
+      for (int k = 0; k < kSize; ++k) spikes.set(k, narrow<scalar_t>(fired >> k & 1));
       store(s + t * neurons, first, neurons, spikes);
     }
   }

@@ -1,0 +1,144 @@
+"""The machine code of csrc/lif_cuda.cu: wide accesses, and nothing spilled. Needs nvcc, not a GPU.
+
+IIRSNN_TEST_EVERY_KERNEL=1 looks at all kernels on all architectures, which takes minutes. Without
+it: the kernels of T = 1, and with the soft reset those of any T and, on sm_90, of T = 5 and 8.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import pytest
+
+from tests.cuda_compiler import compile_kernels, disassembler, toolkit
+
+ARCHITECTURES = [80, 90, 100, 120]
+EVERY = os.environ.get("IIRSNN_TEST_EVERY_KERNEL") == "1"
+RESETS = "soft", "hard", "none", "soft_delayed"
+
+
+@dataclass
+class Kernel:
+    """name: lif_cuda.cu's, without _kernel. packet: neurons a thread moves at once, 1 or 16 bytes.
+
+    timesteps: 0 for any, or when the kernel has none. usage: what ptxas -v says. code: SASS.
+    """
+
+    name: str
+    dtype: str
+    packet: int
+    timesteps: int
+    reset: str
+    usage: str = field(default="", repr=False)
+    code: str = field(default="", repr=False)
+
+    @staticmethod
+    def of(mangled: str) -> Kernel:
+        name, dtype, rest = re.search(
+            r"\d([a-z_]+?)_kernelI(?:\d*)(f|d|__half|__nv_bfloat16)(.*?)E+v", mangled
+        ).groups()
+        numbers = [int(n) for n in re.findall(r"Li(\d+)E", rest + "E")]
+        packet, timesteps = (*numbers, 1, 0)[:2] if len(numbers) != 1 else (numbers[0], 0)
+        reset = re.search(r"ResetE(\d)", rest)
+        return Kernel(name, dtype, packet, timesteps, RESETS[int(reset[1])] if reset else "")
+
+    def count(self, operation: str) -> int:
+        return len(re.findall(rf"\s{re.escape(operation)}\b", self.code))
+
+
+def split(ptx: str) -> tuple[str, dict[str, str]]:
+    """What precedes the kernels, and each kernel by its mangled name."""
+    head, *entries = re.split(r"^(?=\.(?:visible \.)?entry )", ptx, flags=re.MULTILINE)
+    return head, {re.search(r"\.entry (\w+)", entry)[1]: entry for entry in entries}
+
+
+def wanted(kernel: Kernel, arch: int) -> bool:
+    if EVERY or kernel.name not in ("forward", "backward"):
+        return True
+    return kernel.reset == "soft" and (arch != 90 or kernel.timesteps in (0, 5, 8))
+
+
+def inspect(arch: int, folder) -> list[Kernel]:
+    """Compile for one architecture from the PTX for it, sm_120 from that for sm_100."""
+    compute = min(arch, 100)
+    unrolled = 8 if EVERY or arch == 90 else 0
+    head, entries = split(compile_kernels(compute, unrolled)[0].read_text())
+    kernels = {name: Kernel.of(name) for name in entries}
+    kernels = {name: kernel for name, kernel in kernels.items() if wanted(kernel, arch)}
+    source, binary = folder / f"{arch}.ptx", folder / f"{arch}.cubin"
+    source.write_text(head + "".join(entries[name] for name in kernels))
+    command = [toolkit() / "bin" / "ptxas", f"-arch=sm_{arch}", "-v", source, "-o", binary]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    for name, usage in re.findall(
+        r"entry function '(\w+)'(.*?)(?=ptxas info\s+: Compiling|\Z)", told, re.DOTALL
+    ):
+        kernels[name].usage = usage
+    command = [disassembler(), "--print-code", "--no-dataflow", binary]
+    sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    for name, code in re.findall(
+        r"^\s*\.text\.(\w+):$(.*?)(?=^\s*\.text\.\w+:$|\Z)", sass, re.DOTALL | re.MULTILINE
+    ):
+        kernels[name].code = code
+    return list(kernels.values())
+
+
+@pytest.fixture(scope="module")
+def every_kernel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cubin")
+    disassembler()
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda arch: inspect(arch, folder), [90, 80, 100, 120])
+        return dict(zip([90, 80, 100, 120], found, strict=True))
+
+
+@pytest.fixture(params=ARCHITECTURES, ids=lambda arch: f"sm_{arch}")
+def kernels(request, every_kernel):
+    return every_kernel[request.param]
+
+
+def test_all_are_there(kernels):
+    assert {k.name for k in kernels} == {
+        *("forward", "backward", "single_forward", "single_backward", "sum_partials", "unpack")
+    }
+    assert {k.dtype for k in kernels} == {"f", "d", "__half", "__nv_bfloat16"}
+
+
+def test_nothing_in_local_memory(kernels):
+    for kernel in kernels:
+        usage = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", kernel.usage)
+        assert usage.groups() == ("0", "0"), kernel
+        assert kernel.count("LDL") == kernel.count("STL") == 0, kernel
+
+
+def test_registers_leave_enough_loads_in_flight(kernels):
+    """32 KiB of an SM's loads can wait for memory at once, whatever the registers they take."""
+    for kernel in kernels:
+        if kernel.name not in ("forward", "backward", "single_forward", "single_backward"):
+            continue
+        registers = int(re.search(r"Used (\d+) registers", kernel.usage)[1])
+        threads = min(2048, 65536 // (128 * -(-registers // 8) * 8) * 128)
+        if kernel.packet > 1:
+            assert 16 * loads(kernel) * threads >= 32 * 1024, (kernel, threads)
+
+
+def loads(kernel: Kernel) -> int:
+    """16-byte packets of x, and of grad_s, that a thread asks for before it needs one."""
+    steps = kernel.timesteps or {"single_forward": 2, "forward": 8, "backward": 8}.get(
+        kernel.name, 1
+    )
+    return steps * {"unpack": 0, "backward": 2, "single_backward": 2}.get(kernel.name, 1)
+
+
+def test_packets_move_in_128_bits(kernels):
+    for kernel in kernels:
+        if kernel.packet == 1:
+            continue
+        assert kernel.count("LDG.E.128.CONSTANT") >= loads(kernel), kernel
+        assert kernel.count("STG.E.128") >= max(1, kernel.timesteps), kernel
+        if kernel.name in ("forward", "backward"):  # the rest are parameters, 4 bytes, 8 for double
+            assert kernel.count("LDG.E.U8.CONSTANT") == kernel.count("LDG.E.U16.CONSTANT") == 0
+            assert kernel.count("STG.E.U16") == 0, kernel
