@@ -1,4 +1,4 @@
-"""The command line: iirsnn train | evaluate | report | env."""
+"""The command line: iirsnn train | evaluate | report | deploy | predict | energy | env."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import data, recipe, report
+from . import data, event_cli, recipe, report
 from .env import env_report
 from .errors import IirsnnError, RunError, UsageError
 from .evaluation import accuracies
@@ -82,6 +82,9 @@ def report_command(run: Run) -> None:
     """Time the networks, then write report.json and the plots, and print the table."""
     with RunFolder.resume(run) as folder:
         _report(folder, open_data(folder.recipe))
+
+
+event_cli.register(app)
 
 
 @app.command()

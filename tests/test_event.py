@@ -27,6 +27,15 @@ def levels():
     return LEVELS[: LEVELS.index(best) + 1]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small layers on a busy machine: threads that wait for each other make minutes of seconds."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=LEVELS)
 def level(request):
     if request.param not in levels():
@@ -280,12 +289,10 @@ def test_an_image_alone_or_in_a_batch_of_any_thread_number():
     x = torch.randn(9, 1, 12, 12, generator=torch.Generator().manual_seed(1))
     net = EventNetwork.from_model(network, 2)
     together = net(x)
-    before = torch.get_num_threads()
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         assert torch.equal(net(x), together)
         assert torch.equal(torch.cat([net(image[None]) for image in x]), together)
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
