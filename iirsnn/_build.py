@@ -54,6 +54,8 @@ def want_cuda(mode: str) -> tuple[bool, str]:
         reason = "this torch was built without CUDA"
     elif home is None or shutil.which("nvcc", path=str(Path(home) / "bin")) is None:
         reason = "nvcc was not found (set CUDA_HOME)"
+    elif not (Path(home) / "include" / "cuda_runtime.h").is_file():
+        reason = f"{home} has nvcc but no include/cuda_runtime.h (set CUDA_HOME)"
     if reason and mode == "1":
         raise RuntimeError(
             f"IIRSNN_BUILD_CUDA=1: expected a CUDA build to be possible, but {reason}"
