@@ -89,6 +89,10 @@ def test_cuda_is_built_where_a_toolkit_is_found_without_asking_for_a_gpu(monkeyp
     nvcc.chmod(0o755)
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "no include/cuda_runtime.h" in _build.want_cuda("auto")[1]
+    header = tmp_path / "include" / "cuda_runtime.h"
+    header.parent.mkdir()
+    header.touch()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for a GPU"))
     recipe = _build.recipe("auto")
     assert recipe["cuda"]
