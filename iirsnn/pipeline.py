@@ -15,6 +15,7 @@ from .data import Splits
 from .errors import UsageError
 from .evaluation import accuracies, count_operations, evaluating
 from .models import Network, build
+from .provenance import commit, machine
 from .recipe import Recipe
 from .reduction import Stage, stages
 from .run_folder import RunFolder
@@ -57,6 +58,8 @@ class Pipeline:
                 "validation_accuracy": progress.best_accuracy,
                 "epoch": progress.best_epoch,
                 "seconds": progress.seconds,
+                "commit": commit(),
+                "machine": machine(),
                 **self.test(stage),
             }
             self.folder.finish_stage(stage.name, result)

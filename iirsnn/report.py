@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
-from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich import box
@@ -23,6 +19,7 @@ from .data import Splits
 from .errors import RunError
 from .evaluation import latencies
 from .pipeline import Pipeline
+from .provenance import commit, machine
 from .run_folder import RunFolder
 
 #: Images of one timed forward pass.
@@ -146,37 +143,6 @@ def _short(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count:.0f}"
-
-
-def commit() -> str:
-    """The commit of the source tree this package runs from, or its version where there is none."""
-    source = Path(__file__).resolve().parent
-    git = ["git", "-C", str(source)]
-    try:
-        head = _output([*git, "rev-parse", "--short=12", "HEAD"])
-        tracked = _output([*git, "ls-files", "--error-unmatch", Path(__file__).name])
-        changed = _output([*git, "status", "--porcelain", "--untracked-files=no"])
-    except (OSError, subprocess.CalledProcessError):
-        return "iirsnn " + version("iirsnn")
-    return head + ("-modified" if changed and tracked else "")
-
-
-def machine() -> str:
-    """The processor (and GPU) and the number of threads torch uses."""
-    name = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{name}, {torch.get_num_threads()} threads{gpu}"
-
-
-def _output(command: Sequence[str]) -> str:
-    return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
 
 
 def _plot_accuracy(report: dict[str, Any], axes: Axes) -> None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from iirsnn import report
+from iirsnn import provenance, report
 from iirsnn.errors import RunError
 from iirsnn.evaluation import latencies
 from iirsnn.pipeline import open_data
@@ -53,16 +53,16 @@ def test_report_holds_what_others_read(finished):
 
 
 def test_commit_is_that_of_the_source_tree(monkeypatch, tmp_path):
-    source = Path(report.__file__).resolve()
+    source = Path(provenance.__file__).resolve()
     git = ["git", "-C", str(source.parent), "rev-parse", "--short=12", "HEAD"]
     head = subprocess.run(git, capture_output=True, text=True)
     if head.returncode == 0:
-        assert report.commit().removesuffix("-modified") == head.stdout.strip()
+        assert provenance.commit().removesuffix("-modified") == head.stdout.strip()
     # a copy that git does not track, as in site-packages, has a version alone
-    elsewhere = tmp_path / "report.py"
+    elsewhere = tmp_path / "provenance.py"
     shutil.copy(source, elsewhere)
-    monkeypatch.setattr(report, "__file__", str(elsewhere))
-    assert report.commit().startswith("iirsnn 0.")
+    monkeypatch.setattr(provenance, "__file__", str(elsewhere))
+    assert provenance.commit().startswith("iirsnn 0.")
 
 
 def test_plots_are_pictures(finished):
