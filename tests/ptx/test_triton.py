@@ -3,6 +3,8 @@
 The emulator checks every access against the bounds and alignment of its array, and counts bytes.
 """
 
+from dataclasses import replace
+
 import iirsnn.kernels  # noqa: F401  (registers the ops)
 import pytest
 import torch
@@ -13,7 +15,15 @@ from tests import lif_cases
 from tests.lif_cases import CASES, FEW, Case, Implementation, inputs, options
 
 TRITON = Implementation.of("triton_")
-ARCHITECTURES = [(90, case) for case in CASES] + [(a, case) for a in (80, 100) for case in FEW]
+ARCHITECTURES = [
+    *((90, case) for case in CASES),
+    *((80, case) for case in FEW),
+    # sm_100 subtracts a float32 from a bfloat16 in one instruction, which the emulator lacks. Only
+    # a first step without v0 has a use for it.
+    *((100, replace(case, v0=case.dtype == torch.bfloat16)) for case in FEW),
+]
+# Packing knows nothing of gradients.
+PACKED = [(arch, c) for arch, c in ARCHITECTURES if c.detach and c.surrogate == "triangle"]
 
 
 def named(architectures):
@@ -35,7 +45,7 @@ def test_backward(cudarun, arch, case):
     assert len(launches) == (0 not in case.shape)
 
 
-@named(ARCHITECTURES)
+@named(PACKED)
 def test_packed(cudarun, arch, case):
     with cudarun.emulate(arch=arch) as launches:
         lif_cases.check_packed(case, TRITON)
@@ -67,7 +77,7 @@ def target(monkeypatch):
     monkeypatch.setattr(triton.runtime.driver, "_active", Target())
 
 
-@pytest.mark.parametrize(("timesteps", "v0"), [(1, False), (5, False), (3, True)])
+@pytest.mark.parametrize(("timesteps", "v0"), [(1, False), (3, True)])
 def test_opcheck(cudarun, target, timesteps, v0):
     case = Case("opcheck", (timesteps, 2, 6, 10), v0=v0, threshold_channels=True)
     a = inputs(case)
