@@ -113,25 +113,16 @@ struct Packet {
 template <typename scalar_t>
 constexpr int kPacket = 16 / sizeof(scalar_t);
 
-// A packet starts at neuron n. Only at T = 1 may the last one end inside it (kTail): at any other T a row that is no
-// multiple of packets would put the next row off its 16 bytes, and such rows are moved neuron by neuron (kSize = 1).
-// Neurons past the end read as 0.
-template <int kSize, bool kTail = false, typename value_t>
-__device__ __forceinline__ Packet<value_t, kSize> load(const value_t* row, int64_t n, int64_t neurons) {
+template <int kSize, typename value_t>
+__device__ __forceinline__ Packet<value_t, kSize> load(const value_t* from) {
   Packet<value_t, kSize> packet;
-  if (n + kSize <= neurons) {
-    if constexpr (kSize == 1) {
-      packet.set(0, row[n]);
-    } else {
-      uint4 words[sizeof(packet) / 16];
+  if constexpr (kSize == 1) {
+    packet.set(0, *from);
+  } else {
+    uint4 words[sizeof(packet) / 16];
 #pragma unroll
-      for (int i = 0; i < int(sizeof(packet) / 16); ++i) words[i] = reinterpret_cast<const uint4*>(row + n)[i];
-      memcpy(&packet, words, sizeof(packet));
-    }
-  } else if constexpr (kTail) {
-#pragma unroll
-    for (int k = 0; k < kSize; ++k)
-      if (n + k < neurons) packet.set(k, row[n + k]);
+    for (int i = 0; i < int(sizeof(packet) / 16); ++i) words[i] = reinterpret_cast<const uint4*>(from)[i];
+    memcpy(&packet, words, sizeof(packet));
   }
   return packet;
 }
@@ -143,22 +134,37 @@ __device__ __forceinline__ void store_words(uint4* to, uint4 words) {
                : "memory");
 }
 
-template <int kSize, bool kTail = false, typename value_t>
-__device__ __forceinline__ void store(value_t* row, int64_t n, int64_t neurons, const Packet<value_t, kSize>& packet) {
-  if (n + kSize <= neurons) {
-    if constexpr (kSize == 1) {
-      row[n] = packet.get(0);
-    } else {
-      uint4 words[sizeof(packet) / 16];
-      memcpy(words, &packet, sizeof(packet));
+template <int kSize, typename value_t>
+__device__ __forceinline__ void store(value_t* to, const Packet<value_t, kSize>& packet) {
+  if constexpr (kSize == 1) {
+    *to = packet.get(0);
+  } else {
+    uint4 words[sizeof(packet) / 16];
+    memcpy(words, &packet, sizeof(packet));
 #pragma unroll
-      for (int i = 0; i < int(sizeof(packet) / 16); ++i) store_words(reinterpret_cast<uint4*>(row + n) + i, words[i]);
-    }
-  } else if constexpr (kTail) {
-#pragma unroll
-    for (int k = 0; k < kSize; ++k)
-      if (n + k < neurons) row[n + k] = packet.get(k);
+    for (int i = 0; i < int(sizeof(packet) / 16); ++i) store_words(reinterpret_cast<uint4*>(to) + i, words[i]);
   }
+}
+
+// Only at T = 1 may the last packet end beyond the last neuron: at any other T a row that is no multiple of packets
+// would put the next row off its 16 bytes, and such rows are moved neuron by neuron (kSize = 1). Beyond, 0 is read.
+template <int kSize, typename value_t>
+__device__ __forceinline__ Packet<value_t, kSize> load_tail(const value_t* row, int64_t n, int64_t neurons) {
+  if (n + kSize <= neurons) return load<kSize>(row + n);
+  Packet<value_t, kSize> packet;
+#pragma unroll
+  for (int k = 0; k < kSize; ++k)
+    if (n + k < neurons) packet.set(k, row[n + k]);
+  return packet;
+}
+
+template <int kSize, typename value_t>
+__device__ __forceinline__ void store_tail(value_t* row, int64_t n, int64_t neurons,
+                                           const Packet<value_t, kSize>& packet) {
+  if (n + kSize <= neurons) return store(row + n, packet);
+#pragma unroll
+  for (int k = 0; k < kSize; ++k)
+    if (n + k < neurons) row[n + k] = packet.get(k);
 }
 
 // Bit k of fired: the spike of neuron n + k. Every lane of the warp must come here.
@@ -203,19 +209,18 @@ __device__ __forceinline__ void load_neurons(Neuron<acc_t> (&neurons)[kSize], co
 }
 
 template <int kSize, typename acc_t>
-__device__ __forceinline__ void load_membrane(acc_t (&v)[kSize], const acc_t* from, int64_t n, int64_t neurons) {
-  Packet<acc_t, kSize> packet;
-  if (from != nullptr) packet = load<kSize>(from, n, neurons);
+__device__ __forceinline__ void load_membrane(acc_t (&v)[kSize], const acc_t* from) {
+  const auto packet = load<kSize>(from);
 #pragma unroll
   for (int k = 0; k < kSize; ++k) v[k] = packet.get(k);
 }
 
 template <int kSize, typename acc_t>
-__device__ __forceinline__ void store_membrane(acc_t* to, int64_t n, int64_t neurons, const acc_t (&v)[kSize]) {
+__device__ __forceinline__ void store_membrane(acc_t* to, const acc_t (&v)[kSize]) {
   Packet<acc_t, kSize> packet;
 #pragma unroll
   for (int k = 0; k < kSize; ++k) packet.set(k, v[k]);
-  store(to, n, neurons, packet);
+  store(to, packet);
 }
 
 // ---- forward
@@ -230,7 +235,7 @@ __global__ void __launch_bounds__(kBlock, 1)
   const int64_t first = int64_t(blockIdx.x) * kTile * kSinglePackets + threadIdx.x * kSize;
   Packet<scalar_t, kSize> current[kSinglePackets];
 #pragma unroll
-  for (int i = 0; i < kSinglePackets; ++i) current[i] = load<kSize, true>(x, first + i * kTile, layout.neurons);
+  for (int i = 0; i < kSinglePackets; ++i) current[i] = load_tail<kSize>(x, first + i * kTile, layout.neurons);
 #pragma unroll
   for (int i = 0; i < kSinglePackets; ++i) {
     const int64_t n = first + i * kTile;
@@ -247,7 +252,7 @@ __global__ void __launch_bounds__(kBlock, 1)
     if (bits != nullptr)
       store_bits<kSize>(bits, n, layout.neurons, fired);
     else
-      store<kSize, true>(s, n, layout.neurons, spikes);
+      store_tail(s, n, layout.neurons, spikes);
   }
 }
 
@@ -262,21 +267,25 @@ __global__ void __launch_bounds__(kBlock, 1)
   constexpr int kSteps = kTimesteps ? kTimesteps : kSegment;
   const int64_t timesteps = kTimesteps ? kTimesteps : layout.timesteps;
   const int64_t n = (int64_t(blockIdx.x) * kBlock + threadIdx.x) * kSize;
-  const auto first = load<kSize>(x, n, layout.neurons);
+  const bool inside = n < layout.neurons;  // the others help to pack
+  Packet<scalar_t, kSize> first;
   Neuron<acc_t> neurons[kSize];
+  acc_t v[kSize] = {};
+  if (inside) {
+    first = load<kSize>(x + n);
+    if (v0 != nullptr) load_membrane(v, v0 + n);
+  }
   load_neurons<false>(neurons, threshold, leak, v_reset, layout.channels, n);
-  acc_t v[kSize];
-  load_membrane(v, v0, n, layout.neurons);
   for (int64_t t0 = 0; t0 < timesteps; t0 += kSteps) {
     Packet<scalar_t, kSize> current[kSteps];
 #pragma unroll
-    for (int j = 0; j < kSteps; ++j) {
-      const int64_t t = t0 + j;
-      if (t >= timesteps) continue;
-      if (t == 0 || layout.x_stride_t == 0)
-        current[j] = first;
-      else
-        current[j] = load<kSize>(x + t * layout.x_stride_t, n, layout.neurons);
+    for (int j = 0; j < kSteps; ++j) current[j] = first;
+    if (inside && layout.x_stride_t != 0) {
+#pragma unroll
+      for (int j = 0; j < kSteps; ++j) {
+        const int64_t t = t0 + j;
+        if (t > 0 && t < timesteps) current[j] = load<kSize>(x + t * layout.x_stride_t + n);
+      }
     }
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
@@ -293,11 +302,11 @@ __global__ void __launch_bounds__(kBlock, 1)
       }
       if (bits != nullptr)
         store_bits<kSize>(bits + t * packed_bytes(layout.neurons), n, layout.neurons, fired);
-      else
-        store(s + t * layout.neurons, n, layout.neurons, spikes);
+      else if (inside)
+        store(s + t * layout.neurons + n, spikes);
     }
   }
-  if (v_out != nullptr) store_membrane(v_out, n, layout.neurons, v);
+  if (v_out != nullptr && inside) store_membrane(v_out + n, v);
 }
 
 // ---- backward
@@ -373,17 +382,17 @@ __device__ __forceinline__ void store_partials(Partial<acc_t>* __restrict__ part
 #pragma unroll
   for (int k = 0; k < kSize; ++k) shared[threadIdx.x * kSize + k] = sums[k];
   __syncthreads();
-  int width = 32;  // lanes that share the neurons of one run
-  while (width > channels.inner) width /= 2;
+  int width = 32;  // lanes to a slot: so many that every thread has kSize neurons to add
+  while (width > 1 && width * plan.slots > kPositions) width /= 2;
   const int lane = threadIdx.x % width, group = threadIdx.x / width, groups = kBlock / width;
   for (int64_t base = 0; base < plan.slots; base += groups) {
-    const int64_t slot = base + group;
+    const int64_t slot = base + group, start = (run + slot) * channels.inner - tile;  // of its first run
     Partial<acc_t> sum{};
-    for (int64_t start = (run + slot) * channels.inner - tile; slot < plan.slots && start < kPositions;
-         start += channels.count * channels.inner) {
-      const int stop = int(min(start + channels.inner, int64_t(kPositions)));
-      for (int position = int(max(start, int64_t(0))) + lane; position < stop; position += width)
-        sum = sum + shared[position];
+    for (int64_t i = max(-start, int64_t(0)) + lane; slot < plan.slots; i += width) {
+      const int64_t runs = channels.by_inner(i) * (channels.count - 1) * channels.inner;  // of other slots, passed over
+      const int64_t position = start + i + runs;
+      if (position >= kPositions) break;
+      sum = sum + shared[position];
     }
     sum = sum_lanes(sum, width);
     if (lane == 0 && slot < plan.slots) partials[slot] = sum;
@@ -493,15 +502,15 @@ __global__ void __launch_bounds__(kBlock, blocks_at_least(1))
   load_neurons<true>(neurons, threshold, static_cast<const acc_t*>(nullptr), options.v_reset, layout.channels, n);
   Partial<acc_t> sums[kSize] = {};
   for (; n < layout.neurons; n += plan.stride) {
-    const auto current = load<kSize, true>(x, n, layout.neurons);
-    auto grad = load<kSize, true>(grad_s, n, layout.neurons);
+    const auto current = load_tail<kSize>(x, n, layout.neurons);
+    auto grad = load_tail<kSize>(grad_s, n, layout.neurons);
     acc_t h[kSize];
     const acc_t v[kSize] = {};
     Carry<acc_t> carry[kSize] = {};
 #pragma unroll
     for (int k = 0; k < kSize; ++k) h[k] = widen(current.get(k));
     backward_neurons<Reset::none>(grad, h, v, neurons, options, carry, sums);
-    store<kSize, true>(grad_x, n, layout.neurons, grad);
+    store_tail(grad_x, n, layout.neurons, grad);
   }
   if (partials != nullptr) store_partials(partials, sums, layout, plan);
 }
@@ -527,25 +536,24 @@ __global__ void __launch_bounds__(kBlock, blocks_at_least(kTimesteps))
   Partial<acc_t> sums[kSize] = {};
   for (; n < count; n += plan.stride) {
     Packet<scalar_t, kSize> same_current, same_grad;  // of all timesteps, where the stride is 0
-    if (layout.x_stride_t == 0) same_current = load<kSize>(x, n, count);
-    if (grad_s_stride_t == 0) same_grad = load<kSize>(grad_s, n, count);
-    const auto load_current = [&](Packet<scalar_t, kSize>(&current)[kSteps], int64_t t0) {
+    if (layout.x_stride_t == 0) same_current = load<kSize>(x + n);
+    if (grad_s_stride_t == 0) same_grad = load<kSize>(grad_s + n);
+    const auto load_steps = [&](Packet<scalar_t, kSize>(&packets)[kSteps], const scalar_t* from, int64_t stride_t,
+                                int64_t t0, const Packet<scalar_t, kSize>& same) {
 #pragma unroll
-      for (int j = 0; j < kSteps; ++j) {
-        if (t0 + j >= timesteps) continue;
-        if (layout.x_stride_t == 0)
-          current[j] = same_current;
-        else
-          current[j] = load<kSize>(x + (t0 + j) * layout.x_stride_t, n, count);
-      }
+      for (int j = 0; j < kSteps; ++j) packets[j] = same;
+      if (stride_t == 0) return;
+#pragma unroll
+      for (int j = 0; j < kSteps; ++j)
+        if (t0 + j < timesteps) packets[j] = load<kSize>(from + (t0 + j) * stride_t + n);
     };
-    acc_t start[kSize];  // the membranes a segment starts from
-    load_membrane(start, v0, n, count);
+    acc_t start[kSize] = {};  // the membranes a segment starts from
+    if (v0 != nullptr) load_membrane(start, v0 + n);
     if constexpr (kTimesteps == 0) {
       for (int64_t t0 = 0; t0 < last; t0 += kSteps) {
-        if (t0 > 0) store_membrane(checkpoints + (t0 / kSteps - 1) * count, n, count, start);
+        if (t0 > 0) store_membrane(checkpoints + (t0 / kSteps - 1) * count + n, start);
         Packet<scalar_t, kSize> current[kSteps];
-        load_current(current, t0);
+        load_steps(current, x, layout.x_stride_t, t0, same_current);
 #pragma unroll
         for (int j = 0; j < kSteps; ++j) {
 #pragma unroll
@@ -556,22 +564,15 @@ __global__ void __launch_bounds__(kBlock, blocks_at_least(kTimesteps))
         }
       }
     }
-    acc_t grad_v_last[kSize];
-    load_membrane(grad_v_last, grad_v, n, count);
+    acc_t grad_v_last[kSize] = {};
+    if (grad_v != nullptr) load_membrane(grad_v_last, grad_v + n);
     Carry<acc_t> carry[kSize];
 #pragma unroll
     for (int k = 0; k < kSize; ++k) carry[k] = {grad_v_last[k], acc_t(0)};
     for (int64_t t0 = last;; t0 -= kSteps) {
       Packet<scalar_t, kSize> current[kSteps], grad[kSteps];
-      load_current(current, t0);
-#pragma unroll
-      for (int j = 0; j < kSteps; ++j) {
-        if (t0 + j >= timesteps) continue;
-        if (grad_s_stride_t == 0)
-          grad[j] = same_grad;
-        else
-          grad[j] = load<kSize>(grad_s + (t0 + j) * grad_s_stride_t, n, count);
-      }
+      load_steps(current, x, layout.x_stride_t, t0, same_current);
+      load_steps(grad, grad_s, grad_s_stride_t, t0, same_grad);
       acc_t h[kSteps][kSize], v[kSize];
 #pragma unroll
       for (int k = 0; k < kSize; ++k) v[k] = start[k];
@@ -591,13 +592,15 @@ __global__ void __launch_bounds__(kBlock, blocks_at_least(kTimesteps))
         for (int k = 0; k < kSize; ++k)
           v[k] = j > 0 ? discharge<kReset>(forgotten(h[j > 0 ? j - 1 : 0][k]), neurons[k]) : start[k];
         backward_neurons<kReset>(grad[j], h[j], v, neurons, options, carry, sums);
-        store(grad_x + (t0 + j) * count, n, count, grad[j]);
+        store(grad_x + (t0 + j) * count + n, grad[j]);
       }
       if (t0 == 0) break;
-      if (t0 == kSteps)
-        load_membrane(start, v0, n, count);
+      if (t0 > kSteps)
+        load_membrane(start, checkpoints + (t0 / kSteps - 2) * count + n);
+      else if (v0 != nullptr)
+        load_membrane(start, v0 + n);
       else
-        load_membrane(start, checkpoints + (t0 / kSteps - 2) * count, n, count);
+        for (acc_t& at_rest : start) at_rest = acc_t(0);
     }
     if constexpr (kReset == Reset::soft_delayed) {
       if (v0 != nullptr && !options.detach_reset) {
@@ -612,7 +615,7 @@ __global__ void __launch_bounds__(kBlock, blocks_at_least(kTimesteps))
       acc_t grad_start[kSize];
 #pragma unroll
       for (int k = 0; k < kSize; ++k) grad_start[k] = carry[k].grad_v;
-      store_membrane(grad_v0, n, count, grad_start);
+      store_membrane(grad_v0 + n, grad_start);
     }
   }
   if (partials != nullptr) store_partials(partials, sums, layout, plan);
@@ -636,7 +639,7 @@ __global__ void __launch_bounds__(kBlock, 1)
       Packet<scalar_t, kSize> spikes;
 #pragma unroll
       for (int k = 0; k < kSize; ++k) spikes.set(k, narrow<scalar_t>(fired >> k & 1));
-      store(s + t * neurons, first, neurons, spikes);
+      if (first < neurons) store(s + t * neurons + first, spikes);
     }
   }
 }

@@ -17,6 +17,7 @@ from iirsnn._build import _NVCC_FLAGS
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "csrc" / "lif_cuda.cu"
+HEADERS = ("lif_cuda.h", "lif.h", "lif_step.h", "surrogate.h")  # what it includes
 
 
 def toolkit() -> Path:
@@ -50,7 +51,7 @@ def compile_kernels(
     source that goes into the library too, linked with the arguments `link`; without it there is no
     library. Warnings are errors.
     """
-    sources = [*sorted(SOURCE.parent.glob("*.h")), SOURCE]
+    sources = [SOURCE, *(SOURCE.parent / header for header in HEADERS)]
     flags = [*_NVCC_FLAGS, f"-DIIRSNN_UNROLLED_TIMESTEPS={unrolled}", "-I", SOURCE.parent]
     flags += ["--Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror"]
     content = b"".join(path.read_bytes() for path in sources)
