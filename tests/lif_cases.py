@@ -70,6 +70,7 @@ def _cases() -> list[Case]:
         Case("T=9", (9, 3, 36)),
         Case("T=17", (17, 2, 36), v0=True, grad_v=True),
         Case("one neuron", (3, 1, 1)),
+        Case("no neuron dimension", (3,)),
         Case("below one vector", (5, 3)),
         Case("odd N", (5, 3, 5, 37)),
         Case("empty", (5, 0, 4)),

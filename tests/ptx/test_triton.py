@@ -16,7 +16,8 @@ from tests.lif_cases import CASES, FEW, Case, Implementation, inputs, options
 
 TRITON = Implementation.of("triton_")
 ARCHITECTURES = [
-    *((90, case) for case in CASES),
+    # The emulator takes a tensor without dimensions, as v is for x [T], for a number.
+    *((90, case) for case in CASES if len(case.shape) > 1),
     *((80, case) for case in FEW),
     # sm_100 subtracts a float32 from a bfloat16 in one instruction, which the emulator lacks. Only
     # a first step without v0 has a use for it.
