@@ -273,8 +273,9 @@ def test_resets_over_time(level, reset, channels):
 @pytest.mark.parametrize("batch", [1, 2, 17, 150])
 def test_batches(level, batch):
     network = integers(
-        nn.Conv2d(1, 20, 3), FusedLIF(), nn.Flatten(), nn.Linear(20 * 16, 200), FusedLIF(),
-        nn.Linear(200, 70), FusedLIF(), Readout(70, 3), timesteps=2,
+        nn.Conv2d(1, 20, 3), FusedLIF(), nn.Conv2d(20, 100, 3), FusedLIF(), nn.Flatten(),
+        nn.Linear(400, 200), FusedLIF(), nn.Linear(200, 70), FusedLIF(), Readout(70, 3),
+        timesteps=2,
     )  # fmt: skip
     assert_same(network, images(batch, 1, 6, 6))
 

@@ -21,8 +21,10 @@ namespace {
 
 // Positions of a strip: enough of them to read a block of weights once for many, few enough to stay in the L2 cache.
 constexpr int64_t kPositions = 256, kFewPositions = 32;
-constexpr int64_t kStreamPositions = 128, kStreamBytes = 512 << 10;
+constexpr int64_t kStreamBytes = 512 << 10;
 constexpr int64_t kFewestPositions = 4;
+// Of a layer with whole rows: from so many positions on, tiles of them are worth reading them once for each tile.
+constexpr int64_t kPositionsToTile = 32;
 constexpr int64_t kHugePage = 2 << 20;
 
 int threads() {
@@ -97,9 +99,15 @@ Shape output_shape(const Shape& in, int64_t channels, const Window& w) {
           positions(in.width, w.kernel.x, w.stride.x, w.dilation.x, w.before.x, w.after.x)};
 }
 
-// With so few positions an image each row of weights is met once or not at all.
-bool streams(const Synapses& s, const Shape& out) {
+// With so few positions an image each row of weights is met once or not at all, so rows are kept whole.
+bool whole_rows(const Synapses& s, const Shape& out) {
   return s.source != 0 && s.groups == 1 && out.height * out.width <= kFewestPositions;
+}
+
+// Outputs from one whole row to the next: an odd number of cache lines, so that a column does not fall into few sets.
+int64_t row_pitch(Precision precision, int64_t padded) {
+  const int64_t lines = ceil_div(padded * weight_bytes(precision), 64);
+  return (lines + 1 - lines % 2) * 64 / weight_bytes(precision);
 }
 
 }  // namespace
@@ -125,7 +133,7 @@ struct Engine::Connection {
   int64_t source;
   Shape in;
   Window window;
-  std::vector<std::vector<Piece>> tiles;  // a single one when the layer streams
+  std::vector<std::vector<Piece>> tiles;  // a single one when the layer has whole rows
   std::shared_ptr<Memory> weights;
 };
 
@@ -143,18 +151,19 @@ struct Engine::Step {
   std::vector<Connection> connections;
   std::vector<int64_t> skips;
   bool image = false;                               // reads the image, and so has the same current at every timestep
-  bool stream = false;                              // see streams()
+  bool rows = false;                                // keeps its rows of weights whole
   std::vector<float> bias, scale, threshold, leak;  // padded to whole rows
   Fires reset = Fires::soft;
   float v_reset = 0;
 
   int64_t padded() const { return round_up(out.channels, row_unit(precision)); }
-  int64_t tile() const { return stream ? padded() : tile_width(precision); }
 };
 
 // A task: outputs [output, output + width) of rows [top, bottom) of images [first, last).
 struct Engine::Strip {
-  int64_t tile, output, width, outputs;
+  int64_t tile;
+  bool stream;
+  int64_t output, width, outputs;
   int64_t first, last, top, bottom;
 };
 
@@ -254,7 +263,7 @@ Engine::Connection Engine::connect(const Synapses& s, const LayerParameters& par
         "groups: expected a divisor of " + std::to_string(in.channels) + " channels and " + std::to_string(s.outputs) +
             " outputs, got " + std::to_string(s.groups));
   const Shape out = output_shape(in, s.outputs, s.window);
-  const bool image = s.source == 0, stream = streams(s, out);
+  const bool image = s.source == 0, rows = whole_rows(s, out);
   const Precision precision = image ? Precision::fp32 : parameters.precision;
   const int64_t taps = s.window.kernel.y * s.window.kernel.x, group_channels = in.channels / s.groups;
   check(image || precision != Precision::int8 ||
@@ -263,13 +272,14 @@ Engine::Connection Engine::connect(const Synapses& s, const LayerParameters& par
 
   Connection made{s.source, in, s.window, {}, nullptr};
   const int64_t padded = round_up(s.outputs, row_unit(precision));
-  const int64_t tile = stream ? padded : tile_width(precision);
+  const int64_t tile = rows ? padded : tile_width(precision);
+  const auto pitch = [&](int64_t width) { return rows ? row_pitch(precision, padded) : width; };
   int64_t size = 0;
   for (int64_t from = 0; from < padded; from += tile) {
     made.tiles.push_back(pieces<Connection::Piece>(from, from + tile, s.outputs, in.channels, s.groups));
     for (Connection::Piece& piece : made.tiles.back()) {
       piece.offset = size;
-      size += piece.channels * taps * std::min(tile, padded - from);
+      size += piece.channels * taps * pitch(std::min(tile, padded - from));
     }
   }
   made.weights = std::make_shared<Memory>(size * weight_bytes(precision));
@@ -282,7 +292,7 @@ Engine::Connection Engine::connect(const Synapses& s, const LayerParameters& par
       for (int64_t block = piece.first; block < end;) {  // the channels of one word, or all values of a pixel
         const int64_t next = image ? end : std::min(end, (block / kWord + 1) * kWord);
         for (int64_t tap = 0; tap < taps; ++tap) {
-          for (int64_t c = block; c < next; ++c, row += width) {
+          for (int64_t c = block; c < next; ++c, row += pitch(width)) {
             const int64_t group = c / group_channels, group_outputs = s.outputs / s.groups;
             const int64_t first = std::max(from, group * group_outputs);
             const int64_t last = std::min({from + width, (group + 1) * group_outputs, s.outputs});
@@ -312,9 +322,9 @@ std::unique_ptr<Engine::Step> Engine::layer(const std::vector<Synapses>& synapse
     check(out.channels == step->out.channels && out.height == step->out.height && out.width == step->out.width,
           "synapses: expected all of a layer to give the same shape");
     step->connections.push_back(connect(s, parameters));
-    step->stream = streams(s, out);
+    step->rows = whole_rows(s, out);
   }
-  if (step->stream) {
+  if (step->rows) {
     for (const Synapses& s : synapses) check(s.groups == 1, "groups: expected 1 in all of a layer's synapses, or none");
   }
   const auto padded = [&](const float* values) {
@@ -425,19 +435,19 @@ void Engine::run_pool(const Step& step, LayerReport& report) {
 std::vector<Engine::Strip> Engine::cut(const Step& step) const {
   const int64_t steps = step.image ? 1 : timesteps_, height = step.out.height, width = step.out.width;
   const int64_t padded = step.padded(), workers = threads();
-  int64_t outputs = step.tile(), images = 1, rows = height;
-  if (step.stream) {
-    images = std::min(count_, std::max<int64_t>(1, kStreamPositions / (steps * height * width)));
-    const int64_t fits = kStreamBytes / (images * steps * height * width * int64_t(sizeof(float)));
+  const int64_t all = count_ * steps * height * width;
+  const bool stream = step.rows && all < kPositionsToTile;
+  int64_t outputs = tile_width(step.precision), images = count_, rows = height;
+  if (stream) {
+    const int64_t fits = kStreamBytes / (all * int64_t(sizeof(float)));
     outputs =
         std::min({padded, round_up(ceil_div(padded, workers), kWord), std::max<int64_t>(fits / kWord, 4) * kWord});
   } else {
-    const int64_t tiles = ceil_div(padded, outputs), all = count_ * steps * height * width;
+    const int64_t tiles = ceil_div(padded, outputs);
     int64_t wanted = kPositions;
     while (workers > 1 && wanted > kFewPositions && tiles * ceil_div(all, wanted) < 3 * workers) wanted /= 2;
-    if (steps * height * width <= wanted) {
-      images = std::min(count_, wanted / (steps * height * width));
-    } else {
+    images = std::max<int64_t>(1, std::min(count_, wanted / (steps * height * width)));
+    if (steps * height * width > wanted) {
       rows = std::max<int64_t>(1, std::min(height, wanted / (steps * width)));
       rows = ceil_div(height, ceil_div(height, rows));
     }
@@ -447,8 +457,9 @@ std::vector<Engine::Strip> Engine::cut(const Step& step) const {
     const int64_t here = std::min(outputs, padded - output);
     for (int64_t first = 0; first < count_; first += images) {
       for (int64_t top = 0; top < height; top += rows) {
-        strips.push_back({step.stream ? 0 : output / outputs, output, here, std::min(here, step.out.channels - output),
-                          first, std::min(count_, first + images), top, std::min(height, top + rows)});
+        strips.push_back({step.rows ? 0 : output / outputs, stream, output, here,
+                          std::min(here, step.out.channels - output), first, std::min(count_, first + images), top,
+                          std::min(height, top + rows)});
       }
     }
   }
@@ -563,12 +574,12 @@ void Engine::add_up(const Step& step, const Strip& strip, const float* images, v
       work.last_mask = ~uint64_t(0) >> (kWord - 1 - last_bit);
       work.channels = int(piece.channels);
       work.whole = piece.channels == c.in.channels;
-      work.weights = weights + (step.stream ? strip.output * weight_bytes(step.precision) : 0);
-      work.pitch = step.stream ? step.padded() : width;
+      work.weights = weights + (step.rows ? strip.output * weight_bytes(step.precision) : 0);
+      work.pitch = step.rows ? row_pitch(step.precision, step.padded()) : width;
       work.sums = sums;
       work.width = int(width);
       Work done;
-      if (step.stream) {
+      if (strip.stream) {
         add_stream(step.precision, work, done);
       } else {
         add_tile(step.precision, work, done);

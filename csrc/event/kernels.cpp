@@ -158,10 +158,14 @@ struct TileVisit {
   using sum_t = typename Weights::sum_t;
   using Sum = typename Weights::template Sum<kWidth>;
   static constexpr bool kPrefetches = true;
-  IIRSNN_INLINE TileVisit(const Additions&) {}
+  int64_t pitch;
+  IIRSNN_INLINE TileVisit(const Additions& work) : pitch(work.pitch) {}
 
-  static IIRSNN_INLINE void add(Sum& sum, uint64_t bits, const weight_t* rows) {
-    for (; bits; bits &= bits - 1) sum.add(rows + uint64_t(__builtin_ctzll(bits)) * kWidth);
+  IIRSNN_INLINE void add(Sum& sum, uint64_t bits, const weight_t* rows) const {
+    for (; bits; bits &= bits - 1) sum.add(rows + int64_t(__builtin_ctzll(bits)) * pitch);
+  }
+  IIRSNN_INLINE void prefetch(const weight_t* row) const {
+    for (int i = 0; i < kWidth; i += 64 / int(sizeof(weight_t))) __builtin_prefetch(row + i, 0, 2);
   }
   IIRSNN_INLINE void plain(uint64_t bits, const weight_t* rows, sum_t* sums) const {
     Sum sum;
@@ -200,6 +204,7 @@ struct StreamVisit {
   int width;
   IIRSNN_INLINE StreamVisit(const Additions& work) : pitch(work.pitch), width(work.width) {}
 
+  IIRSNN_INLINE void prefetch(const weight_t*) const {}
   template <int kCount>
   IIRSNN_INLINE void add(const weight_t* const* rows, int digit, sum_t* sums) const {
     for (int i = 0; i < width; i += Weights::kUnit) {
@@ -252,7 +257,7 @@ struct StreamVisit {
 };
 
 // A block, one word of one tap, is small enough to stay in the L1 cache while all positions of the strip visit it.
-// The visits share out the lines of the next block among them and ask for them early: memory cannot guess the order in
+// The visits share out the rows of the next block among them and ask for them early: memory cannot guess the order in
 // which events read rows. With few visits most rows would be fetched in vain.
 constexpr int64_t kVisitsToPrefetch = 8;
 
@@ -276,17 +281,19 @@ struct AddLoop {
       for (int t = 0; t < work.tap_count; ++t, rows += here * work.pitch) {
         const Tap tap = work.taps[t];
         const weight_t* from = rows - skipped * work.pitch;
-        const char* next = reinterpret_cast<const char*>(rows + here * work.pitch);
         const int64_t visits = work.images * tap.rows * tap.columns;
-        const int64_t lines = here * work.pitch * int64_t(sizeof(weight_t)) / 64;
-        const int64_t share = Visit::kPrefetches && visits >= kVisitsToPrefetch ? (lines + visits - 1) / visits : 0;
+        const weight_t *next = rows + here * work.pitch, *end = next;
+        if (Visit::kPrefetches && visits >= kVisitsToPrefetch) end += here * work.pitch;
+        const int64_t share = (here + visits - 1) / (visits > 0 ? visits : 1);
         for (int64_t image = 0; image < work.images; ++image) {
           for (int y = 0; y < tap.rows; ++y) {
             const uint64_t* in = bits + tap.in + image * work.image_in + y * work.row_in;
             sum_t* sums = static_cast<sum_t*>(work.sums) +
                           (tap.out + image * work.image_out + y * work.row_out) * int64_t(work.width);
             for (int x = tap.columns; x > 0; --x, in += work.column_in, sums += work.width) {
-              for (int64_t line = share; line > 0; --line, next += 64) __builtin_prefetch(next, 0, 2);
+              if (next < end) {
+                for (int64_t row = share; row > 0; --row, next += work.pitch) visit.prefetch(next);
+              }
               if constexpr (kPlain) {
                 done.events += __builtin_popcountll(*in);
                 visit.plain(*in, from, sums);

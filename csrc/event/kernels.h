@@ -56,8 +56,8 @@ struct Work {
 };
 
 // Adds the row of every set bit of every tap to the sums.
-// A tile keeps the sums of a position in registers while it reads the bits of one tap and word (width <= tile_width,
-// pitch == width). A stream passes over long rows four at a time, which memory serves fastest.
+// A tile keeps the sums of a position in registers while it reads the bits of one tap and word (width <= tile_width).
+// A stream passes over long rows four at a time, which memory serves fastest.
 void add_tile(Precision precision, const Additions& work, Work& done);
 void add_stream(Precision precision, const Additions& work, Work& done);
 
