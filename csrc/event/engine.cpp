@@ -104,6 +104,12 @@ bool whole_rows(const Synapses& s, const Shape& out) {
   return s.source != 0 && s.groups == 1 && out.height * out.width <= kFewestPositions;
 }
 
+// How the weights are kept in memory.
+Precision stored(Precision asked, bool image, bool rows) {
+  if (image) return Precision::fp32;
+  return asked == Precision::int8 && !rows ? Precision::int16 : asked;
+}
+
 // Outputs from one whole row to the next: an odd number of cache lines, so that a column does not fall into few sets.
 int64_t row_pitch(Precision precision, int64_t padded) {
   const int64_t lines = ceil_div(padded * weight_bytes(precision), 64);
@@ -251,6 +257,8 @@ static void store_weight(Precision precision, void* weights, int64_t at, int64_t
     std::memcpy(&bits, &value, sizeof(bits));
     const int64_t within = output % 32;
     static_cast<uint16_t*>(weights)[at + output - within + within % 16 * 2 + within / 16] = uint16_t(bits >> 16);
+  } else if (precision == Precision::int16) {
+    static_cast<int16_t*>(weights)[at + output] = int16_t(value);
   } else {
     static_cast<int8_t*>(weights)[at + output] = int8_t(value);
   }
@@ -264,9 +272,9 @@ Engine::Connection Engine::connect(const Synapses& s, const LayerParameters& par
             " outputs, got " + std::to_string(s.groups));
   const Shape out = output_shape(in, s.outputs, s.window);
   const bool image = s.source == 0, rows = whole_rows(s, out);
-  const Precision precision = image ? Precision::fp32 : parameters.precision;
+  const Precision precision = stored(parameters.precision, image, rows);
   const int64_t taps = s.window.kernel.y * s.window.kernel.x, group_channels = in.channels / s.groups;
-  check(image || precision != Precision::int8 ||
+  check(!is_integer(precision) ||
             group_channels * taps * spikes(s.source).most < std::numeric_limits<int32_t>::max() / 127,
         "int8: expected fewer than 2^31 / 127 spikes for a neuron, which 32-bit sums hold");
 
@@ -314,7 +322,6 @@ std::unique_ptr<Engine::Step> Engine::layer(const std::vector<Synapses>& synapse
   check(!synapses.empty(), "synapses: expected at least one source, got none");
   auto step = std::make_unique<Step>();
   step->image = synapses[0].source == 0;
-  step->precision = step->image ? Precision::fp32 : parameters.precision;
   for (const Synapses& s : synapses) {
     check((s.source == 0) == step->image, "synapses: expected all of a layer to read the image, or none");
     const Shape out = output_shape(shape(s.source), s.outputs, s.window);
@@ -323,6 +330,7 @@ std::unique_ptr<Engine::Step> Engine::layer(const std::vector<Synapses>& synapse
           "synapses: expected all of a layer to give the same shape");
     step->connections.push_back(connect(s, parameters));
     step->rows = whole_rows(s, out);
+    step->precision = stored(parameters.precision, step->image, step->rows);
   }
   if (step->rows) {
     for (const Synapses& s : synapses) check(s.groups == 1, "groups: expected 1 in all of a layer's synapses, or none");
@@ -333,7 +341,7 @@ std::unique_ptr<Engine::Step> Engine::layer(const std::vector<Synapses>& synapse
     return result;
   };
   step->bias = padded(parameters.bias);
-  if (step->precision == Precision::int8) step->scale = padded(parameters.scale);
+  if (is_integer(step->precision)) step->scale = padded(parameters.scale);
   return step;
 }
 
@@ -501,7 +509,7 @@ void Engine::run_layer(const Step& step, const float* images, float* logits, Lay
 void Engine::add_up(const Step& step, const Strip& strip, const float* images, void* sums, LayerReport& report) const {
   const int64_t steps = step.image ? 1 : timesteps_, count = (strip.last - strip.first) * steps,
                 area = (strip.bottom - strip.top) * step.out.width, width = strip.width;
-  if (step.precision == Precision::int8) {
+  if (is_integer(step.precision)) {
     std::memset(sums, 0, count * area * width * sizeof(int32_t));
   } else {
     float* to = static_cast<float*>(sums);
@@ -591,7 +599,7 @@ void Engine::add_up(const Step& step, const Strip& strip, const float* images, v
 }
 
 void Engine::finish(const Step& step, const Strip& strip, const void* sums, float* logits, LayerReport& report) {
-  const bool integer = step.precision == Precision::int8;
+  const bool integer = is_integer(step.precision);
   if (step.kind == Step::kReadout) {
     Logits work{};
     work.sums = sums;

@@ -115,8 +115,9 @@ struct Bf16 {
 
 // The sums of one visit are 16 bits wide: a visit adds at most the 64 rows of a word (4 in a stream), |row| <= 127, and
 // 64 * 127 = 8128 < 2^15. They end in 32 bits: 2^31 / 127 rows, counts included, which the layers' sizes are held to.
-struct Int8 {
-  using weight_t = int8_t;
+template <typename stored_t>  // int8_t or int16_t
+struct Integer {
+  using weight_t = stored_t;
   using sum_t = int32_t;
   static constexpr int kUnit = row_unit(Precision::int8);
 
@@ -135,6 +136,10 @@ struct Int8 {
     IIRSNN_INLINE void add(const int8_t* row) {
       const Bytes32* parts = reinterpret_cast<const Bytes32*>(row);
       for (int i = 0; i < kWidth / 32; ++i) v[i] += __builtin_convertvector(parts[i], Shorts);
+    }
+    IIRSNN_INLINE void add(const int16_t* row) {
+      const Shorts* parts = reinterpret_cast<const Shorts*>(row);
+      for (int i = 0; i < kWidth / 32; ++i) v[i] += parts[i];
     }
     IIRSNN_INLINE void merge(const Sum& other, int digit) { other.widen(sums, digit); }
     IIRSNN_INLINE void store(int32_t* to) const { widen(to, 0); }
@@ -462,6 +467,24 @@ void fire_as(const Neurons& work, int64_t& spikes) {
 
 }  // namespace
 
+namespace {
+
+template <typename Weights>
+void add_integer_tile(const Additions& work, Work& done) {
+  switch (work.width) {
+    case 32:
+      return add_events<Weights, TileVisit<Weights, 32>>(work, done);
+    case 64:
+      return add_events<Weights, TileVisit<Weights, 64>>(work, done);
+    case 96:
+      return add_events<Weights, TileVisit<Weights, 96>>(work, done);
+    default:
+      return add_events<Weights, TileVisit<Weights, 128>>(work, done);
+  }
+}
+
+}  // namespace
+
 void add_tile(Precision precision, const Additions& work, Work& done) {
   switch (precision) {
     case Precision::fp32:
@@ -479,16 +502,9 @@ void add_tile(Precision precision, const Additions& work, Work& done) {
       return work.width == 32 ? add_events<Bf16, TileVisit<Bf16, 32>>(work, done)
                               : add_events<Bf16, TileVisit<Bf16, 64>>(work, done);
     case Precision::int8:
-      switch (work.width) {
-        case 32:
-          return add_events<Int8, TileVisit<Int8, 32>>(work, done);
-        case 64:
-          return add_events<Int8, TileVisit<Int8, 64>>(work, done);
-        case 96:
-          return add_events<Int8, TileVisit<Int8, 96>>(work, done);
-        default:
-          return add_events<Int8, TileVisit<Int8, 128>>(work, done);
-      }
+      return add_integer_tile<Integer<int8_t>>(work, done);
+    case Precision::int16:
+      return add_integer_tile<Integer<int16_t>>(work, done);
   }
 }
 
@@ -499,7 +515,9 @@ void add_stream(Precision precision, const Additions& work, Work& done) {
     case Precision::bf16:
       return add_events<Bf16, StreamVisit<Bf16>>(work, done);
     case Precision::int8:
-      return add_events<Int8, StreamVisit<Int8>>(work, done);
+      return add_events<Integer<int8_t>, StreamVisit<Integer<int8_t>>>(work, done);
+    case Precision::int16:
+      return add_events<Integer<int16_t>, StreamVisit<Integer<int16_t>>>(work, done);
   }
 }
 
