@@ -8,10 +8,10 @@
 //             every forward, also those without a backward; recomputing from t = 0 would read x T / 8 times.
 // A current or gradient that is the same at every timestep (stride 0) is read once.
 //
-// A thread owns the neurons of one 16-byte packet and keeps their membranes in registers; it asks for all T packets
-// before it needs the first. 128 threads a block: the largest backward (T = 8, 16 bit) takes 207 registers a
-// thread, and small blocks waste the fewest of the 64 K; with 128 bytes in flight per thread 8 warps fill the memory
-// pipe, at T = 1 two packets per thread do. Not yet measured on a device.
+// A thread owns the neurons of one 16-byte packet and keeps their membranes in registers; it asks for all packets of a
+// segment before it needs the first. What hides the latency of memory is bytes in flight, not threads: 32 KiB or more
+// on each multiprocessor, T (forward) or 2T (backward) packets a thread. 128 threads a block, because the largest
+// backward takes 217 registers a thread and small blocks waste the fewest of the 64 K. Not yet measured on a device.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>

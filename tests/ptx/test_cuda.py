@@ -10,17 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from iirsnn.reference import RESETS, lif_forward
+from iirsnn.backend import why_not
+from iirsnn.reference import RESETS, SURROGATES, lif_forward
 from tests import lif_cases
 from tests.lif_cases import CASES, FEW, Case, inputs, options
 from tests.ptx.conftest import ptxrun_module
 from tests.ptx.cuda_launchers import Launchers, build
 
-UNROLLED = {
-    90: 8,
-    80: 2,
-    100: 2,
-}  # every kernel for sm_90, those of T = 1, 2 and any for the others
+# The largest T with kernels of its own: all of them for sm_90, T = 1 and any for the others.
+UNROLLED = {90: 8, 80: 0, 100: 0}
 ARCHITECTURES = [(90, case) for case in CASES] + [(a, case) for a in (80, 100) for case in FEW]
 EVERY = os.environ.get("IIRSNN_TEST_EVERY_KERNEL") == "1"  # every reset at every T: minutes
 HALVES = (torch.float16, torch.bfloat16)
@@ -91,6 +89,19 @@ def test_split(launchers, reset):
 
 def test_repeats(launchers):
     lif_cases.check_repeats(launchers.ops)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_same_bits_as_the_cpu_kernels(launchers, surrogate):
+    """Not the sums over neurons: those are taken in another order."""
+    if (reason := why_not("cpu", "cpu")) is not None:
+        pytest.skip(reason)
+    for reset, dtype in zip(RESETS, (torch.float32, *HALVES, torch.float32), strict=True):
+        case = Case("same", (9, 2, 40), "contiguous", dtype, reset, False, surrogate, v0=True)
+        a = inputs(case)
+        call = (a.grad_s, None, a.x, a.threshold, a.leak, a.v0, *options(case), False)
+        got, wanted = launchers.ops.backward(*call), torch.ops.iirsnn.lif_backward(*call)
+        assert all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True)), case
 
 
 @pytest.mark.parametrize("reset", RESETS)
