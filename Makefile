@@ -32,7 +32,7 @@ demo: $(VENV)/.installed
 	$(BIN)/iirsnn train digits --out $(DEMO) $(DEMO_FLAGS)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only

@@ -65,8 +65,8 @@ def train(path, settings=None):
 
 
 def outcome(path):
-    """All that a run is to repeat bit for bit: weights, accuracies, metrics; no times."""
-    timed = ("seconds", "images_per_second")
+    """All that a run is to repeat bit for bit: weights, accuracies, metrics."""
+    timed = ("seconds", "images_per_second", "commit", "machine")
 
     def untimed(record):
         return {key: value for key, value in record.items() if key not in timed}
