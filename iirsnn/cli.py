@@ -90,7 +90,7 @@ event_cli.register(app)
 @app.command()
 def env() -> None:
     """What is installed and built, and which backends can run."""
-    console.print(env_report(), highlight=False, markup=False)
+    typer.echo(env_report())
 
 
 @contextmanager
