@@ -80,7 +80,8 @@ def torch_eager(ann: Network) -> Contender:
 def torch_compile(ann: Network) -> Contender:
     from torch._inductor import config
 
-    model = torch.compile(copy.deepcopy(ann).to(memory_format=torch.channels_last))
+    dense = copy.deepcopy(ann).to(memory_format=torch.channels_last)
+    model = torch.compile(dense, dynamic=False)
 
     @torch.no_grad()
     def run(x: Tensor) -> object:
