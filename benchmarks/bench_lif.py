@@ -38,7 +38,7 @@ def test_training_step(benchmark, in_turns, backend):
     benchmark(training_step(x, threshold, leak, backend))
     if backend == "cpu":
         steps = {name: training_step(x, threshold, leak, name) for name in ("cpu", "reference")}
-        times = in_turns(steps, rounds=7)
+        times = in_turns(steps, rounds=51)
         report(benchmark, "times faster than eager", times["reference"] / times["cpu"], **times)
 
 
