@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from iirsnn import FusedLIF, Network, Readout, SharedDropout, convert
+from iirsnn.convert import fold_batch_norm
 from iirsnn.event import EventNetwork
 from iirsnn.models import ModelConfig, build
 from iirsnn.pipeline import Pipeline, open_data
@@ -35,6 +36,7 @@ from iirsnn.report import machine
 from iirsnn.run_folder import RunFolder
 
 Contender = Callable[[Tensor], object]
+Draw = Callable[[int], Tensor]  # batch -> images [batch, C, H, W], new ones in every call
 IMAGE = (3, 32, 32)
 DENSE_FP32 = ("torch eager", "torch.compile", "ONNX Runtime", "OpenVINO")
 
@@ -53,15 +55,23 @@ def at_density(name: str, density: float, pool: str) -> tuple[Network, Network]:
     return ann, convert(ann, images, 100 * (1 - density), timesteps=1).eval()
 
 
-def trained(run: Path, stage: int) -> tuple[Network, Network]:
-    """The ReLU network and the SNN of a run."""
-    from iirsnn.convert import fold_batch_norm
+def noise(batch: int) -> Tensor:
+    return torch.randn(batch, *IMAGE)
 
+
+def trained(run: Path, stage: int) -> tuple[Network, Network, Draw]:
+    """The ReLU network and the SNN of a run, and what draws random test images."""
     folder = RunFolder.read(run)
     pipeline = Pipeline(folder, open_data(folder.recipe))
     ann = pipeline.trained("ann").eval()
     fold_batch_norm(ann)
-    return ann, pipeline.trained(f"T{stage}").eval()
+    test = pipeline.splits.test
+
+    def draw(batch: int) -> Tensor:
+        chosen = torch.randint(len(test), (batch,)).tolist()
+        return torch.stack([image for image, _ in test.__getitems__(chosen)])
+
+    return ann, pipeline.trained(f"T{stage}").eval(), draw
 
 
 # ---- The contenders ----
@@ -107,7 +117,7 @@ def spikingjelly(snn: Network) -> Contender:
     modules: list[nn.Module] = []
     for module in snn.layers:
         if isinstance(module, FusedLIF):
-            modules.append(neuron.IFNode(float(module.threshold), v_reset=None, step_mode="m"))
+            modules.append(neuron.IFNode(module.threshold.item(), v_reset=None, step_mode="m"))
         elif not isinstance(module, SharedDropout):
             modules.append(layer.SeqToANNContainer(copy.deepcopy(module)))
     last = nn.Linear(snn.layers[-1].in_features, snn.layers[-1].out_features)
@@ -259,14 +269,14 @@ def measure(
     functions: dict[str, Contender],
     nets: dict[str, EventNetwork],
     batch: int,
-    shape: tuple[int, ...],
+    draw: Draw,
     rounds: int,
 ) -> dict[str, dict]:
     """Milliseconds of each, median and least, over new images in turns; fp32 events by layer."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     layers: list[list[dict]] = []
     for _ in range(rounds):
-        images = torch.randn(batch, *shape)
+        images = draw(batch)
         for name, function in functions.items():
             start = time.perf_counter()
             result = function(images)
@@ -351,9 +361,10 @@ def main() -> None:
     wins: dict[tuple[int, int], list[tuple[float, float]]] = {}
     for density in cases:
         if options.run:
-            ann, snn = trained(options.run, options.stage)
+            ann, snn, draw = trained(options.run, options.stage)
         else:
             ann, snn = at_density(options.model, density, options.pool)
+            draw = noise
         with tempfile.TemporaryDirectory() as folder:
             for threads in dict.fromkeys(options.threads):
                 torch.set_num_threads(threads)
@@ -361,8 +372,7 @@ def main() -> None:
                     made, nets, missing = contenders(
                         ann, snn, batch, threads, Path(folder), options.only
                     )
-                    shape = tuple(ann.image_shape or ())
-                    found = measure(made, nets, batch, shape, options.rounds)
+                    found = measure(made, nets, batch, draw, options.rounds)
                     what = f"{options.run} T = {options.stage}"
                     if density is not None:
                         what = f"{options.model}, {options.pool} pool, density {density:.0%}"
@@ -393,8 +403,8 @@ def test_vgg16(benchmark, batch):
     try:
         ann, snn = at_density("vgg16", 0.15, "average")
         net = EventNetwork.from_model(snn)
-        benchmark.pedantic(net, setup=lambda: ((torch.randn(batch, *IMAGE),), {}), rounds=20)
-        found = measure({"events": net, "torch eager": torch_eager(ann)}, {}, batch, IMAGE, 7)
+        benchmark.pedantic(net, setup=lambda: ((noise(batch),), {}), rounds=20)
+        found = measure({"events": net, "torch eager": torch_eager(ann)}, {}, batch, noise, 7)
         ratio = found["torch eager"]["median_ms"] / found["events"]["median_ms"]
         benchmark.extra_info["times faster than torch eager"] = round(ratio, 2)
         print(f"\ntimes faster than torch eager: {ratio:.2f} {found}")
