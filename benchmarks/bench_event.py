@@ -32,7 +32,7 @@ from iirsnn.convert import fold_batch_norm
 from iirsnn.event import EventNetwork
 from iirsnn.models import ModelConfig, build
 from iirsnn.pipeline import Pipeline, open_data
-from iirsnn.report import machine
+from iirsnn.provenance import machine
 from iirsnn.run_folder import RunFolder
 
 Contender = Callable[[Tensor], object]
