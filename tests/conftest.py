@@ -1,5 +1,6 @@
 """What several test files share: a small recipe, the command line, a finished run."""
 
+import gc
 import os
 import shutil
 import sys
@@ -31,6 +32,14 @@ def fresh_accelerator():
     """accelerate keeps one state for the whole process; no test sees that of another."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_heap():
+    """A run collects garbage after each stage: not among all that the tests before have left."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def command(*arguments, cwd=None):
