@@ -1,6 +1,10 @@
 # Each target sets up what it needs in .venv; a second call installs nothing.
 PYTHON ?= python3
 VENV ?= .venv
+# Where torch is installed but no package index can be reached:
+# make gpu-check VENV_FLAGS=--system-site-packages PIP_FLAGS=--no-deps
+VENV_FLAGS ?=
+PIP_FLAGS ?=
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
 DEMO_FLAGS ?=
@@ -19,8 +23,9 @@ help:
 	@echo "make gpu-check  build the CUDA kernels, test and time every GPU kernel on this machine's GPU"
 
 $(VENV)/.torch:
-	@$(PYTHON) -m venv $(VENV) || { echo "make: no venv: on Debian and Ubuntu, apt-get install python3-venv python3-dev"; exit 1; }
-	$(BIN)/pip install --quiet --disable-pip-version-check setuptools wheel ninja pybind11 torch torchvision
+	@$(PYTHON) -m venv $(VENV_FLAGS) $(VENV) || { echo "make: no venv: on Debian and Ubuntu, apt-get install python3-venv python3-dev"; exit 1; }
+	@$(BIN)/python -c "import torch, setuptools" 2>/dev/null || \
+	    $(BIN)/pip install --quiet --disable-pip-version-check setuptools wheel ninja pybind11 torch torchvision
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(SOURCES)
@@ -45,7 +50,7 @@ lint: $(VENV)/.installed
 
 gpu-check: $(VENV)/.torch
 	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('gpu-check: no CUDA device found on this machine, nothing was checked')"
-	IIRSNN_BUILD_CUDA=1 $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[test]'
+	IIRSNN_BUILD_CUDA=1 $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation $(PIP_FLAGS) --editable '.[test]'
 	$(BIN)/python benchmarks/gpu_check.py
 
 format: $(VENV)/.installed

@@ -8,9 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-
-from iirsnn import cli, recipe
 
 #: Settings that make a run of seconds out of the digits recipe. One thread: bit for bit everywhere.
 QUICK = [
@@ -27,11 +24,18 @@ QUICK = [
 ]
 
 
+def forget_accelerator():
+    """accelerate keeps one state for the whole process; the tests of kernels do without it."""
+    state = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
-    """accelerate keeps one state for the whole process; no test sees that of another."""
+    """No test sees the state of another."""
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerator()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -44,6 +48,8 @@ def small_heap():
 
 def command(*arguments, cwd=None):
     """`iirsnn ARGUMENTS` as a person would type it: its exit code, its stdout and its stderr."""
+    from iirsnn import cli
+
     capture = pytest.MonkeyPatch()
     threads = torch.get_num_threads()
     folder = os.getcwd()
@@ -59,7 +65,7 @@ def command(*arguments, cwd=None):
         finally:
             os.chdir(folder)
             torch.set_num_threads(threads)
-            AcceleratorState._reset_state(reset_partial_state=True)
+            forget_accelerator()
     return code
 
 
@@ -79,6 +85,8 @@ def iirsnn(capsys, tmp_path):
 @pytest.fixture
 def quick():
     """The digits recipe, cut down to a run of seconds."""
+    from iirsnn import recipe
+
     return recipe.load("digits", QUICK)
 
 
