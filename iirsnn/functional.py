@@ -122,6 +122,7 @@ def _check_x(x: Tensor) -> torch.dtype:
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError, naming the argument, unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 

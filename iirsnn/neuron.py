@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import lif
+from .functional import check_choice, lif
 from .reference import RESETS, SURROGATES
 
 
@@ -54,11 +54,8 @@ class FusedLIF(nn.Module):
             raise ValueError(f"threshold: expected a number > 0, got {threshold}")
         if channels is not None and channels < 1:
             raise ValueError(f"channels: expected None or a number >= 1, got {channels}")
-        if reset not in RESETS:
-            raise ValueError(f"reset: expected one of {', '.join(RESETS)}, got {reset!r}")
-        if surrogate not in SURROGATES:
-            names = ", ".join(SURROGATES)
-            raise ValueError(f"surrogate: expected one of {names}, got {surrogate!r}")
+        check_choice("reset", reset, RESETS)
+        check_choice("surrogate", surrogate, tuple(SURROGATES))
         self.channels = channels
         self.stateful = stateful
         self.reset = reset
