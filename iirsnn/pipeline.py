@@ -48,23 +48,26 @@ class Pipeline:
             RunError: see `StageTraining`.
         """
         for stage in self.stages:
-            if self.folder.result(stage.name) is not None:
-                continue
-            training = StageTraining(
-                self.initial(stage), stage, self.folder, self.splits, self.accelerator
-            )
-            progress = training.run(console)
-            result = {
-                "validation_accuracy": progress.best_accuracy,
-                "epoch": progress.best_epoch,
-                "seconds": progress.seconds,
-                "commit": commit(),
-                "machine": machine(),
-                **self.test(stage),
-            }
-            self.folder.finish_stage(stage.name, result)
-            self.accelerator.free_memory()  # it holds on to all that it has prepared
-            console.print(f"{stage.name:>4}  test {result['test_accuracy']:.2%}", style="bold")
+            if self.folder.result(stage.name) is None:
+                self.train_stage(stage, console)
+
+    def train_stage(self, stage: Stage, console: Console) -> None:
+        """Train one stage, whose parent is trained, to its end and record its result."""
+        training = StageTraining(
+            self.initial(stage), stage, self.folder, self.splits, self.accelerator
+        )
+        progress = training.run(console)
+        result = {
+            "validation_accuracy": progress.best_accuracy,
+            "epoch": progress.best_epoch,
+            "seconds": progress.seconds,
+            "commit": commit(),
+            "machine": machine(),
+            **self.test(stage),
+        }
+        self.folder.finish_stage(stage.name, result)
+        self.accelerator.free_memory()  # it holds on to all that it has prepared
+        console.print(f"{stage.name:>4}  test {result['test_accuracy']:.2%}", style="bold")
 
     def initial(self, stage: Stage) -> Network:
         """The network a stage starts from, on its device."""
