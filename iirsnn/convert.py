@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from .models import Network, TimeSequential
+from .models import Network
 from .neuron import FusedLIF
 
 #: What a threshold becomes when the percentile of its layer's current is not positive.
@@ -31,6 +31,9 @@ class NeuronConfig:
     Attributes:
         leak: initial value; learned and kept <= 1 when `learn_leak`.
         reset: soft, hard, none or soft_delayed.
+        per_channel: a threshold and a leak for each channel, else one for the layer (the paper's).
+        keep_batch_norm: leave BatchNorm in the SNN, its statistics over all timesteps, to be folded
+            at deployment; else it is folded into the weights before conversion (the paper's).
         detach_reset: no gradient through the spike inside the reset (the paper's choice).
         surrogate: triangle, atan, sigmoid, fast_sigmoid or boxcar.
         surrogate_scale: None for the surrogate's own default.
@@ -40,11 +43,27 @@ class NeuronConfig:
     leak: float = 1.0
     learn_threshold: bool = True
     learn_leak: bool = True
+    per_channel: bool = False
+    keep_batch_norm: bool = False
     reset: str = "soft"
     detach_reset: bool = True
     surrogate: str = "triangle"
     surrogate_scale: float | None = None
     backend: str = "auto"
+
+    def build(self, channels: int | None) -> FusedLIF:
+        """The neurons of a layer of so many channels; None where it is not known.
+
+        Raises:
+            ValueError: a setting that FusedLIF refuses, or per_channel with unknown channels.
+        """
+        settings = asdict(self)
+        del settings["keep_batch_norm"]
+        if not settings.pop("per_channel"):
+            channels = None
+        elif channels is None:
+            raise ValueError("per_channel: expected a Conv2d or Linear before each ReLU, got none")
+        return FusedLIF(channels=channels, **settings)
 
 
 def convert(
@@ -75,11 +94,11 @@ def convert(
 
 
 def to_spiking(ann: nn.Module, timesteps: int, neuron: NeuronConfig | None = None) -> Network:
-    """A copy of the ANN with BatchNorm folded and a FusedLIF (threshold 1) for each ReLU.
+    """A copy of the ANN with a FusedLIF (threshold 1) for each ReLU, BatchNorm folded or kept.
 
     Raises:
         ValueError: T < 1, a model without ReLU, a ReLU inside a module that knows no time, or a
-            BatchNorm that does not follow a Conv2d or Linear.
+            BatchNorm to be folded that does not follow a Conv2d or Linear.
     """
     if timesteps < 1:
         raise ValueError(f"timesteps: expected at least 1, got {timesteps}")
@@ -90,24 +109,39 @@ def to_spiking(ann: nn.Module, timesteps: int, neuron: NeuronConfig | None = Non
                 f"ann: expected a Network or an nn.Sequential, got {type(ann).__name__}"
             )
         snn = Network.from_sequential(snn)
-    fold_batch_norm(snn)
-    snn.requires_grad_(True)  # torch's fusion freezes a bias that it had to add
-    if any(isinstance(module, _BatchNorm) for module in snn.modules()):
-        raise ValueError("ann: expected each BatchNorm right after a Conv2d or Linear")
-    settings = asdict(neuron or NeuronConfig())
-    count = 0
-    for parent in list(snn.modules()):
-        for name, child in list(parent._modules.items()):  # one ReLU may stand in many places
-            if isinstance(child, nn.ReLU):
-                if not isinstance(parent, TimeSequential):
-                    kind = type(parent).__name__
-                    raise ValueError(f"ann: expected each ReLU in a Sequential, got one in {kind}")
-                setattr(parent, name, FusedLIF(**settings).to(_device_of(snn)))
-                count += 1
+    neuron = neuron or NeuronConfig()
+    if not neuron.keep_batch_norm:
+        fold_batch_norm(snn)
+        snn.requires_grad_(True)  # torch's fusion freezes a bias that it had to add
+        if any(isinstance(module, _BatchNorm) for module in snn.modules()):
+            raise ValueError("ann: expected each BatchNorm right after a Conv2d or Linear")
+    count, _ = _exchange(snn, neuron, None, _device_of(snn))
     if count == 0:
         raise ValueError("ann: no ReLU to exchange for a neuron")
     snn.timesteps = timesteps
     return snn
+
+
+def _exchange(
+    parent: nn.Module, neuron: NeuronConfig, channels: int | None, device: torch.device
+) -> tuple[int, int | None]:
+    """Exchange each ReLU below `parent`; how many, and the channels that its last layer gives."""
+    count = 0
+    for name, child in list(parent._modules.items()):  # one ReLU may stand in many places
+        if isinstance(child, nn.ReLU):
+            if not getattr(parent, "over_time", False):
+                kind = type(parent).__name__
+                raise ValueError(f"ann: expected each ReLU in a Sequential, got one in {kind}")
+            setattr(parent, name, neuron.build(channels).to(device))
+            count += 1
+        elif isinstance(child, nn.Conv2d):
+            channels = child.out_channels
+        elif isinstance(child, nn.Linear):
+            channels = child.out_features
+        elif child is not None:
+            below, channels = _exchange(child, neuron, channels, device)
+            count += below
+    return count, channels
 
 
 def fold_batch_norm(model: nn.Module) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from .convert import NeuronConfig
 from .data import DataConfig
 from .errors import UsageError
 from .models import ModelConfig
-from .neuron import FusedLIF
 from .reduction import stages
 
 
@@ -192,7 +191,7 @@ def check(recipe: Recipe) -> None:
     names = [stage.name for stage in stages(recipe.timesteps)]
     _choice("model.name", recipe.model.name, models.NAMES)
     try:
-        FusedLIF(**asdict(recipe.neuron))
+        recipe.neuron.build(channels=1)
     except ValueError as error:
         raise UsageError(f"neuron.{error}") from error
     _choice("runtime.device", recipe.runtime.device, ("auto", "cpu"))

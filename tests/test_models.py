@@ -3,12 +3,14 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from iirsnn import FusedLIF, Network, Readout, SharedDropout, TimeSequential, convert
-from iirsnn.convert import to_spiking
+from iirsnn.convert import NeuronConfig, to_spiking
 from iirsnn.encoding import direct
 from iirsnn.evaluation import count_operations
-from iirsnn.models import ModelConfig, build, vgg
+from iirsnn.functional import lif
+from iirsnn.models import ModelConfig, ResidualBlock, build, vgg
 
 CIFAR, IMAGENET = (3, 32, 32), (3, 224, 224)
 
@@ -267,3 +269,82 @@ def test_from_sequential_shares_the_parameters():
 def test_from_sequential_needs_a_linear_at_the_end(model):
     with pytest.raises(ValueError, match="model: expected a Linear as the last layer"):
         Network.from_sequential(model)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet19", "resnet20"])
+def test_residual_networks_have_the_parameters_counted_by_hand(name):
+    with torch.device("meta"):
+        network = build(ModelConfig(name=name), 10, CIFAR)
+
+    def convs(*shapes):
+        return sum(9 * cin * cout + 2 * cout for cin, cout in shapes)
+
+    def group(cin, cout, blocks):
+        shapes = [(cin, cout), *[(cout, cout)] * (2 * blocks - 1)]
+        return convs(*shapes) + (cin * cout + 2 * cout if cin != cout else 0)
+
+    by_hand = {
+        "resnet20": convs((3, 64), (64, 64), (64, 64))
+        + sum(group(*g) for g in [(64, 64, 2), (64, 128, 2), (128, 256, 2), (256, 512, 2)])
+        + 2048 * 10
+        + 10,
+        "resnet18": convs((3, 64))
+        + sum(group(*g) for g in [(64, 64, 2), (64, 128, 2), (128, 256, 2), (256, 512, 2)])
+        + 512 * 10
+        + 10,
+        "resnet19": convs((3, 128))
+        + sum(group(*g) for g in [(128, 128, 3), (128, 256, 3), (256, 512, 2)])
+        + 512 * 256
+        + 2 * 256
+        + 256 * 10
+        + 10,
+    }
+    assert parameters(network) == by_hand[name]
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_residual_block_is_its_equation(per_channel, keep):
+    torch.manual_seed(0)
+    block = ResidualBlock(4, 6, 2, batch_norm=True)
+    ann = Network([nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), block, nn.Flatten(), Readout(96, 3)])
+    for module in ann.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    snn = to_spiking(ann.eval(), 3, NeuronConfig(per_channel=per_channel, keep_batch_norm=keep))
+    block = snn.layers[2]
+    x = (torch.rand(3, 2, 4, 8, 8) < 0.3).float()
+    merged = x.flatten(0, 1)
+    first, second, shortcut = (
+        fuse_conv_bn_eval(c.eval(), n.eval())
+        for c, n in (
+            (ann.layers[2].main[0], ann.layers[2].main[1]),
+            (ann.layers[2].main[4], ann.layers[2].main[5]),
+            (ann.layers[2].shortcut[0], ann.layers[2].shortcut[1]),
+        )
+    )
+    inside = lif(first(merged).unflatten(0, (3, 2)), 1.0, 1.0)
+    current = second(inside.flatten(0, 1)) + shortcut(merged)
+    expected = lif(current.unflatten(0, (3, 2)), 1.0, 1.0)
+    with torch.no_grad():
+        got = block(x)
+    assert got.shape == (3, 2, 6, 4, 4)
+    assert 0 < got.mean() < 1
+    assert (got != expected).float().mean() < 0.002  # folding rounds
+    neurons = [m for m in snn.modules() if isinstance(m, FusedLIF)]
+    assert [n.channels for n in neurons] == ([4, 6, 6] if per_channel else [None] * 3)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in snn.modules()) == keep
+
+
+def test_a_residual_block_without_change_of_shape_adds_its_input():
+    block = ResidualBlock(3, 3)
+    nn.init.zeros_(block.main[-1].weight)
+    nn.init.zeros_(block.main[-1].bias)
+    x = torch.randn(2, 4, 3, 5, 5)
+    assert torch.equal(block(x), x.relu())
+
+
+def test_a_residual_network_that_halves_too_often_is_refused():
+    with pytest.raises(ValueError, match="expected a height and width that 16 divides, got 28 x"):
+        build(ModelConfig(name="resnet20"), 10, (1, 28, 28))

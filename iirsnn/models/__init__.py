@@ -6,11 +6,22 @@ from dataclasses import dataclass, field
 
 from .layers import Readout, SharedDropout, TimeSequential
 from .network import Network
-from .vgg import HIDDEN, LAYERS, vgg
+from .resnet import PLANS, ResidualBlock, resnet
+from .vgg import HIDDEN, LAYERS, POOLS, vgg
 
-__all__ = ["ModelConfig", "Network", "Readout", "SharedDropout", "TimeSequential", "build", "vgg"]
+__all__ = [
+    "ModelConfig",
+    "Network",
+    "Readout",
+    "ResidualBlock",
+    "SharedDropout",
+    "TimeSequential",
+    "build",
+    "resnet",
+    "vgg",
+]
 
-NAMES = ("vgg", *LAYERS)
+NAMES = ("vgg", *LAYERS, *PLANS)
 
 
 @dataclass
@@ -18,9 +29,10 @@ class ModelConfig:
     """The `model` section of a recipe.
 
     Attributes:
-        name: vgg6, vgg9, vgg11, vgg16, vgg16-imagenet, or vgg with `layers` of its own.
+        name: vgg6, vgg9, vgg11, vgg16, vgg16-imagenet, vgg with `layers` of its own, resnet18,
+            resnet19 or resnet20.
         layers: for vgg: channels of each 3x3 convolution, "A" for a 2x2 pool.
-        hidden: widths of the hidden fully connected layers.
+        hidden: widths of the hidden fully connected layers of a VGG.
         pool: average or max.
         batch_norm: in the ANN; folded into the weights before conversion.
     """
@@ -47,6 +59,12 @@ def build(config: ModelConfig, classes: int, image_shape: tuple[int, int, int]) 
         raise ValueError(f"model: expected one of {', '.join(NAMES)}, got {config.name!r}")
     if config.layers and config.name != "vgg":
         raise ValueError(f"model.layers: {config.name} has its own; use name=vgg to write them")
+    if config.name in PLANS:
+        if config.pool not in POOLS:
+            raise ValueError(f"pool: expected one of {', '.join(POOLS)}, got {config.pool!r}")
+        plan = PLANS[config.name]
+        pool, norm = POOLS[config.pool], config.batch_norm
+        return resnet(plan, classes, image_shape, pool=pool, batch_norm=norm)
     return vgg(
         config.layers or LAYERS.get(config.name, []),
         classes,

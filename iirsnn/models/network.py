@@ -71,3 +71,11 @@ def _unrolled(model: nn.Sequential) -> list[nn.Module]:
         else:
             modules.append(SharedDropout(module.p) if type(module) is nn.Dropout else module)
     return modules
+
+
+def initialise(module: nn.Module) -> None:
+    """Kaiming's normal weights and zero biases for a convolution or linear layer; for `apply`."""
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

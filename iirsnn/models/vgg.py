@@ -8,7 +8,7 @@ from itertools import pairwise
 from torch import nn
 
 from .layers import Readout, SharedDropout
-from .network import Network
+from .network import Network, initialise
 
 #: Output channels of the 3x3 convolutions and 2x2 pools ("A") of the networks in the authors' code.
 LAYERS: dict[str, list[int | str]] = {
@@ -72,7 +72,7 @@ def vgg(
     modules.append(Readout(features, classes))
 
     network = Network(modules, image_shape)
-    network.apply(_initialise)
+    network.apply(initialise)
     return network
 
 
@@ -96,10 +96,3 @@ def _check(
     pools = sum(layer == "A" for layer in layers)
     if min(height, width) < 2**pools:
         raise ValueError(f"layers: {pools} pools are too many for images of {height} x {width}")
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
