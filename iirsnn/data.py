@@ -29,22 +29,36 @@ from .errors import RunError, UsageError
 
 Sample = tuple[Tensor, int]  # image float32 [C, H, W], label
 
-_ORDER, _AUGMENTATION = 0, 1  # what an epoch draws, each from a stream of its own
+_ORDER, _AUGMENTATION, _CUTOUT = 0, 1, 2  # what an epoch draws, each from a stream of its own
 
 
 @dataclass
 class DataConfig:
     """The data section of a recipe.
 
-    `root` is the folder of the data ("" is the data set's default place); `validation` is the
-    fraction of the training set that is held out for every choice.
+    Attributes:
+        name: digits, fashion-mnist, cifar10, cifar100 or imagenet.
+        root: folder of the data; "" is the data set's default place.
+        download: fetch what is missing.
+        validation: fraction of the training set that is held out for every choice.
+        train_images: use so many training images only, as many of each class; 0 for all.
+        augment: random crops, mirroring and cutout of training images.
+        pad: border that crops reach into; None for the data set's own.
+        flip: mirror half of the images; None for the data set's own.
+        cutout: side of a square at a random place that is set to the mean (DeVries and Taylor,
+            arXiv 1708.04552); 0 for none.
+        workers: processes that load; 0 loads in the main one.
     """
 
     name: str = "digits"
     root: str = ""
     download: bool = True
     validation: float = 0.1
+    train_images: int = 0
     augment: bool = True
+    pad: int | None = None
+    flip: bool | None = None
+    cutout: int = 0
     workers: int = 0
     batch_size: int = 64
     test_batch_size: int = 256
@@ -209,11 +223,14 @@ class ImageFiles(ImageSet):
 
 
 class Augmented(Dataset[Sample]):
-    """The augmented images of one epoch."""
+    """The augmented images of one epoch; `cutout` is the side of the square that is erased."""
 
-    def __init__(self, images: ImageSet, *, seed: int, epoch: int) -> None:
-        self.images = images
+    def __init__(self, images: ImageSet, *, seed: int, epoch: int, cutout: int = 0) -> None:
+        self.images, self.cutout = images, cutout
         self.draws = images.draw(_rng(seed, epoch, _AUGMENTATION))
+        _, height, width = images.image_shape
+        centres = _rng(seed, epoch, _CUTOUT).integers((height, width), size=(len(images), 2))
+        self.corners = centres - cutout // 2
 
     def __len__(self) -> int:
         return len(self.images)
@@ -222,7 +239,12 @@ class Augmented(Dataset[Sample]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[Sample]:
-        return self.images.augmented(indices, self.draws[indices])
+        samples = self.images.augmented(indices, self.draws[indices])
+        if self.cutout:
+            for (image, _), (top, left) in zip(samples, self.corners[indices], strict=True):
+                bottom, right = top + self.cutout, left + self.cutout
+                image[:, max(top, 0) : bottom, max(left, 0) : right] = 0
+        return samples
 
 
 @dataclass
@@ -260,10 +282,22 @@ def load(config: DataConfig, seed: int) -> Splits:
             "data: expected batch_size and test_batch_size of at least 1 and workers of at least "
             f"0, got {config.batch_size}, {config.test_batch_size} and {config.workers}"
         )
+    for name in ("train_images", "pad", "cutout"):
+        value = getattr(config, name)
+        if value is not None and value < 0:
+            raise UsageError(f"data.{name}: expected at least 0, got {value}")
     if not 0 <= seed < 2**32:
         raise UsageError(f"seed: expected from 0 to {2**32 - 1}, got {seed}")
     root = Path(config.root).expanduser() if config.root else None
     train, test, class_names = _SOURCES[config.name](root, config.download)
+    for name, value in (("pad", config.pad), ("flip", config.flip)):
+        if value is None:
+            continue
+        if not isinstance(train, MemoryImages):
+            raise UsageError(
+                f"data.{name}: expected null, since {config.name} has crops of its own"
+            )
+        setattr(train, name, value)
     try:
         kept, held_out = train_test_split(
             np.arange(len(train)),
@@ -273,7 +307,23 @@ def load(config: DataConfig, seed: int) -> Splits:
         )
     except ValueError as error:  # too few images for one of each class on both sides
         raise UsageError(f"data.validation={config.validation}: {error}") from None
+    if config.train_images:
+        kept = _fewer(kept, train.labels.numpy(), config.train_images, seed)
     return Splits(train.select(np.sort(kept)), train.select(np.sort(held_out)), test, class_names)
+
+
+def _fewer(indices: np.ndarray, labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """`count` of the indices, stratified by label."""
+    classes = len(np.unique(labels))
+    if not classes <= count <= len(indices) - classes:
+        raise UsageError(
+            f"data.train_images: expected 0 for all, or from {classes} to "
+            f"{len(indices) - classes}, got {count}"
+        )
+    chosen, _ = train_test_split(
+        indices, train_size=count, stratify=labels[indices], random_state=seed
+    )
+    return chosen
 
 
 def train_batches(
@@ -289,7 +339,9 @@ def train_batches(
         order = order[:-1]
     order = order[start_batch * config.batch_size :]
     return DataLoader(
-        Augmented(splits.train, seed=seed, epoch=epoch) if config.augment else splits.train,
+        Augmented(splits.train, seed=seed, epoch=epoch, cutout=config.cutout)
+        if config.augment
+        else splits.train,
         batch_sampler=BatchSampler(order.tolist(), config.batch_size, drop_last=False),
         **_loader_options(config),
     )

@@ -80,6 +80,14 @@ class Pipeline:
         network.timesteps = stage.timesteps
         return network
 
+    def teacher(self, stage: Stage) -> Network | None:
+        """The network whose soft labels the stage learns too, if any, on its device."""
+        choice = self.recipe.stage_config(stage.name).teacher
+        if choice == "none":
+            return None
+        assert stage.parent is not None  # recipe.check refuses a teacher of the ANN
+        return self.trained("ann" if choice == "ann" else stage.parent)
+
     def trained(self, name: str) -> Network:
         """The network of a stage as its best epoch left it, on its device.
 

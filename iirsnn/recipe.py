@@ -41,6 +41,13 @@ class StageConfig:
         milestones: fractions of the stage, in (0, 1).
         dropout: probability, one mask for all timesteps.
         accumulate: micro-batches a step is split into.
+        neuron_rate: the learning rate of thresholds and leaks, as a factor on that of the weights.
+        teacher: whose soft labels are learned too: none, ann, or previous (the stage before).
+        teacher_weight: of the distillation loss; the labels' has 1 minus it.
+        teacher_temperature: divides both networks' logits (Hinton et al., arXiv 1503.02531).
+        energy_weight: on additions per operation of the ANN; see `energy.EnergyPenalty`.
+        mixup: alpha of the Beta distribution that images are mixed by (Zhang et al., arXiv
+            1710.09412); 0 for none.
     """
 
     epochs: int = 1
@@ -54,6 +61,12 @@ class StageConfig:
     dropout: float = 0.2
     label_smoothing: float = 0.0
     accumulate: int = 1
+    neuron_rate: float = 1.0
+    teacher: str = "none"
+    teacher_weight: float = 0.5
+    teacher_temperature: float = 2.0
+    energy_weight: float = 0.0
+    mixup: float = 0.0
 
 
 @dataclass
@@ -230,6 +243,23 @@ def _check_stage(name: str, stage: StageConfig) -> None:
     smoothing = stage.label_smoothing
     _number(f"{name}: label_smoothing", smoothing, "in [0, 1]", 0 <= smoothing <= 1)
     _number(f"{name}: dropout", stage.dropout, "in [0, 1)", 0 <= stage.dropout < 1)
+    for key in ("neuron_rate", "energy_weight", "mixup"):
+        value = getattr(stage, key)
+        _number(f"{name}: {key}", value, "at least 0", 0 <= value < math.inf)
+    _choice(f"{name}: teacher", stage.teacher, ("none", "ann", "previous"))
+    _number(
+        f"{name}: teacher_weight", stage.teacher_weight, "in [0, 1]", 0 <= stage.teacher_weight <= 1
+    )
+    temperature = stage.teacher_temperature
+    _number(f"{name}: teacher_temperature", temperature, "positive", 0 < temperature < math.inf)
+    if name == "ann" and stage.teacher != "none":
+        raise UsageError(
+            f"ann: teacher: expected none, got {stage.teacher!r}: it has none before it"
+        )
+    if name == "ann" and stage.energy_weight:
+        raise UsageError(
+            f"ann: energy_weight: expected 0, it has no spikes, got {stage.energy_weight}"
+        )
     for milestone in stage.milestones:
         _number(f"{name}: milestones", milestone, "in (0, 1)", 0 < milestone < 1)
 

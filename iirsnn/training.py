@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,12 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
 from . import checkpoint, data
 from .convert import neurons
 from .data import Splits
+from .energy import EnergyPenalty
 from .errors import RunError
 from .evaluation import loss_and_accuracy
 from .models import Network, SharedDropout
@@ -63,6 +66,7 @@ class StageTraining:
         folder: of the run, locked.
         splits: of the data.
         accelerator: device and mixed precision.
+        teacher: whose soft labels are learned too, on the same device; None for none.
 
     Raises:
         RunError: `last` is damaged or does not belong to this run.
@@ -75,6 +79,7 @@ class StageTraining:
         folder: RunFolder,
         splits: Splits,
         accelerator: Accelerator,
+        teacher: Network | None = None,
     ) -> None:
         self.network, self.stage, self.folder, self.splits = network, stage, folder, splits
         self.accelerator, self.data = accelerator, folder.recipe.data
@@ -82,6 +87,8 @@ class StageTraining:
         self.seed = derive_seed(folder.recipe.seed, stage.name)
         self.epoch_steps = len(data.train_batches(splits, self.data, seed=self.seed, epoch=0))
         self.progress = Progress()
+        self.objective = Objective(self.config, splits.classes, teacher)
+        self.penalty = EnergyPenalty(network)
         set_dropout(network, self.config.dropout)
         self.optimizer = make_optimizer(network, self.config)
         if folder.has_checkpoint(stage.name, "last"):
@@ -100,7 +107,11 @@ class StageTraining:
         started = saved = time.monotonic()
         before = progress.seconds
         total = config.epochs * self.epoch_steps
-        with StageProgress(console, self.stage.name, config.epochs, total, progress.step) as bar:
+        watched = self.penalty.measured() if config.energy_weight else nullcontext()
+        with (
+            watched,
+            StageProgress(console, self.stage.name, config.epochs, total, progress.step) as bar,
+        ):
             for epoch in range(progress.step // self.epoch_steps, config.epochs):
                 self.network.train()
                 start = progress.step - epoch * self.epoch_steps
@@ -125,10 +136,14 @@ class StageTraining:
         set_learning_rate(self.optimizer, config, done)
         torch.manual_seed(derive_seed(self.seed, progress.step))
         self.optimizer.zero_grad(set_to_none=True)
-        parts = zip(images.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True)
-        for part, part_labels in parts:
+        mixed, targets = self.objective.targets(images, labels)
+        parts = zip(*(t.chunk(config.accumulate) for t in (mixed, targets, labels)), strict=True)
+        for part, part_targets, part_labels in parts:
             logits = self.model(part).float()
-            loss = F.cross_entropy(logits, part_labels, label_smoothing=config.label_smoothing)
+            with self.accelerator.autocast():  # for the teacher
+                loss = self.objective.loss(logits, part, part_targets)
+            if config.energy_weight:
+                loss = loss + config.energy_weight * self.penalty.value(self.network.timesteps)
             self._require_finite("loss", float(loss.detach()), progress.step + 1)
             self.accelerator.backward(loss * (len(part) / len(images)))
             progress.loss_sum += float(loss.detach()) * len(part)
@@ -207,6 +222,49 @@ class StageTraining:
         self.progress = Progress(**header["progress"])
 
 
+class Objective:
+    """What a stage minimises, but for the energy: labels, mixed or smoothed, and a teacher's.
+
+    Args:
+        config: of the stage.
+        classes: number of classes.
+        teacher: in eval mode hereafter; None for none.
+    """
+
+    def __init__(self, config: StageConfig, classes: int, teacher: Network | None = None) -> None:
+        self.config = config
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
+        self.mixup = v2.MixUp(alpha=config.mixup, num_classes=classes) if config.mixup else None
+
+    def targets(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network is to see and say: images, and labels or class probabilities.
+
+        Args:
+            images: [B, C, H, W].
+            labels: int64 [B].
+        """
+        return (images, labels) if self.mixup is None else self.mixup(images, labels)
+
+    def loss(self, logits: Tensor, images: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of a batch, a scalar.
+
+        Args:
+            logits: float [B, classes], what the network said to the images.
+            images: [B, C, H, W].
+            targets: int64 [B], or float [B, classes].
+        """
+        config = self.config
+        loss = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
+        if self.teacher is None:
+            return loss
+        temperature = config.teacher_temperature
+        with torch.no_grad():
+            soft = F.softmax(self.teacher(images).float() / temperature, 1)
+        # the square keeps the gradient's size whatever the temperature
+        distance = F.cross_entropy(logits / temperature, soft) * temperature**2
+        return (1 - config.teacher_weight) * loss + config.teacher_weight * distance
+
+
 def load_weights(network: Network, weights: dict[str, Tensor]) -> None:
     """Load a checkpoint's weights.
 
@@ -227,7 +285,11 @@ def make_optimizer(network: Network, config: StageConfig) -> torch.optim.Optimiz
     parameters = [p for p in network.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if id(p) not in own]},
-        {"params": [p for p in parameters if id(p) in own], "weight_decay": 0.0},
+        {
+            "params": [p for p in parameters if id(p) in own],
+            "weight_decay": 0.0,
+            "factor": config.neuron_rate,
+        },
     ]
     groups = [group for group in groups if group["params"]]
     if config.optimizer == "sgd":
@@ -249,7 +311,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: StageConfig, don
     else:
         factor = config.decay ** -sum(done >= milestone for milestone in config.milestones)
     for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate * factor
+        group["lr"] = config.learning_rate * factor * group.get("factor", 1.0)
 
 
 def set_dropout(network: nn.Module, p: float) -> None:
