@@ -1,4 +1,4 @@
-"""The command line: iirsnn train | evaluate | report | deploy | predict | energy | env."""
+"""The command line: iirsnn train | evaluate | report | compare | reproduce | deploy | ..."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import data, event_cli, recipe, report
+from . import compare, data, event_cli, recipe, report, reproduce
 from .env import env_report
 from .errors import IirsnnError, RunError, UsageError
 from .evaluation import accuracies
@@ -84,6 +84,41 @@ def report_command(run: Run) -> None:
         _report(folder, open_data(folder.recipe))
 
 
+@app.command("compare")
+def compare_command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, or folders of runs.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for compare.json, compare.md and two plots.")
+    ] = None,
+) -> None:
+    """Runs side by side; runs that differ in their seed alone are one line."""
+    _compare(compare.find(runs), out)
+
+
+@app.command("reproduce")
+def reproduce_command(
+    name: Annotated[str, typer.Argument(metavar="TABLE", help="Name of a table, or a YAML file.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of its runs  [default: runs/tables/TABLE]")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="ROW", help="These rows.")] = None,
+    seeds: Annotated[str, typer.Option(metavar="0,1,...", help="Not the table's seeds.")] = "",
+    overrides: Set = None,
+) -> None:
+    """Train all runs of a table, or go on where it stopped; then compare them.
+
+    Several processes may work on one table; each takes what no other has.
+    """
+    table = reproduce.load(name)
+    folder = out or Path("runs/tables") / table.name
+    chosen = reproduce.parse_seeds(seeds)
+    runs = reproduce.plan(table, folder, only=only or [], seeds=chosen, overrides=overrides or [])
+    failures = reproduce.train(runs, folder, console)
+    _compare(reproduce.started(table, folder), folder, {r.name: r.reason for r in table.rows})
+    if failures:
+        raise RunError(f"{len(failures)} of the table's runs failed: {'; '.join(failures)}")
+
+
 event_cli.register(app)
 
 
@@ -122,6 +157,14 @@ def _report(folder: RunFolder, splits: data.Splits) -> None:
     report.write(built, folder.path)
     report.show(built, console)
     console.print(f"Written: {folder.path}/report.json and plots", highlight=False)
+
+
+def _compare(runs: list[Path], out: Path | None, reasons: dict[str, str] | None = None) -> None:
+    built = compare.build(runs, reasons)
+    compare.show(built, console)
+    if out is not None:
+        compare.write(built, out)
+        console.print(f"Written: {out}/compare.json, compare.md and plots", highlight=False)
 
 
 def main() -> None:
