@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import compare, data, event_cli, recipe, report, reproduce
+from . import activity, compare, data, event_cli, recipe, report, reproduce
 from .env import env_report
 from .errors import IirsnnError, RunError, UsageError
 from .evaluation import accuracies
@@ -155,6 +155,8 @@ def _open_for_training(
 def _report(folder: RunFolder, splits: data.Splits) -> None:
     built = report.build(folder, splits)
     report.write(built, folder.path)
+    if built["stages"]:
+        activity.write(Pipeline(folder, splits), folder.path)
     report.show(built, console)
     console.print(f"Written: {folder.path}/report.json and plots", highlight=False)
 

@@ -1,4 +1,4 @@
-"""The report of a run: report.json, a console table and two plots."""
+"""The report of a run: report.json, a console table and plots of accuracy and spike rates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
@@ -70,9 +70,12 @@ def write(report: dict[str, Any], path: Path) -> None:
     checkpoint.write_text(path / "report.json", json.dumps(report, indent=2) + "\n")
     if not report["stages"]:
         return
-    for name, plot in (("accuracy", _plot_accuracy), ("spike_rates", _plot_spike_rates)):
-        figure = Figure(figsize=(6.4, 4), layout="constrained")
-        plot(report, figure.subplots())
+    for name, size, plot in (
+        ("accuracy", (6.4, 4), _plot_accuracy),
+        ("spike_rates", (9.6, 4), _plot_spike_rates),
+    ):
+        figure = Figure(figsize=size, layout="constrained")
+        plot(report, figure)
         save = partial(figure.savefig, dpi=150, format="png")
         checkpoint.write_atomically(path / f"{name}.png", save)
 
@@ -145,7 +148,8 @@ def _short(count: float) -> str:
     return f"{count:.0f}"
 
 
-def _plot_accuracy(report: dict[str, Any], axes: Axes) -> None:
+def _plot_accuracy(report: dict[str, Any], figure: Figure) -> None:
+    axes = figure.subplots()
     stages = report["stages"]
     timesteps = [entry["timesteps"] for entry in stages]
     axes.axhline(
@@ -186,13 +190,27 @@ def _plot_accuracy(report: dict[str, Any], axes: Axes) -> None:
     axes.set_title(f"{report['recipe']}: accuracy and energy over T")
 
 
-def _plot_spike_rates(report: dict[str, Any], axes: Axes) -> None:
-    for entry in report["stages"]:
+def _plot_spike_rates(report: dict[str, Any], figure: Figure) -> None:
+    """By layer, all timesteps together; and over T, a timestep's mean, a line for each layer."""
+    by_layer, over_time = figure.subplots(1, 2)
+    stages = report["stages"]
+    for entry in stages:
         layers = range(1, 1 + len(entry["spike_rates"]))
-        axes.plot(layers, entry["spike_rates"], "o-", label=f"T = {entry['timesteps']}")
-        axes.set_xticks(layers)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("spikes per neuron and image, all timesteps")
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    axes.set_title(f"{report['recipe']}: spike rate by layer over T")
+        by_layer.plot(layers, entry["spike_rates"], "o-", label=f"T = {entry['timesteps']}")
+        by_layer.set_xticks(layers)
+    by_layer.set_xlabel("layer")
+    by_layer.set_ylabel("spikes per neuron and image, all timesteps")
+    timesteps = [entry["timesteps"] for entry in stages]
+    rates = [[rate / entry["timesteps"] for rate in entry["spike_rates"]] for entry in stages]
+    for index, layer in enumerate(zip(*rates, strict=True)):
+        color = colormaps["viridis"](index / max(len(rates[0]) - 1, 1))
+        over_time.plot(timesteps, layer, "o-", color=color, label=f"layer {index + 1}")
+    over_time.set_xlabel("timesteps T")
+    over_time.set_ylabel("spikes per neuron and timestep")
+    over_time.set_xticks(timesteps)
+    over_time.invert_xaxis()
+    for axes in (by_layer, over_time):
+        axes.set_ylim(bottom=0)
+    by_layer.legend(fontsize="small")
+    over_time.legend(fontsize="small", ncols=3, loc="lower left")
+    figure.suptitle(f"{report['recipe']}: spike rates by layer and over T")

@@ -31,6 +31,7 @@ def test_train_reports_what_it_did(finished):
     made = {str(path) for path in contents(finished)}
     assert made == {
         *["recipe.yaml", "metrics.jsonl", "report.json", "accuracy.png", "spike_rates.png"],
+        *["raster.png", "membranes.png", "thresholds.png"],
         *(
             f"stages/{s}/{f}"
             for s in ("ann", "T2", "T1")
@@ -73,13 +74,14 @@ def test_evaluate_measures_the_same_again(iirsnn, finished):
 
 def test_report_writes_again(iirsnn, finished_copy):
     old = json.loads((finished_copy / "report.json").read_text())
-    for name in ("report.json", "accuracy.png", "spike_rates.png"):
+    for name in ("report.json", "accuracy.png", "spike_rates.png", "raster.png"):
         (finished_copy / name).unlink()
     result = iirsnn("report", finished_copy)
     assert result.code == 0
     assert "digits: from the ANN to T = 1" in result.out
     new = json.loads((finished_copy / "report.json").read_text())
     assert (finished_copy / "accuracy.png").stat().st_size > 5000
+    assert (finished_copy / "raster.png").stat().st_size > 5000
     for report in (old, new):
         for entry in (report["ann"], *report["stages"]):
             del entry["milliseconds_per_image"]
