@@ -253,13 +253,9 @@ def _check_stage(name: str, stage: StageConfig) -> None:
     temperature = stage.teacher_temperature
     _number(f"{name}: teacher_temperature", temperature, "positive", 0 < temperature < math.inf)
     if name == "ann" and stage.teacher != "none":
-        raise UsageError(
-            f"ann: teacher: expected none, got {stage.teacher!r}: it has none before it"
-        )
+        raise UsageError(f"ann: teacher: expected none, as the first, got {stage.teacher!r}")
     if name == "ann" and stage.energy_weight:
-        raise UsageError(
-            f"ann: energy_weight: expected 0, it has no spikes, got {stage.energy_weight}"
-        )
+        raise UsageError(f"ann: energy_weight: expected 0, got {stage.energy_weight}: no spikes")
     for milestone in stage.milestones:
         _number(f"{name}: milestones", milestone, "in (0, 1)", 0 < milestone < 1)
 

@@ -253,6 +253,18 @@ def test_validation_is_disjoint_stratified_and_seeded(tmp_path, monkeypatch):
     assert not same(eval_batches(other, config), eval_batches(splits.validation, config))
 
 
+def test_fewer_training_images_are_stratified_and_leave_the_other_splits_alone(
+    tmp_path, monkeypatch
+):
+    write_fashion_mnist(tmp_path / "debian", monkeypatch, train=300)
+    config = DataConfig("fashion-mnist", train_images=50)
+    fewer, every = load(config, seed=3), load(DataConfig("fashion-mnist"), seed=3)
+    assert torch.bincount(fewer.train.labels).tolist() == [5] * 10
+    whole = {image.numpy().tobytes() for image, _ in every.train}
+    assert {image.numpy().tobytes() for image, _ in fewer.train} < whole
+    assert same(eval_batches(fewer.validation, config), eval_batches(every.validation, config))
+
+
 def test_splits_are_ordinary_data_sets():
     splits = load(DataConfig(), seed=0)
     images, labels = next(iter(DataLoader(splits.test, batch_size=5)))
@@ -353,6 +365,43 @@ def test_shifts_and_flips_are_torchvisions_crop_and_flip(tmp_path, monkeypatch):
     assert set(epoch.draws[:, :2].flatten().tolist()) == set(range(9))
 
 
+@pytest.mark.parametrize("side", [1, 4, 5])
+def test_cutout_erases_a_square_at_a_random_place(side):
+    splits = load(DataConfig(), seed=0)
+    config = DataConfig(batch_size=2000)
+    images, _ = next(iter(train_batches(splits, config, seed=1, epoch=0)))
+    config.cutout = side
+    cut, _ = next(iter(train_batches(splits, config, seed=1, epoch=0)))
+    assert torch.equal(cut[images == cut], images[images == cut])
+    erased = (cut == 0).squeeze(1)  # the mean: no pixel has that value
+    assert torch.equal(erased, (images != cut).squeeze(1))
+    rows, columns = erased.any(2).sum(1), erased.any(1).sum(1)
+    assert torch.equal(erased.sum((1, 2)), rows * columns)  # a rectangle, a square but for borders
+    assert rows.max() == columns.max() == side
+    assert rows.min() >= (side + 1) // 2 - (side % 2 == 0)
+    assert erased.any(0).all()
+
+
+def test_a_recipe_may_set_its_own_shifts_and_mirroring():
+    chosen = load(DataConfig(pad=0, flip=True), seed=0)
+    plain = load(DataConfig(augment=False), seed=0)
+    config = DataConfig(batch_size=2000)
+    images, _ = next(iter(train_batches(chosen, config, seed=1, epoch=0)))
+    config.augment = False
+    expected, _ = next(iter(train_batches(plain, config, seed=1, epoch=0)))
+    same = (images == expected).flatten(1).all(1)
+    mirrored = (images == expected.flip(3)).flatten(1).all(1)
+    assert (same | mirrored).all()
+    assert 0.4 < mirrored.float().mean() < 0.6
+
+
+def test_a_set_with_crops_of_its_own_takes_no_others(tmp_path):
+    write_imagenet(tmp_path, train=7)
+    config = DataConfig("imagenet", root=str(tmp_path), validation=0.2, pad=4)
+    with pytest.raises(UsageError, match=r"data\.pad: expected null, since imagenet has"):
+        load(config, seed=0)
+
+
 def test_digits_are_shifted_by_one_pixel_and_never_mirrored():
     draws = Augmented(load(DataConfig(), seed=0).train, seed=0, epoch=0).draws
     assert set(draws[:, :2].flatten().tolist()) == {0, 1, 2}
@@ -395,6 +444,11 @@ def test_only_a_last_batch_of_one_is_left_out(batch_size, sizes, tmp_path, monke
         ({"validation": 0.001}, "data.validation=0.001: .*number of classes"),
         ({"batch_size": 0}, "batch_size"),
         ({"workers": -1}, "workers"),
+        ({"train_images": -1}, "data.train_images: expected at least 0, got -1"),
+        ({"train_images": 9}, "data.train_images: expected 0 for all, or from 10 to 1283, got 9"),
+        ({"train_images": 1284}, "data.train_images: .* got 1284"),
+        ({"pad": -1}, "data.pad: expected at least 0, got -1"),
+        ({"cutout": -1}, "data.cutout: expected at least 0, got -1"),
     ],
 )
 def test_a_value_out_of_range_is_a_usage_error(change, message):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from iirsnn import FusedLIF, Network, Readout
-from iirsnn.energy import OperationCounter, fan_out
+from iirsnn.energy import EnergyPenalty, OperationCounter, fan_out
 from iirsnn.evaluation import count_operations
 from iirsnn.models import ModelConfig, build
 
@@ -154,3 +154,30 @@ def test_counting_stops_with_its_context_and_adds_up():
     assert counter.images == 2
     assert counter.multiplications == 32
     assert all(not module._forward_hooks for module in network.modules())
+
+
+@pytest.mark.parametrize("pool", ["average", "max"])
+@pytest.mark.parametrize("timesteps", [1, 3])
+def test_the_penalty_is_the_additions_counted(pool, timesteps):
+    torch.manual_seed(0)
+    pools = {"average": nn.AvgPool2d(2), "max": nn.MaxPool2d(2)}
+    network = Network(
+        [
+            *[nn.Conv2d(1, 4, 3), FusedLIF(0.3), pools[pool], nn.Conv2d(4, 6, 1), FusedLIF(0.3)],
+            *[nn.Flatten(), nn.Linear(54, 7), FusedLIF(0.2), Readout(7, 3)],
+        ]
+    )
+    network.timesteps = timesteps
+    images = torch.rand(5, 1, 8, 8)
+    counter = count_operations(network, images)
+    penalty = EnergyPenalty(network)
+    with penalty.measured():
+        network(images)
+    ann = 36 * 9 * 4 + 9 * 4 * 6 + 54 * 7 + 7 * 3
+    # no padding: each spike reaches every output, and the penalty is exact
+    value = penalty.value(timesteps)
+    assert value.item() == pytest.approx(counter.additions / ann, rel=1e-6)
+    assert counter.additions > 0
+    value.backward()
+    gradients = [p.grad for p in network.layers[0].parameters()]
+    assert all(g is not None and g.abs().sum() > 0 for g in gradients)

@@ -21,7 +21,7 @@ from iirsnn.models import vgg
 from iirsnn.pipeline import Pipeline
 from iirsnn.recipe import StageConfig
 from iirsnn.run_folder import RunFolder
-from iirsnn.training import StageTraining, derive_seed, make_optimizer, set_learning_rate
+from iirsnn.training import Objective, StageTraining, derive_seed, make_optimizer, set_learning_rate
 
 from .conftest import QUICK, command
 
@@ -408,6 +408,79 @@ def test_learning_rates(config, rates):
     for done, rate in rates.items():
         set_learning_rate(optimizer, config, done)
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate] * 2)
+
+
+def test_thresholds_and_leaks_may_have_a_rate_of_their_own():
+    network = to_spiking(vgg([4], 3, (1, 4, 4), hidden=[8]), 2)
+    config = StageConfig(learning_rate=0.5, neuron_rate=0.1, milestones=[0.5], decay=10)
+    optimizer = make_optimizer(network, config)
+    set_learning_rate(optimizer, config, 0.7)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    own = {id(p) for neuron in neurons(network) for p in neuron.parameters()}
+    assert len(own) == 4
+    for parameter, rate in rates.items():
+        assert rate == pytest.approx(0.005 if parameter in own else 0.05)
+
+
+def test_an_objective_is_the_labels_loss_and_the_teachers():
+    torch.manual_seed(0)
+    teacher = vgg([4], 3, (1, 4, 4), hidden=[8], batch_norm=True)
+    config = StageConfig(label_smoothing=0.1, teacher_weight=0.3, teacher_temperature=4.0)
+    images, labels, logits = (
+        torch.randn(5, 1, 4, 4),
+        torch.tensor([0, 1, 2, 0, 1]),
+        torch.randn(5, 3),
+    )
+    loss = Objective(config, 3, teacher).loss(logits, images, labels)
+    soft = (teacher.eval()(images).detach() / 4).softmax(1)
+    distance = -(soft * (logits / 4).log_softmax(1)).sum(1).mean() * 16
+    hard = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    assert loss.item() == pytest.approx((0.7 * hard + 0.3 * distance).item())
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert Objective(config, 3).loss(logits, images, labels).item() == pytest.approx(hard.item())
+
+
+def test_mixup_mixes_images_as_it_mixes_labels():
+    torch.manual_seed(0)
+    objective = Objective(StageConfig(mixup=1.0), 3)
+    labels = torch.tensor([0, 1, 2, 0])
+    images = torch.nn.functional.one_hot(labels, 4).float().view(4, 1, 2, 2)  # show their label
+    mixed, targets = objective.targets(images, labels)
+    assert torch.allclose(mixed.flatten(1)[:, :3], targets)
+    assert ((targets > 0) & (targets < 1)).any()
+    plain = Objective(StageConfig(), 3).targets(images, labels)
+    assert plain[0] is images
+    assert plain[1] is labels
+
+
+def test_every_addition_to_the_method_at_once_reaches_every_neuron(tmp_path):
+    settings = tiny(
+        "neuron.per_channel=true",
+        "neuron.keep_batch_norm=true",
+        "snn.teacher=ann",
+        "snn.energy_weight=0.5",
+        "snn.mixup=0.2",
+        "snn.accumulate=2",
+        "stages.T1.teacher=previous",
+    )
+    train(tmp_path / "run", settings)
+    result = json.loads((tmp_path / "run" / "stages" / "T1" / "result.json").read_text())
+    assert 0 < result["additions"] < math.inf
+    pipeline = Pipeline(RunFolder.read(tmp_path / "run"), tiny_splits())
+    before, after = (pipeline.trained(name) for name in ("T2", "T1"))
+    for first, last in zip(neurons(before), neurons(after), strict=True):
+        assert first.threshold.shape == (first.channels,)
+        assert not torch.equal(first.threshold, last.threshold)
+
+
+def test_a_price_on_spikes_makes_fewer_of_them(tmp_path):
+    additions = {}
+    for weight in (0.0, 20.0):
+        path = tmp_path / str(weight)
+        train(path, tiny(f"snn.energy_weight={weight}", "snn.learning_rate=0.02"))
+        result = json.loads((path / "stages" / "T1" / "result.json").read_text())
+        additions[weight] = result["additions"]
+    assert additions[20.0] < 0.8 * additions[0.0]
 
 
 def test_optimizers_are_the_papers():
