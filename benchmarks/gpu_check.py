@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import bench_gpu
 
 import iirsnn
+from iirsnn.provenance import commit
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,7 +58,7 @@ def facts() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "triton", "iirsnn", "spikingjelly")},
-        "commit": output("git", "rev-parse", "HEAD"),
+        "commit": commit(),
         "uncommitted_changes": output("git", "status", "--porcelain", "--untracked-files=no"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
