@@ -3,7 +3,7 @@
 A table is YAML::
 
     name: fashion-mnist
-    base: fashion-mnist                # a recipe
+    base: fashion-mnist                # a recipe; a row may have another
     seeds: [0, 1, 2]
     set: {snn.epochs: 2}               # for every row; may be left out
     rows:
@@ -49,9 +49,10 @@ POLL_SECONDS = 5.0
 
 @dataclass
 class Row:
-    """One row of a table: the base recipe with `set` changed, and why it is there."""
+    """One row of a table: its base recipe (else the table's) with `set` changed, and why."""
 
     name: str = ""
+    base: str = ""
     set: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
 
@@ -164,7 +165,7 @@ def plan(
                 continue
             settings = [*_settings(table.set), *overrides, *_settings(row.set), f"seed={seed}"]
             try:
-                wanted = recipe.load(table.base, settings)
+                wanted = recipe.load(row.base or table.base, settings)
             except UsageError as error:
                 raise UsageError(f"row {row.name}: {error}") from error
             wanted.name = row.name
