@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor
 
-from . import data
+from . import allocator, data
 from .convert import balance_thresholds, fold_batch_norm, to_spiking
 from .data import Splits
 from .errors import UsageError
@@ -39,6 +39,8 @@ class Pipeline:
         if runtime.threads:
             torch.set_num_threads(runtime.threads)
         self.accelerator = _accelerator(self.recipe)
+        if self.accelerator.device.type == "cpu":
+            allocator.apply(runtime.allocator)
         self.stages = stages(self.recipe.timesteps)
 
     def train(self, console: Console) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from . import models
+from . import allocator, models
 from .convert import NeuronConfig
 from .data import DataConfig
 from .errors import UsageError
@@ -77,6 +77,8 @@ class RuntimeConfig:
         device: auto (a GPU where there is one) or cpu.
         precision: fp32, or mixed with bf16 or fp16.
         threads: of the CPU; 0 leaves torch's choice.
+        allocator: on a CPU, retain (freed memory stays with the process: fewer page faults, some
+            more resident memory) or system.
         channels_last: memory format of convolutions.
         checkpoint_minutes: between two checkpoints inside an epoch; each epoch's end has one too.
     """
@@ -84,6 +86,7 @@ class RuntimeConfig:
     device: str = "auto"
     precision: str = "fp32"
     threads: int = 0
+    allocator: str = "retain"
     channels_last: bool = True
     checkpoint_minutes: float = 5.0
 
@@ -209,6 +212,7 @@ def check(recipe: Recipe) -> None:
         raise UsageError(f"neuron.{error}") from error
     _choice("runtime.device", recipe.runtime.device, ("auto", "cpu"))
     _choice("runtime.precision", recipe.runtime.precision, ("fp32", "bf16", "fp16"))
+    _choice("runtime.allocator", recipe.runtime.allocator, allocator.POLICIES)
     _number("runtime.threads", recipe.runtime.threads, "at least 0", recipe.runtime.threads >= 0)
     minutes = recipe.runtime.checkpoint_minutes
     _number("runtime.checkpoint_minutes", minutes, "at least 0", minutes >= 0)

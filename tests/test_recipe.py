@@ -178,6 +178,7 @@ def test_a_recipe_that_cannot_be_read(tmp_path):
         ("ann.optimizer=lion", "ann: optimizer: expected one of sgd, adam, got 'lion'"),
         ("ann.schedule=steps", "ann: schedule: expected one of step, cosine"),
         ("runtime.device=tpu", "runtime.device: expected one of auto, cpu"),
+        ("runtime.allocator=mine", "runtime.allocator: expected one of retain, system"),
         ("runtime.precision=int4", "runtime.precision: expected one of fp32, bf16, fp16"),
         ("runtime.threads=-1", "runtime.threads"),
         ("runtime.checkpoint_minutes=-1", "runtime.checkpoint_minutes"),

@@ -1,0 +1,33 @@
+"""Where freed memory goes: counted in page faults, in processes of their own."""
+
+import subprocess
+import sys
+
+import pytest
+
+from iirsnn import allocator
+
+FAULTS = """
+import resource, sys, torch
+from iirsnn import allocator
+applied = allocator.apply(sys.argv[1])
+def fill():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(2**26, dtype=torch.uint8).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(applied, sum(fill() for _ in range(8)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's; run on Linux")
+def test_a_large_tensor_seldom_faults_where_freed_memory_is_retained():
+    found = {}
+    for policy in allocator.POLICIES:
+        command = [sys.executable, "-c", FAULTS, policy]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        found[policy] = (shown[0] == "True", int(shown[1]))
+    assert found["system"][0] is False
+    assert found["system"][1] >= 8 * 2**26 / 2**21  # one a 2 MiB page at the least
+    if not found["retain"][0]:
+        pytest.skip("this C library refuses mallopt; run with glibc 2.36 or later")
+    assert found["retain"][1] < found["system"][1] / 2  # the heap settles after some calls
