@@ -196,9 +196,9 @@ class EnergyPenalty(_Observer):
         with self._observing():
             yield self
 
-    def value(self, timesteps: int) -> Tensor | float:
+    def value(self, timesteps: int) -> Tensor:
         """The penalty of the latest forward pass, which ran `timesteps`: a scalar with gradient."""
-        return timesteps * self._additions / self._operations
+        return torch.as_tensor(timesteps * self._additions / self._operations)
 
     def _start(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         super()._start(model, inputs)

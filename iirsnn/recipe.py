@@ -46,6 +46,7 @@ class StageConfig:
         teacher_weight: of the distillation loss; the labels' has 1 minus it.
         teacher_temperature: divides both networks' logits (Hinton et al., arXiv 1503.02531).
         energy_weight: on additions per operation of the ANN; see `energy.EnergyPenalty`.
+        energy_budget: additions per operation that are free.
         mixup: alpha of the Beta distribution that images are mixed by (Zhang et al., arXiv
             1710.09412); 0 for none.
     """
@@ -66,6 +67,7 @@ class StageConfig:
     teacher_weight: float = 0.5
     teacher_temperature: float = 2.0
     energy_weight: float = 0.0
+    energy_budget: float = 0.0
     mixup: float = 0.0
 
 
@@ -247,7 +249,7 @@ def _check_stage(name: str, stage: StageConfig) -> None:
     smoothing = stage.label_smoothing
     _number(f"{name}: label_smoothing", smoothing, "in [0, 1]", 0 <= smoothing <= 1)
     _number(f"{name}: dropout", stage.dropout, "in [0, 1)", 0 <= stage.dropout < 1)
-    for key in ("neuron_rate", "energy_weight", "mixup"):
+    for key in ("neuron_rate", "energy_weight", "energy_budget", "mixup"):
         value = getattr(stage, key)
         _number(f"{name}: {key}", value, "at least 0", 0 <= value < math.inf)
     _choice(f"{name}: teacher", stage.teacher, ("none", "ann", "previous"))

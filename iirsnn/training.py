@@ -143,7 +143,8 @@ class StageTraining:
             with self.accelerator.autocast():  # for the teacher
                 loss = self.objective.loss(logits, part, part_targets)
             if config.energy_weight:
-                loss = loss + config.energy_weight * self.penalty.value(self.network.timesteps)
+                excess = self.penalty.value(self.network.timesteps) - config.energy_budget
+                loss = loss + config.energy_weight * excess.clamp(min=0)
             self._require_finite("loss", float(loss.detach()), progress.step + 1)
             self.accelerator.backward(loss * (len(part) / len(images)))
             progress.loss_sum += float(loss.detach()) * len(part)

@@ -145,7 +145,9 @@ def test_bad_settings_are_one_line_and_make_nothing(iirsnn, tmp_path, settings, 
 
 @pytest.mark.parametrize("name", ["digit", "none.yaml", "."])
 def test_unknown_recipes(iirsnn, tmp_path, name):
-    assert_one_line(iirsnn("train", name), 2, "recipe: expected one of cifar10-resnet20, ", repr(name))
+    assert_one_line(
+        iirsnn("train", name), 2, "recipe: expected one of cifar10-resnet20, ", repr(name)
+    )
     assert not list(tmp_path.iterdir())
 
 

@@ -481,6 +481,10 @@ def test_a_price_on_spikes_makes_fewer_of_them(tmp_path):
         result = json.loads((path / "stages" / "T1" / "result.json").read_text())
         additions[weight] = result["additions"]
     assert additions[20.0] < 0.8 * additions[0.0]
+    path = tmp_path / "free"
+    train(path, tiny("snn.energy_weight=20", "snn.energy_budget=50", "snn.learning_rate=0.02"))
+    result = json.loads((path / "stages" / "T1" / "result.json").read_text())
+    assert result["additions"] == additions[0.0]  # within the budget nothing is charged
 
 
 def test_optimizers_are_the_papers():
