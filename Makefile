@@ -8,17 +8,19 @@ PIP_FLAGS ?=
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
 DEMO_FLAGS ?=
+BENCH_FLAGS ?=
 # The CUDA kernels take minutes to compile and need nvcc: gpu-check builds them, the rest does not.
 export IIRSNN_BUILD_CUDA ?= 0
 
 SOURCES := setup.py iirsnn/_build.py $(shell find csrc -type f)
 
-.PHONY: help demo test bench lint format gpu-check clean
+.PHONY: help demo test bench bench-check lint format gpu-check clean
 
 help:
 	@echo "make demo       train on scikit-learn's digits, from the ANN to one timestep"
 	@echo "make test       run the tests"
-	@echo "make bench      run the benchmarks (leave the machine alone meanwhile)"
+	@echo "make bench      run the benchmarks (leave the machine alone meanwhile): table and plots in benchmarks/results/"
+	@echo "make bench-check  a short run: does iirsnn still hold the committed ratios?"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make gpu-check  build the CUDA kernels, test and time every GPU kernel on this machine's GPU"
 
@@ -39,8 +41,21 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-bench: $(VENV)/.installed
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+# The libraries compared with; one that cannot be installed is reported as missing.
+$(VENV)/.bench: $(VENV)/.installed
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[bench]' || \
+	    echo "make: not every library of the extra [bench] could be installed; the results say which are missing"
+	@touch $@
+
+# BENCH_FLAGS="--resume" goes on with a run that was cut short; "-k lif" runs a part.
+bench: $(VENV)/.bench
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(BENCH_FLAGS)
+	$(BIN)/python benchmarks/record.py report
+
+bench-check: $(VENV)/.bench
+	@rm -f build/bench-check.json
+	$(BIN)/python -m pytest benchmarks --benchmark-only --quick --results build/bench-check.json
+	$(BIN)/python benchmarks/record.py check build/bench-check.json
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,17 +1,79 @@
-"""What the benchmarks share: pieces timed in turns, and facts of the machine in the JSON."""
+"""What the benchmarks share: contenders timed in turns, and the file the results go to."""
 
+import itertools
+import random
+import statistics
 import time
+from pathlib import Path
 
 import pytest
+import record
 import torch
+import traffic
+from contenders import LIMIT, available
 
 import iirsnn
+from iirsnn import provenance
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("iirsnn", "benchmarks of iirsnn")
+    group.addoption("--results", type=Path, help="JSON (default: results/<machine>.json)")
+    group.addoption("--resume", action="store_true", help="leave out groups of this commit")
+    group.addoption("--quick", action="store_true", help="only what make bench-check compares")
+    group.addoption("--stop-after", type=float, help="seconds after which no group begins")
+
+
+def pytest_configure(config):
+    traffic.watch_inductor()
+    config.addinivalue_line("markers", "quick: part of make bench-check")
+    config.stash[STARTED] = time.monotonic()
+
+
+STARTED = pytest.StashKey()
+
+
+def results_file(config):
+    return config.getoption("--results") or record.default_file(provenance.machine())
+
+
+def key_of(item):
+    """The id of a test's group: its file's subject and its parameters."""
+    return item.nodeid.split("/")[-1].removeprefix("bench_").replace(".py::test_", "/")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what --quick and --resume say; which and how many is in the summary."""
+    done = {}
+    if config.getoption("--resume"):
+        commit = commit_of_code()
+        groups = record.load(results_file(config))["groups"]
+        done = {key for key, group in groups.items() if group["commit"] == commit}
+    quick = config.getoption("--quick")
+    out = [
+        item
+        for item in items
+        if key_of(item) in done or (quick and item.get_closest_marker("quick") is None)
+    ]
+    config.hook.pytest_deselected(items=out)
+    items[:] = [item for item in items if item not in out]
+
+
+def pytest_runtest_setup(item):
+    limit = item.config.getoption("--stop-after")
+    if limit is not None and time.monotonic() - item.config.stash[STARTED] > limit:
+        pytest.skip(f"--stop-after {limit:.0f}: run again with --resume")
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["torch"] = torch.__version__
     machine_info["threads"] = torch.get_num_threads()
     machine_info["iirsnn"] = iirsnn.env_report()
+
+
+def commit_of_code():
+    """The commit, marked as modified only where more than results and documents are."""
+    return provenance.commit(ignore=("benchmarks/results", "*.md"))
 
 
 @pytest.fixture
@@ -26,11 +88,97 @@ def in_turns():
         for function in functions.values():
             function()
         for _ in range(rounds):
-            for name, function in functions.items():
-                start = time.perf_counter()
-                result = function()
-                times[name].append(time.perf_counter() - start)
-                del result  # freed outside the measured time
-        return {name: sorted(taken)[len(taken) // 2] for name, taken in times.items()}
+            one_round(functions, times)
+        return {name: statistics.median(taken) for name, taken in times.items()}
 
     return run
+
+
+def one_round(functions, times, order=None):
+    """Calls each function once and appends its seconds to times[name]."""
+    for name in order or functions:
+        start = time.perf_counter()
+        result = functions[name]()
+        times[name].append(time.perf_counter() - start)
+        del result  # freed outside the measured time
+
+
+SLOW = 8  # times the limit: such contenders sit out most rounds where rounds are many
+
+
+@pytest.fixture
+def race(benchmark, request):
+    """Times the contenders of one group in turns and puts them into the results file.
+
+    race(functions, facts, rows, seconds, rounds): functions {name: call}, the limit among them;
+    facts and rows go into the group and its contenders as they are. Between rounds[0] and rounds[1]
+    rounds, as `seconds` allow, in an order drawn anew each time; contenders many times slower than
+    the limit take part in rounds[0] of them, evenly spread. pytest-benchmark times whole rounds.
+    """
+
+    def run(functions, facts, rows, seconds, rounds=(5, 51)):
+        first = {name: [] for name in functions}
+        one_round(functions, first)
+        slow = {name for name, taken in first.items() if taken[0] > SLOW * first[LIMIT][0]}
+        fast = sum(taken[0] for name, taken in first.items() if name not in slow)
+        spent = rounds[0] * sum(first[name][0] for name in slow)
+        count = max(rounds[0], min(rounds[1], int((seconds - spent) / fast)))
+        every = count // rounds[0]
+        times = {name: [] for name in functions}
+        order, draw, turns = list(functions), random.Random(0), itertools.count()
+
+        def turn():
+            draw.shuffle(order)
+            whole = next(turns) % every == 0
+            one_round(functions, times, order if whole else [n for n in order if n not in slow])
+
+        benchmark.pedantic(turn, rounds=count, iterations=1)
+        found = record.summary(times)
+        for name, row in found.items():
+            row.update(rows.get(name, {}))
+        group = {**facts, "commit": commit_of_code(), "contenders": found}
+        benchmark.extra_info.update(group)
+        keep(request, group)
+        for name, row in found.items():
+            print(
+                f"\n{name:<36} {row['median_ms']:10.3f} ms {row['ratio']:7.2f} x limit "
+                f"({row['rounds']} rounds)",
+                end="",
+            )
+
+    return run
+
+
+@pytest.fixture
+def keep_group(request, cache_misses):
+    """keep_group(facts, rows): puts a group that was not timed into the results file."""
+    return lambda facts, rows: keep(
+        request, {**facts, "commit": commit_of_code(), "contenders": rows}
+    )
+
+
+def keep(request, group):
+    found, missing = available()
+    facts = {
+        "machine": provenance.machine(),
+        "versions": dict([c.version.split() for c in found]),
+        "missing": missing,
+        "notes": {c.name: c.note for c in found if c.note},
+        "cache_misses": request.getfixturevalue("cache_misses"),
+    }
+    record.store(results_file(request.config), facts, key_of(request.node), group)
+
+
+@pytest.fixture(scope="session")
+def cache_misses():
+    """Last-level-cache misses per neuron and timestep, or why they were not counted, in words."""
+    timesteps, elements = 4, 2**23
+    counted = {
+        name: traffic.cache_misses(name, timesteps, elements)
+        for name in ("iirsnn", "torch.compile", "SpikingJelly")
+    }
+    if any(isinstance(count, str) for count in counted.values()):
+        return "not counted: " + next(c for c in counted.values() if isinstance(c, str))
+    return "forward and backward, T = 4, per neuron and timestep: " + ", ".join(
+        f"{name} {count / elements:.3f}" for name, count in counted.items()
+    )

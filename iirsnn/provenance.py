@@ -11,14 +11,18 @@ from pathlib import Path
 import torch
 
 
-def commit() -> str:
-    """The commit of the source tree this package runs from, or its version where there is none."""
+def commit(ignore: Sequence[str] = ()) -> str:
+    """The commit of the source tree this package runs from, or its version where there is none.
+
+    "-modified" follows where tracked files have changed, but for paths of the tree in `ignore`.
+    """
     source = Path(__file__).resolve().parent
     git = ["git", "-C", str(source)]
     try:
         head = _output([*git, "rev-parse", "--short=12", "HEAD"])
         _output([*git, "ls-files", "--error-unmatch", Path(__file__).name])
-        changed = _output([*git, "status", "--porcelain", "--untracked-files=no"])
+        paths = [":/", *(f":(exclude,top){path}" for path in ignore)]
+        changed = _output([*git, "status", "--porcelain", "--untracked-files=no", "--", *paths])
     except (OSError, subprocess.CalledProcessError):
         return "iirsnn " + version("iirsnn")
     return head + ("-modified" if changed else "")

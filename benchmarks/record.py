@@ -1,0 +1,409 @@
+"""The results file: one JSON of groups, its table and plots, and the comparison of two of them.
+
+    python benchmarks/record.py report FILE.json        FILE.md and FILE-*.png beside it
+    python benchmarks/record.py check NEW.json           exit code 1 where iirsnn lost
+
+A group is what was timed in turns: {"subject", "what", "timesteps", ..., "commit", "contenders":
+{name: {"median_ms", "p20_ms", "p80_ms", "ratio", ...}}}. Its ratios are to the contender "limit".
+Groups are written one by one, so a run that was cut short goes on where it was (--resume).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import sys
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent / "results"
+LIMIT = "limit"
+LOSS = 0.25  # a ratio may be this much larger than the committed one
+COLORS = {
+    "iirsnn": "#c1121f",
+    "reference": "#8d99ae",
+    "torch.compile": "#003049",
+    "torch.compile, whole network": "#3a86ff",
+    "SpikingJelly": "#2a9d8f",
+    "snnTorch": "#e9c46a",
+    "Norse": "#9b5de5",
+    "sinabs": "#f4a261",
+    LIMIT: "#000000",
+}
+
+Group = dict[str, Any]
+
+
+def default_file(machine: str) -> Path:
+    """results/<machine>.json, from what provenance.machine() says."""
+    return FOLDER / (re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-") + ".json")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """{"machine", "groups": {id: group}, ...}; empty where there is no file yet."""
+    if not path.exists():
+        return {"groups": {}}
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def store(path: Path, facts: dict[str, Any], key: str, group: Group) -> None:
+    """Adds one group to the file, or replaces it; a kill leaves the old file or the new one."""
+    groups = load(path)["groups"]
+    groups[key] = group
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**facts, "groups": dict(sorted(groups.items()))}, indent=1) + "\n"
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Seconds of each round -> median, p20 and p80 in ms, and the median's ratio to the limit."""
+    found = {}
+    for name, taken in times.items():
+        cuts = statistics.quantiles(taken, n=10) if len(taken) > 1 else taken * 9
+        found[name] = {
+            "median_ms": 1e3 * statistics.median(taken),
+            "p20_ms": 1e3 * cuts[1],
+            "p80_ms": 1e3 * cuts[7],
+            "rounds": len(taken),
+        }
+    limit = found[LIMIT]["median_ms"]
+    for row in found.values():
+        row["ratio"] = row["median_ms"] / limit
+    return found
+
+
+# ---- The regression guard ----
+
+
+def compare(
+    committed: dict[str, Any], measured: dict[str, Any], loss: float = LOSS
+) -> tuple[list[str], list[str]]:
+    """(what iirsnn lost, what could not be compared), a line each; times play no part.
+
+    A contender of ours loses where its ratio to the limit of the same run grew by more than
+    `loss`, for every group that was measured.
+    """
+    lost, unknown = [], []
+    for key, group in measured["groups"].items():
+        before = committed["groups"].get(key)
+        if before is None:
+            unknown.append(f"{key}: not in the committed results")
+            continue
+        ours = {name for name in group["contenders"] if name.startswith("iirsnn")}
+        ours |= {name for name in before["contenders"] if name.startswith("iirsnn")}
+        for name in sorted(ours):
+            rows = [g["contenders"].get(name) for g in (before, group)]
+            if rows[0] is None or rows[1] is None:
+                side = "committed results" if rows[0] is None else "new run"
+                unknown.append(f"{key}: {name} is not in the {side}")
+            elif rows[1]["ratio"] > (1 + loss) * rows[0]["ratio"]:
+                lost.append(
+                    f"{key}: {name} takes {rows[1]['ratio']:.2f} x the limit, "
+                    f"committed {rows[0]['ratio']:.2f}"
+                )
+    return lost, unknown
+
+
+def check(committed: Path, new: Path) -> int:
+    measured = load(new)
+    if not measured["groups"]:
+        print(f"bench-check: {new} holds no group", file=sys.stderr)
+        return 2
+    lost, unknown = compare(load(committed), measured)
+    for line in unknown:
+        print(f"bench-check: not compared: {line}")
+    for line in lost:
+        print(f"bench-check: lost: {line}")
+    compared = len(measured["groups"]) - len({line.split(":")[0] for line in unknown})
+    print(f"bench-check: {compared} groups compared with {committed.name}, {len(lost)} losses")
+    return 1 if lost or not compared else 0
+
+
+# ---- The table ----
+
+
+def _markdown(header: list[str], rows: Iterable[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows] + [""]
+
+
+def _number(value: Any, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _names(groups: Iterable[Group]) -> list[str]:
+    seen: dict[str, None] = {}
+    for group in groups:
+        seen.update(dict.fromkeys(group["contenders"]))
+    return list(seen)
+
+
+def chosen(results: dict[str, Any], **wanted: Any) -> list[Group]:
+    """Groups whose keys have these values, in order of T and then of density."""
+    found = [
+        group
+        for group in results["groups"].values()
+        if all(group.get(key) == value for key, value in wanted.items())
+    ]
+    return sorted(found, key=lambda g: (g["timesteps"], g.get("density") or 0))
+
+
+def _lif_tables(results: dict[str, Any]) -> list[str]:
+    lines = []
+    lif = chosen(results, subject="lif")
+    cases = {(g["what"], g["size"], g["dtype"], g["threads"]): None for g in lif}
+    for what, size, dtype, threads in sorted(cases):
+        groups = chosen(results, subject="lif", what=what, size=size, dtype=dtype, threads=threads)
+        mebibytes = groups[0]["elements"] * groups[0]["element_size"] / 2**20
+        lines += [f"### LIF {what}, {size} of cache, {dtype}, {threads} threads", ""]
+        lines += [
+            f"x of about {mebibytes:.0f} MiB. Ratio to the limit's time (ns per neuron and "
+            "timestep); bytes read and written per neuron and timestep, + kept for backward.",
+            "",
+        ]
+        rows = []
+        for name in _names(groups):
+            row = [name]
+            for group in groups:
+                own = group["contenders"].get(name)
+                if own is None:
+                    row.append("")
+                    continue
+                nanoseconds = 1e6 * own["median_ms"] / group["elements"]
+                text = f"{own['ratio']:.2f} ({nanoseconds:.2f})"
+                if "bytes" in own:
+                    text += f"; {own['bytes']:.1f} B"
+                if "kept" in own:
+                    text += f" + {own['kept']:.1f}"
+                row.append(text)
+            rows.append(row)
+        lines += _markdown(["", *[f"T = {g['timesteps']}" for g in groups]], rows)
+    return lines
+
+
+def _network_tables(results: dict[str, Any]) -> list[str]:
+    lines = []
+    for subject, title in (("train_step", "Training step"), ("inference", "Inference")):
+        for group in chosen(results, subject=subject):
+            lines += [
+                f"### {title}: {group['network']}, T = {group['timesteps']}, batch "
+                f"{group['batch']}, {group['density']:.0%} spikes, {group['threads']} threads",
+                "",
+            ]
+            rows = [
+                [
+                    name,
+                    _number(own["median_ms"], 1),
+                    _number(own["ratio"]),
+                    _number(own.get("bytes"), 1),
+                    _number(own.get("kept"), 1),
+                    _number(own.get("difference"), 6),
+                ]
+                for name, own in group["contenders"].items()
+            ]
+            header = ["", "ms", "/ limit", "bytes moved", "bytes kept", "difference"]
+            lines += _markdown(header, rows)
+    for group in chosen(results, subject="memory"):
+        lines += [
+            f"### Resident memory of a training step: {group['network']}, T = "
+            f"{group['timesteps']}, batch {group['batch']}",
+            "",
+        ]
+        rows = [
+            [
+                name,
+                _number(own["peak"] / 2**20, 0),
+                _number((own["peak"] - own["before"]) / 2**20, 0),
+                _number(own["kept"] / 2**20, 0) if "kept" in own else "",
+            ]
+            for name, own in group["contenders"].items()
+        ]
+        lines += _markdown(["", "peak, MiB", "above the start, MiB", "kept, MiB"], rows)
+    return lines
+
+
+def break_even(points: list[tuple[float, float]]) -> str:
+    """From (density, time / the best other's time): where it stops being faster."""
+    points = sorted(points)
+    for (d0, r0), (d1, r1) in pairwise(points):
+        if r0 <= 1 < r1:
+            return f"faster up to a density of {d0 + (1 - r0) / (r1 - r0) * (d1 - d0):.0%}"
+    if points[0][1] > 1:
+        return f"slower at every density measured, from {points[0][0]:.0%}"
+    return f"faster at every density measured, up to {points[-1][0]:.0%}"
+
+
+def table(results: dict[str, Any]) -> str:
+    """The whole file as Markdown."""
+    commits = sorted({group["commit"] for group in results["groups"].values()})
+    lines = [
+        f"# Benchmarks: {results['machine']}",
+        "",
+        f"`make bench` at commit {', '.join(commits)}; "
+        + ", ".join(f"{key} {value}" for key, value in results["versions"].items())
+        + ".",
+        "",
+        "Contenders of a table took turns in one process; medians. limit: forward x.clone(), "
+        "backward torch.add(x, g), in a network these in place of the neurons. Bytes are per "
+        "neuron and timestep, as ops ask for them (benchmarks/traffic.py).",
+        "",
+    ]
+    for name, reason in results.get("missing", {}).items():
+        lines.append(f"- {name} did not take part: {reason}")
+    for name, note in results.get("notes", {}).items():
+        lines.append(f"- {name}: {note}")
+    misses = results.get("cache_misses")
+    if misses is not None:
+        lines.append(f"- Last-level-cache misses: {misses}")
+    lines.append("")
+    return "\n".join(lines + _network_tables(results) + _lif_tables(results))
+
+
+# ---- The plots ----
+
+
+def _lines(axis: Any, groups: list[Group], value: Any) -> None:
+    for name in _names(groups):
+        points = [
+            (g["timesteps"], value(g, g["contenders"][name]))
+            for g in groups
+            if name in g["contenders"]
+        ]
+        points = [(t, y) for t, y in points if y is not None]
+        if points:
+            style = {"linestyle": "--", "marker": ""} if name.startswith(LIMIT) else {"marker": "o"}
+            width = 2.5 if name == "iirsnn" else 1.3
+            axis.plot(
+                *zip(*points, strict=True), label=name, color=COLORS.get(name), lw=width, **style
+            )
+    axis.set_xlabel("timesteps T")
+    axis.set_xticks([g["timesteps"] for g in groups])
+    axis.set_yscale("log")
+    axis.grid(alpha=0.3, which="both")
+
+
+def plot_lif(results: dict[str, Any], path: Path, size: str = "out") -> None:
+    """Time, bytes and ratio to the limit over T; forward above backward."""
+    from matplotlib.figure import Figure
+
+    threads = max(g["threads"] for g in chosen(results, subject="lif"))
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    axes = figure.subplots(2, 3)
+    for row, what in zip(axes, ("forward", "backward"), strict=True):
+        groups = chosen(
+            results, subject="lif", what=what, size=size, dtype="float32", threads=threads
+        )
+        _lines(row[0], groups, lambda g, own: 1e6 * own["median_ms"] / g["elements"])
+        row[0].set_title(f"{what}: ns per neuron and timestep")
+        _lines(row[1], groups, lambda g, own: own.get("bytes"))
+        row[1].set_title(f"{what}: bytes per neuron and timestep")
+        _lines(row[2], groups, lambda g, own: own["ratio"])
+        limit = "x.clone()" if what == "forward" else "torch.add(x, g)"
+        row[2].set_title(f"{what}: time / time of {limit}")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    figure.suptitle(f"LIF, fp32, {size} of cache; {results['machine']}")
+    figure.savefig(path, dpi=110)
+
+
+def plot_steps(results: dict[str, Any], path: Path) -> None:
+    """A training step's time and what it keeps, over T, for each network and batch."""
+    from matplotlib.figure import Figure
+
+    steps = chosen(results, subject="train_step", sweep=False)
+    cases = sorted({(g["network"], g["batch"]) for g in steps})
+    figure = Figure(figsize=(4.4 * len(cases), 8), layout="constrained")
+    axes = figure.subplots(2, len(cases), squeeze=False)
+    for column, (network, batch) in enumerate(cases):
+        groups = [g for g in steps if (g["network"], g["batch"]) == (network, batch)]
+        _lines(axes[0][column], groups, lambda g, own: own["ratio"])
+        axes[0][column].set_title(f"{network}, batch {batch}: step / limit")
+        _lines(axes[1][column], groups, lambda g, own: own.get("kept"))
+        axes[1][column].set_title("bytes kept per neuron and timestep")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(f"Training step, fp32; {results['machine']}")
+    figure.savefig(path, dpi=110)
+
+
+def fastest_other(group: Group) -> float:
+    """ms of the fastest contender that is not of this package."""
+    return min(
+        own["median_ms"]
+        for name, own in group["contenders"].items()
+        if not name.startswith(("iirsnn", LIMIT))
+    )
+
+
+def plot_density(results: dict[str, Any], path: Path) -> None:
+    """A step's time over the density of spikes, as a ratio to the fastest other library's."""
+    from matplotlib.figure import Figure
+
+    sweep = chosen(results, subject="train_step", sweep=True)
+    cases = sorted({(g["network"], g["timesteps"], g["batch"]) for g in sweep})
+    figure = Figure(figsize=(5.5 * len(cases), 4.5), layout="constrained")
+    for axis, case in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
+        groups = [g for g in sweep if (g["network"], g["timesteps"], g["batch"]) == case]
+        for name in _names(groups):
+            if name.startswith(LIMIT):
+                continue
+            points = [
+                (g["density"], g["contenders"][name]["median_ms"] / fastest_other(g))
+                for g in groups
+                if name in g["contenders"]
+            ]
+            text = f"{name}: {break_even(points)}" if name.startswith("iirsnn") else name
+            axis.plot(*zip(*points, strict=True), marker="o", label=text, color=COLORS.get(name))
+        axis.axhline(1, color="black", lw=0.8)
+        axis.set_xlabel("density: spikes per neuron and timestep")
+        axis.set_ylabel("time / fastest other contender")
+        axis.set_title(f"{case[0]}, T = {case[1]}, batch {case[2]}: a training step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def report(path: Path) -> list[Path]:
+    """Writes FILE.md and the plots that FILE.json has groups for."""
+    results = load(path)
+    markdown = path.with_suffix(".md")
+    markdown.write_text(table(results), encoding="utf-8")
+    written = [markdown]
+    for suffix, plot, wanted in (
+        ("lif", plot_lif, {"subject": "lif"}),
+        ("train", plot_steps, {"subject": "train_step", "sweep": False}),
+        ("density", plot_density, {"subject": "train_step", "sweep": True}),
+    ):
+        if chosen(results, **wanted):
+            written.append(path.with_name(f"{path.stem}-{suffix}.png"))
+            plot(results, written[-1])
+    return written
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Tables, plots and comparison of results.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    reporting = commands.add_parser("report", help="write FILE.md and plots")
+    reporting.add_argument("file", type=Path, nargs="?", help="default: this machine's")
+    checking = commands.add_parser("check", help="compare ratios; exit code 1 on a loss")
+    checking.add_argument("file", type=Path, help="of the new run")
+    checking.add_argument("--committed", type=Path, help="default: this machine's")
+    options = parser.parse_args()
+    from iirsnn.provenance import machine
+
+    if options.command == "check":
+        return check(options.committed or default_file(machine()), options.file)
+    for written in report(options.file or default_file(machine())):
+        print(f"wrote {written}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
