@@ -143,7 +143,7 @@ def cases():
 
 
 @pytest.mark.parametrize("what", ["forward", "backward", "both"])
-@pytest.mark.parametrize(("timesteps", "dtype", "size", "threads"), cases())
+@pytest.mark.parametrize(("timesteps", "dtype", "size", "threads"), list(cases()))
 def test_lif(race, timesteps, dtype, size, threads, what):
     case = case_of(timesteps, dtype, size, threads)
     facts = {
@@ -157,5 +157,5 @@ def test_lif(race, timesteps, dtype, size, threads, what):
         "element_size": case.x.element_size(),
         "spikes": float(case.expected[0].float().mean()),
     }
-    few, many = (5, 51) if size == "in" else (3, 15)
-    race(case.calls[what], facts, case.rows[what], seconds=1.5, rounds=(few, many))
+    seconds, rounds = (1.5, (7, 101)) if size == "in" else (4.0, (5, 25))
+    race(case.calls[what], facts, case.rows[what], seconds, rounds)
