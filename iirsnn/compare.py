@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
@@ -111,10 +110,12 @@ def write(comparison: dict[str, Any], path: Path) -> None:
         raise RunError(f"output folder {path}: cannot be made ({error.strerror})") from error
     checkpoint.write_text(path / "compare.json", json.dumps(comparison, indent=2) + "\n")
     checkpoint.write_text(path / "compare.md", markdown(comparison))
-    for name, plot in (("accuracy", _plot_accuracy), ("frontier", _plot_frontier)):
-        figure = Figure(figsize=(9, 5), layout="constrained")
-        plot(comparison, figure.subplots())
-        figure.legend(loc="outside right upper", fontsize="small")
+    for name, size, plot in (
+        ("accuracy", (9, 5), _plot_accuracy),
+        ("frontier", (12, 5), _plot_frontier),
+    ):
+        figure = Figure(figsize=size, layout="constrained")
+        plot(comparison, figure)
         save = partial(figure.savefig, dpi=150, format="png")
         checkpoint.write_atomically(path / f"{name}.png", save)
 
@@ -216,7 +217,7 @@ def _differences(folders: Sequence[RunFolder]) -> list[dict[str, Any]]:
         for key in keys
         if not key.startswith(_NOT_SHOWN) and any(f.get(key) != flat[0].get(key) for f in flat)
     ]
-    return [{key: f[key] for key in differing if key in f} for f in flat]
+    return [{key: f.get(key, "unset") for key in differing} for f in flat]
 
 
 _RECIPES = "What the recipes differ in"
@@ -237,19 +238,33 @@ def _tables(comparison: dict[str, Any]) -> list[tuple[str, list[str], list[list[
         header += ["energy, pooled once", "ANN / this", "spikes / neuron"]
         rows = [[g["name"], _label(_last(g)), *_energy(g["stages"][_last(g)])] for g in spiking]
         tables.append(("Last stage", header, rows))
-    keys = list(dict.fromkeys(key for group in groups for key in group["differs"]))
-    reasons = [""] if any(group["reason"] for group in groups) else []
-    if keys or reasons:
-        rows = [
-            [
-                group["name"],
-                "\n".join(f"{key}={_value(value)}" for key, value in group["differs"].items()),
-                *(group["reason"] for _ in reasons),
-            ]
-            for group in groups
-        ]
-        tables.append((_RECIPES, ["", "settings", *("why" for _ in reasons)], rows))
+    recipes = _recipe_rows(groups)
+    if recipes:
+        why = ["why"] if any(group["reason"] for group in groups) else []
+        header = ["", "settings", *why]
+        tables.append((_RECIPES, header, [row[: len(header)] for row in recipes]))
     return tables
+
+
+def _recipe_rows(groups: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """[name, settings, reason] of each group; what most groups share is said once, above them."""
+
+    def lines(settings: dict[str, Any]) -> str:
+        return "\n".join(f"{key}={_value(value)}" for key, value in settings.items())
+
+    most: dict[str, Any] = {}
+    for key in dict.fromkeys(key for group in groups for key in group["differs"]):
+        found = [group["differs"][key] for group in groups if key in group["differs"]]
+        value = max(found, key=found.count)
+        if 2 * found.count(value) > len(groups):
+            most[key] = value
+    rows = []
+    for group in groups:
+        differs = {k: v for k, v in group["differs"].items() if k not in most or v != most[k]}
+        rows.append([group["name"], lines(differs), group["reason"]])
+    if not any(row[1] or row[2] for row in rows):
+        return []
+    return [["(most of them)", lines(most), ""], *rows] if most else rows
 
 
 def _energy(stage: dict[str, Any]) -> list[str]:
@@ -295,7 +310,8 @@ def _stage_names(groups: Sequence[dict[str, Any]]) -> list[str]:
     return ["ann", *sorted(found, key=lambda name: -int(name[1:]))]
 
 
-def _plot_accuracy(comparison: dict[str, Any], axes: Axes) -> None:
+def _plot_accuracy(comparison: dict[str, Any], figure: Figure) -> None:
+    axes = figure.subplots()
     names = _stage_names(comparison["groups"])
     for group, style in zip(comparison["groups"], cycle(_STYLES)):
         present = [name for name in names if name in group["stages"]]
@@ -305,6 +321,7 @@ def _plot_accuracy(comparison: dict[str, Any], axes: Axes) -> None:
             [100 * cell["mean"] for cell in cells],
             [100 * (cell["std"] or 0) for cell in cells],
             capsize=2,
+            linewidth=1,
             label=group["name"],
             **style,
         )
@@ -312,33 +329,45 @@ def _plot_accuracy(comparison: dict[str, Any], axes: Axes) -> None:
     axes.set_ylabel("test accuracy (%)")
     axes.set_title("Accuracy by stage: mean and standard deviation over seeds")
     axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small")
 
 
-def _plot_frontier(comparison: dict[str, Any], axes: Axes) -> None:
-    """Every stage by its energy and accuracy; lines join the stages of a group."""
-    points = []
+def _plot_frontier(comparison: dict[str, Any], figure: Figure) -> None:
+    """Accuracy against energy: at the least T that there is, and at every T."""
+    last, every = figure.subplots(1, 2)
+    least = _stage_names(comparison["groups"])[-1]
+    last_points, points = [], []
     for group, style in zip(comparison["groups"], cycle(_STYLES)):
         spiking = [stage for name, stage in group["stages"].items() if name != "ann"]
-        cells = [(stage["energy_uj"]["mean"], stage["test_accuracy"]) for stage in spiking]
-        if not cells:
+        if not spiking:
             continue
-        x = [energy for energy, _ in cells]
-        y = [100 * cell["mean"] for _, cell in cells]
+        x, x_error, y, y_error = (
+            [factor * (stage[key][value] or 0) for stage in spiking]
+            for key, factor in (("energy_uj", 1), ("test_accuracy", 100))
+            for value in ("mean", "std")
+        )
+        every.plot(x, y, linewidth=0.7, markersize=4, **style)
         points += list(zip(x, y, strict=True))
-        axes.plot(x, y, linewidth=0.5, markersize=3, color=style["color"], marker=style["marker"])
-        error = 100 * (cells[-1][1]["std"] or 0)
-        axes.errorbar(x[-1], y[-1], error, capsize=2, label=group["name"], **style)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("energy per image (µJ), each sub-spike of a pooled value counted")
-    axes.set_ylabel("test accuracy (%)")
-    axes.set_title("Accuracy against energy: large markers, last stage; small, those before")
-    axes.grid(alpha=0.3)
-    best = frontier(points)
-    if best:
-        axes.step(*zip(*best, strict=True), "k--", where="post", linewidth=1, label="frontier")
+        if least in group["stages"]:
+            last.errorbar(
+                x[-1], y[-1], y_error[-1], x_error[-1], capsize=2, label=group["name"], **style
+            )
+            last_points.append((x[-1], y[-1]))
+    for axes, shown, title in (
+        (last, last_points, _label(least)),
+        (every, points, "every T, a line for each group"),
+    ):
+        if shown:
+            best = zip(*frontier(shown), strict=True)
+            axes.step(*best, "k--", where="post", linewidth=1, label="frontier")
+        axes.set_title(title)
+        axes.set_xlabel("energy per image (µJ), sub-spikes counted")
+        axes.set_ylabel("test accuracy (%)")
+        axes.grid(alpha=0.3)
+    figure.legend(*last.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
 
 
 #: One look for each group: colours run out after ten, markers do not come in step with them.
 _STYLES: list[dict[str, Any]] = [
-    {"color": f"C{i % 10}", "marker": "os^vDPX*"[i % 8], "linewidth": 1} for i in range(40)
+    {"color": f"C{i % 10}", "marker": "os^vDPX*"[i % 8]} for i in range(40)
 ]

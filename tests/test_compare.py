@@ -103,6 +103,29 @@ def test_tables(seeds, other):
     assert any("why \\| not" in row for row in rows)
 
 
+def test_what_most_recipes_share_is_said_once(finished, tmp_path):
+    settings = {
+        "plain": {},
+        "high": {"percentile: 90.0": "percentile: 99.7"},
+        "short": {"T1:\n    epochs: 2": "T1: {}"},
+    }
+    for name, changes in settings.items():
+        path = shutil.copytree(finished, tmp_path / name)
+        text = (path / "recipe.yaml").read_text().replace("name: digits", f"name: {name}", 1)
+        for old, new in changes.items():
+            assert old in text
+            text = text.replace(old, new)
+        (path / "recipe.yaml").write_text(text)
+    comparison = compare.build([tmp_path / name for name in settings])
+    text = printed(comparison)
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.strip()}
+    assert rows["(most"] == ["of", "them)", "conversion.percentile=90.0"]
+    assert text.count("conversion.percentile=90.0") == 1
+    assert rows["high"] == ["conversion.percentile=99.7"]
+    assert rows["short"] == ["stages.T1.epochs=unset"]
+    assert rows["plain"] == []
+
+
 def test_frontier_has_what_nothing_beats():
     points = [(3, 90), (1, 80), (2, 85), (2, 70), (4, 89), (1, 79)]
     assert compare.frontier(points) == [(1, 80), (2, 85), (3, 90)]
