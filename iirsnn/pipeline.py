@@ -56,7 +56,12 @@ class Pipeline:
     def train_stage(self, stage: Stage, console: Console) -> None:
         """Train one stage, whose parent is trained, to its end and record its result."""
         training = StageTraining(
-            self.initial(stage), stage, self.folder, self.splits, self.accelerator
+            self.initial(stage),
+            stage,
+            self.folder,
+            self.splits,
+            self.accelerator,
+            self.teacher(stage),
         )
         progress = training.run(console)
         result = {

@@ -473,6 +473,21 @@ def test_every_addition_to_the_method_at_once_reaches_every_neuron(tmp_path):
         assert not torch.equal(first.threshold, last.threshold)
 
 
+def test_a_teacher_changes_what_is_learned(tmp_path):
+    def trained(name, *settings):
+        train(tmp_path / name, tiny(*settings))
+        return Pipeline(RunFolder.read(tmp_path / name), tiny_splits()).trained("T1")
+
+    networks = [
+        trained("none"),
+        trained("ann", "snn.teacher=ann"),
+        trained("previous", "snn.teacher=ann", "stages.T1.teacher=previous"),
+    ]
+    weights = [network.layers[0].weight for network in networks]
+    assert not torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
+
+
 def test_a_price_on_spikes_makes_fewer_of_them(tmp_path):
     additions = {}
     for weight in (0.0, 20.0):
