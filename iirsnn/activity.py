@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from .neuron import FusedLIF
 from .pipeline import Pipeline
 
 #: Test images that membranes are counted on.
-IMAGES = 32
+IMAGES = 16
 #: Neurons of a layer in a raster at most.
 SHOWN = 40
 #: Edges of the bins of h / threshold; what is beyond is in the outermost ones.
@@ -80,10 +80,11 @@ def record(network: Network, images: Tensor) -> Activity:
     return activity
 
 
-def membranes(neuron: FusedLIF, current: Tensor, spikes: Tensor) -> Tensor:
-    """The membrane h before reset, in thresholds: current and spikes [T, B, ...] -> the same shape.
+def membranes(neuron: FusedLIF, current: Tensor, spikes: Tensor) -> Iterator[Tensor]:
+    """The membrane h before reset, in thresholds, of one timestep after the other: float [B, ...].
 
-    The kernels keep none, so it is computed again, from a membrane of 0.
+    The kernels keep none, so it is computed again, from a membrane of 0. current and spikes are
+    [T, B, ...].
     """
     channels = (-1, *[1] * (current.dim() - 3))
     threshold, leak = (p.detach().reshape(channels) for p in (neuron.threshold, neuron.leak))
@@ -91,7 +92,6 @@ def membranes(neuron: FusedLIF, current: Tensor, spikes: Tensor) -> Tensor:
         threshold, leak = threshold.squeeze(), leak.squeeze()
     v = torch.zeros_like(current[0], dtype=torch.float32)
     before = torch.zeros_like(v)
-    result = []
     for x, s in zip(current.float(), spikes.float(), strict=True):
         h = leak * v + x
         if neuron.reset == "soft_delayed":
@@ -100,8 +100,7 @@ def membranes(neuron: FusedLIF, current: Tensor, spikes: Tensor) -> Tensor:
         if neuron.reset == "hard":
             v = torch.where(s > 0, neuron.v_reset, h)
         before = s
-        result.append(h / threshold)
-    return torch.stack(result)
+        yield h / threshold
 
 
 def write(pipeline: Pipeline, path: Path) -> None:
@@ -130,10 +129,12 @@ def write(pipeline: Pipeline, path: Path) -> None:
         checkpoint.write_atomically(path / f"{name}.png", save)
 
 
-def _histogram(values: Tensor) -> np.ndarray:
-    clipped = values.float().clamp(float(EDGES[0]), float(EDGES[-1])).cpu().numpy()
-    counts, _ = np.histogram(clipped, EDGES)
-    return counts / clipped.size
+def _histogram(values: Iterable[Tensor]) -> np.ndarray:
+    counts = np.zeros(len(EDGES) - 1)
+    for value in values:  # one timestep at a time: large networks have 10^8 membranes in one
+        clipped = value.clamp(float(EDGES[0]), float(EDGES[-1])).cpu().numpy()
+        counts += np.histogram(clipped, EDGES)[0]
+    return counts / counts.sum()
 
 
 def _plot_rasters(activities: Sequence[Activity], figure: Figure) -> None:

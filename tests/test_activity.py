@@ -33,7 +33,7 @@ def test_a_neuron_spikes_where_its_membrane_is_above_its_threshold(reset, shape,
             neuron.leak.uniform_(0.5, 1.0)
     current = torch.randn(shape) + 0.3
     spikes = neuron(current).detach()
-    membranes = activity.membranes(neuron, current, spikes)
+    membranes = torch.stack(list(activity.membranes(neuron, current, spikes)))
     assert membranes.shape == current.shape
     assert torch.equal(membranes > 1, spikes > 0)
     assert 0 < spikes.sum() < spikes.numel()
