@@ -97,16 +97,16 @@ def test_density(race, timesteps, batch, density):
     run(race, "vgg16", timesteps, batch, density, sweep=True, only=STRONGEST)
 
 
-def test_memory(benchmark, keep_group):
-    """Resident memory of VGG16's step at T = 5, batch 64: a process for each contender."""
+@pytest.mark.parametrize("contender", list(makers()[0]))
+def test_memory(benchmark, keep_group, contender):
+    """Resident memory of VGG16's step at T = 5, batch 64, in a process of its own."""
     name, timesteps, batch = "vgg16", 5, 64
     rows = {}
 
     def measure():
-        for contender in makers()[0]:
-            rows[contender] = traffic.in_subprocess(
-                "step", contender, name, str(timesteps), str(batch), str(DENSITY)
-            )
+        rows[contender] = traffic.in_subprocess(
+            "step", contender, name, str(timesteps), str(batch), str(DENSITY)
+        )
 
     benchmark.pedantic(measure, rounds=1, iterations=1)
     facts = {"subject": "memory", "network": name, "timesteps": timesteps, "batch": batch}

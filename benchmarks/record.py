@@ -66,7 +66,9 @@ def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     """Seconds of each round -> median, p20 and p80 in ms, and the median's ratio to the limit."""
     found = {}
     for name, taken in times.items():
-        cuts = statistics.quantiles(taken, n=10) if len(taken) > 1 else taken * 9
+        cuts = (
+            statistics.quantiles(taken, n=10, method="inclusive") if len(taken) > 1 else taken * 9
+        )
         found[name] = {
             "median_ms": 1e3 * statistics.median(taken),
             "p20_ms": 1e3 * cuts[1],
@@ -136,6 +138,10 @@ def _markdown(header: list[str], rows: Iterable[list[str]]) -> list[str]:
 
 def _number(value: Any, digits: int = 2) -> str:
     return "" if value is None else f"{value:.{digits}f}"
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.0f}"
 
 
 def _names(groups: Iterable[Group]) -> list[str]:
@@ -210,22 +216,20 @@ def _network_tables(results: dict[str, Any]) -> list[str]:
             ]
             header = ["", "ms", "/ limit", "bytes moved", "bytes kept", "difference"]
             lines += _markdown(header, rows)
-    for group in chosen(results, subject="memory"):
+    memory = chosen(results, subject="memory")  # a group for each contender
+    if memory:
+        group = memory[0]
         lines += [
             f"### Resident memory of a training step: {group['network']}, T = "
             f"{group['timesteps']}, batch {group['batch']}",
             "",
         ]
         rows = [
-            [
-                name,
-                _number(own["peak"] / 2**20, 0),
-                _number((own["peak"] - own["before"]) / 2**20, 0),
-                _number(own["kept"] / 2**20, 0) if "kept" in own else "",
-            ]
+            [name, _mebibytes(own["peak"]), _mebibytes(own["peak"] - own["before"])]
+            for group in memory
             for name, own in group["contenders"].items()
         ]
-        lines += _markdown(["", "peak, MiB", "above the start, MiB", "kept, MiB"], rows)
+        lines += _markdown(["", "peak, MiB", "above the start, MiB"], rows)
     return lines
 
 

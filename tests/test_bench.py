@@ -260,8 +260,12 @@ def test_groups_are_added_one_by_one_and_reported(tmp_path):
         one = {**sweep, "density": density, "contenders": {"limit": own, "iirsnn": own, "x": own}}
         record.store(path, facts, f"train_step/{density}", one)
         record.store(path, facts, f"train_step/s{density}", {**one, "sweep": False})
+    memory = {"subject": "memory", "network": "vgg16", "timesteps": 5, "batch": 64, "commit": "abc"}
+    mebibyte = 2**20
+    memory["contenders"] = {"iirsnn": {"before": 300 * mebibyte, "peak": 1300 * mebibyte}}
+    record.store(path, facts, "train_step/memory", memory)
     results = record.load(path)
-    assert len(results["groups"]) == 8
+    assert len(results["groups"]) == 9
     assert [g["timesteps"] for g in record.chosen(results, what="forward")] == [1, 4]
     written = record.report(path)
     assert {file.name for file in written} == {
@@ -272,6 +276,7 @@ def test_groups_are_added_one_by_one_and_reported(tmp_path):
     }
     text = written[0].read_text()
     assert "Norse did not take part: absent" in text
+    assert "| iirsnn | 1300 | 1000 |" in text
     assert "| iirsnn | 1.00 (1000.00); 8.0 B + 4.0 |" in text
 
 
