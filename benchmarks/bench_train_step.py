@@ -13,7 +13,7 @@ from networks import batch_of, densities, makers, networks, neurons, step_of
 
 ALL = torch.get_num_threads()
 DENSITY = 0.15
-SWEEP = (0.05, 0.10, 0.15, 0.20, 0.30, 0.40)
+SWEEP = (0.05, 0.10, 0.20, 0.30, 0.40)
 #: In a sweep, and where a step takes seconds.
 STRONGEST = (
     "limit",
