@@ -117,12 +117,14 @@ def race(benchmark, request):
     """
 
     def run(functions, facts, rows, seconds, rounds=(5, 51)):
-        first = {name: [] for name in functions}
-        one_round(functions, first)
-        slow = {name for name, taken in first.items() if taken[0] > SLOW * first[LIMIT][0]}
-        fast = sum(taken[0] for name, taken in first.items() if name not in slow)
-        spent = rounds[0] * sum(first[name][0] for name in slow)
-        count = max(rounds[0], min(rounds[1], int((seconds - spent) / fast)))
+        slow, count = set(), rounds[0]
+        if rounds[0] != rounds[1]:
+            first = {name: [] for name in functions}
+            one_round(functions, first)
+            slow = {name for name, taken in first.items() if taken[0] > SLOW * first[LIMIT][0]}
+            fast = sum(taken[0] for name, taken in first.items() if name not in slow)
+            spent = rounds[0] * sum(first[name][0] for name in slow)
+            count = max(rounds[0], min(rounds[1], int((seconds - spent) / fast)))
         every = count // rounds[0]
         times = {name: [] for name in functions}
         order, draw, turns = list(functions), random.Random(0), itertools.count()

@@ -194,6 +194,36 @@ def step_of(network: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], 
     return step
 
 
+def noisy(images: Tensor) -> Tensor:
+    """The images, each pixel 1e-6 off."""
+    generator = torch.Generator().manual_seed(3)
+    return images + 1e-6 * torch.randn(images.shape, generator=generator)
+
+
+class Sameness:
+    """Whether a result (logits, a gradient) is that of the same network.
+
+    expected: iirsnn's result; other: its result for `noisy` images. Spiking networks are chaotic:
+    at T = 5, a rounding error moves one current across the threshold, and from there a deep network
+    of random weights goes another way. So a library whose rounding differs (most give the same
+    bits) is allowed a relative difference of 1 %, or 3 times what noise of 1e-6 does to iirsnn.
+    """
+
+    def __init__(self, expected: Tensor, other: Tensor) -> None:
+        self.expected = expected
+        self.sensitivity = self.difference(other)
+
+    def difference(self, result: Tensor) -> float:
+        return float((result - self.expected).norm() / self.expected.norm())
+
+    def check(self, name: str, result: Tensor) -> float:
+        """The relative difference; raises AssertionError where it is another network."""
+        found = self.difference(result)
+        if not found <= max(0.01, 3 * self.sensitivity):
+            raise AssertionError(f"{name}: another network: its result differs by {found:.2g}")
+        return found
+
+
 def batch_of(size: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(size, *IMAGE, generator=generator)

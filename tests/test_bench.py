@@ -188,6 +188,19 @@ def test_batch_first_is_the_same_network():
     assert torch.allclose(network(images), other(images), atol=1e-5)
 
 
+def test_sameness_allows_rounding_and_what_noise_does():
+    expected = torch.ones(100)
+    calm = networks.Sameness(expected, expected)
+    assert calm.check("a", expected + 1e-6) == pytest.approx(1e-6, rel=0.1)
+    for other in (expected + 0.1, expected * float("nan")):
+        with pytest.raises(AssertionError, match="a: another network"):
+            calm.check("a", other)
+    chaotic = networks.Sameness(expected, expected + 0.05)
+    assert chaotic.check("a", expected + 0.1) == pytest.approx(0.1)
+    with pytest.raises(AssertionError):
+        chaotic.check("a", expected + 0.2)
+
+
 # ---- Results ----
 
 
