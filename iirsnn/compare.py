@@ -87,7 +87,7 @@ def build(paths: Sequence[Path], reasons: dict[str, str] | None = None) -> dict[
             {
                 "name": shown,
                 "reason": (reasons or {}).get(name, ""),
-                "runs": [str(folder.path) for folder in folders],
+                "runs": ["/".join(folder.path.parts[-2:]) for folder in folders],
                 "seeds": [folder.recipe.seed for folder in folders],
                 "differs": settings,
                 "stages": _stages(folders),

@@ -47,7 +47,7 @@ def printed(comparison, width=140):
 def test_seeds_of_one_setting_are_a_group(seeds, other):
     first, second = compare.build([*seeds, other])["groups"]
     assert (first["seeds"], second["seeds"]) == ([0, 1], [0])
-    assert first["runs"] == [str(path) for path in seeds]
+    assert first["runs"] == [f"{path.parent.name}/{path.name}" for path in seeds]
     results = [RunFolder.read(path).result("T1") for path in seeds]
     accuracies = [result["test_accuracy"] for result in results]
     cell = first["stages"]["T1"]["test_accuracy"]
