@@ -13,7 +13,7 @@ import traffic
 from contenders import LIMIT, available
 
 import iirsnn
-from iirsnn import provenance
+from iirsnn import allocator, provenance
 
 
 def pytest_addoption(parser):
@@ -21,16 +21,24 @@ def pytest_addoption(parser):
     group.addoption("--results", type=Path, help="JSON (default: results/<machine>.json)")
     group.addoption("--resume", action="store_true", help="leave out groups of this commit")
     group.addoption("--quick", action="store_true", help="only what make bench-check compares")
+    group.addoption(
+        "--allocator",
+        choices=allocator.POLICIES,
+        default="retain",
+        help="freed memory stays with the process, as iirsnn train has it, or goes back",
+    )
     group.addoption("--stop-after", type=float, help="seconds after which no group begins")
 
 
 def pytest_configure(config):
     traffic.watch_inductor()
+    kept = allocator.apply(config.getoption("--allocator"))
+    config.stash[ALLOCATOR] = "retain" if kept else "system"
     config.addinivalue_line("markers", "quick: part of make bench-check")
     config.stash[STARTED] = time.monotonic()
 
 
-STARTED = pytest.StashKey()
+STARTED, ALLOCATOR = pytest.StashKey(), pytest.StashKey()
 
 
 def results_file(config):
@@ -138,7 +146,12 @@ def race(benchmark, request):
         found = record.summary(times)
         for name, row in found.items():
             row.update(rows.get(name, {}))
-        group = {**facts, "commit": commit_of_code(), "contenders": found}
+        group = {
+            **facts,
+            "allocator": request.config.stash[ALLOCATOR],
+            "commit": commit_of_code(),
+            "contenders": found,
+        }
         benchmark.extra_info.update(group)
         keep(request, group)
         for name, row in found.items():

@@ -259,6 +259,13 @@ def table(results: dict[str, Any]) -> str:
         "neuron and timestep, as ops ask for them (benchmarks/traffic.py).",
         "",
     ]
+    if any(group.get("allocator") == "retain" for group in results["groups"].values()):
+        lines += [
+            "Freed memory stayed with the process (--allocator retain, as in `iirsnn train`), for "
+            "every contender and for the limit: without that, results of 32 MiB and more pay for "
+            "page faults with several times the time of the arithmetic.",
+            "",
+        ]
     for name, reason in results.get("missing", {}).items():
         lines.append(f"- {name} did not take part: {reason}")
     for name, note in results.get("notes", {}).items():
