@@ -82,7 +82,9 @@ def cuda_archs() -> str:
 def recipe(mode: str) -> dict:
     """Sources (absolute paths) and flags: keys sources, cxx, nvcc, cuda (bool), why (str)."""
     folder = source_dir()
-    sources = sorted(folder.glob("*.cpp")) + sorted(folder.glob("event/*.cpp"))
+    sources = [
+        path for part in ("", "event/", "spike/") for path in sorted(folder.glob(f"{part}*.cpp"))
+    ]
     cuda, why = want_cuda(mode)
     cxx = [*CXX_FLAGS, *_OPENMP, f"-DIIRSNN_FLAGS={','.join(CXX_FLAGS)}"]
     if cuda:

@@ -1,0 +1,121 @@
+// Loops compiled for several instruction sets, and vectors of 16 floats that each of them splits into what it has.
+#pragma once
+
+#include <cstring>
+#include <string>
+
+#include "../half.h"
+#include "../lif_cpu.h"
+
+#if defined(__x86_64__)
+#define IIRSNN_AVX2 __attribute__((target("avx2,bmi")))
+#if defined(__clang__)
+#define IIRSNN_AVX512 __attribute__((target("bmi,avx512f,avx512bw,avx512vl,avx512dq")))
+#else
+#define IIRSNN_AVX512 __attribute__((target("bmi,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")))
+#endif
+#endif
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors pass between inlined functions only
+#endif
+
+namespace iirsnn::sparse {
+
+typedef float Floats __attribute__((vector_size(64), may_alias));
+typedef float LooseFloats __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(64), may_alias));
+typedef uint32_t Words __attribute__((vector_size(64), may_alias));
+typedef uint16_t LooseHalves __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(32), may_alias));
+typedef int8_t Bytes16 __attribute__((vector_size(16), may_alias));
+
+template <typename Loop, typename Signature>
+struct Versions;
+template <typename Loop, typename... Args>
+struct Versions<Loop, void(Args...)> {
+  static void portable(Args... args) { Loop::run(args...); }
+#if defined(__x86_64__)
+  IIRSNN_AVX2 static void avx2(Args... args) { Loop::run(args...); }
+  IIRSNN_AVX512 static void avx512(Args... args) { Loop::run(args...); }
+#endif
+  static void run(Args... args) {
+#if defined(__x86_64__)
+    static const bool bmi = __builtin_cpu_supports("bmi");
+    const std::string level = cpu_capability();
+    if (level == "avx512" && bmi) return avx512(args...);
+    if (level == "avx2" && bmi) return avx2(args...);
+#endif
+    portable(args...);
+  }
+};
+template <typename Loop, typename... Args>
+void run(Args... args) {
+  Versions<Loop, decltype(Loop::run)>::run(args...);
+}
+
+IIRSNN_INLINE Floats load16(const float* from) { return *reinterpret_cast<const LooseFloats*>(from); }
+IIRSNN_INLINE Floats load16(const BFloat16* from) {
+  const Halves halves = *reinterpret_cast<const LooseHalves*>(from);
+  return (Floats)(__builtin_convertvector(halves, Words) << 16);
+}
+template <typename scalar_t>
+IIRSNN_INLINE Floats load_some(const scalar_t* from, int count) {  // zeros beyond `count`
+  alignas(64) float values[16] = {};
+  for (int i = 0; i < count; ++i) values[i] = to_acc(from[i]);
+  return *reinterpret_cast<const Floats*>(values);
+}
+template <typename scalar_t>
+IIRSNN_INLINE Floats load_up_to(const scalar_t* from, int64_t count) {
+  return count >= 16 ? load16(from) : load_some(from, int(count));
+}
+
+IIRSNN_INLINE void store16(Floats v, float* to) { *reinterpret_cast<LooseFloats*>(to) = v; }
+IIRSNN_INLINE void store16(Floats v, BFloat16* to) {
+  const Words bits = (Words)v;
+  Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  rounded = (v == v) ? rounded : Words{} + 0x7fc0u;
+  *reinterpret_cast<LooseHalves*>(to) = __builtin_convertvector(rounded, Halves);
+}
+template <typename scalar_t>
+IIRSNN_INLINE void store_up_to(Floats v, scalar_t* to, int64_t count) {
+  if (count >= 16) return store16(v, to);
+  alignas(64) float values[16];
+  *reinterpret_cast<Floats*>(values) = v;
+  for (int i = 0; i < count; ++i) to[i] = Convert<scalar_t>::round(values[i]);
+}
+
+// Bit i of the result is lane i, each 0 or -1.
+IIRSNN_INLINE uint64_t lanes16(Ints lanes) {
+  const Bytes16 bytes = __builtin_convertvector(lanes, Bytes16);
+  uint64_t halves[2];
+  std::memcpy(halves, &bytes, sizeof(halves));
+  uint64_t bits = 0;
+  for (int i = 0; i < 2; ++i) {  // byte k keeps its bit k; the product adds all bytes up in the highest one
+    bits |= (((halves[i] & 0x8040201008040201u) * 0x0101010101010101u) >> 56) << (8 * i);
+  }
+  return bits;
+}
+
+// rows[i][j] <-> rows[j][i]: four times, the upper and the lower half are interleaved.
+IIRSNN_INLINE void transpose16(Floats* rows) {
+  constexpr Ints kLow = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+  constexpr Ints kHigh = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  for (int round = 0; round < 4; ++round) {
+    Floats next[16];
+    for (int i = 0; i < 8; ++i) {
+#if defined(__clang__)
+      next[2 * i] =
+          __builtin_shufflevector(rows[i], rows[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      next[2 * i + 1] =
+          __builtin_shufflevector(rows[i], rows[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#else
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + 8], kLow);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + 8], kHigh);
+#endif
+    }
+    for (int i = 0; i < 16; ++i) rows[i] = next[i];
+  }
+}
+
+}  // namespace iirsnn::sparse
