@@ -6,6 +6,7 @@ from .env import env_report
 from .models import Network, Readout, SharedDropout, TimeSequential
 from .neuron import FusedLIF
 from .packed import PackedSpikes
+from .spike_layers import SpikeAvgPool2d, SpikeConv2d, SpikeLinear, use_spike_layers
 
 __all__ = [
     "FusedLIF",
@@ -13,8 +14,12 @@ __all__ = [
     "PackedSpikes",
     "Readout",
     "SharedDropout",
+    "SpikeAvgPool2d",
+    "SpikeConv2d",
+    "SpikeLinear",
     "TimeSequential",
     "convert",
     "env_report",
     "functional",
+    "use_spike_layers",
 ]

@@ -19,6 +19,7 @@ from .provenance import commit, machine
 from .recipe import Recipe
 from .reduction import Stage, stages
 from .run_folder import RunFolder
+from .spike_layers import use_spike_layers
 from .training import StageTraining, derive_seed, load_weights
 
 #: Test images that operations and spikes are counted on at most.
@@ -55,8 +56,12 @@ class Pipeline:
 
     def train_stage(self, stage: Stage, console: Console) -> None:
         """Train one stage, whose parent is trained, to its end and record its result."""
+        network = self.initial(stage)
+        choice = self.recipe.runtime.spike_layers
+        if choice != "never" and self.accelerator.device.type == "cpu":
+            use_spike_layers(network, "events" if choice == "always" else "auto")
         training = StageTraining(
-            self.initial(stage),
+            network,
             stage,
             self.folder,
             self.splits,

@@ -82,6 +82,8 @@ class RuntimeConfig:
         allocator: on a CPU, retain (freed memory stays with the process: fewer page faults, some
             more resident memory) or system.
         channels_last: memory format of convolutions.
+        spike_layers: on a CPU, auto (spiking stages keep spikes as bits and add weights for spikes
+            where that is faster), always (so) or never (torch's own layers).
         checkpoint_minutes: between two checkpoints inside an epoch; each epoch's end has one too.
     """
 
@@ -90,6 +92,7 @@ class RuntimeConfig:
     threads: int = 0
     allocator: str = "retain"
     channels_last: bool = True
+    spike_layers: str = "auto"
     checkpoint_minutes: float = 5.0
 
 
@@ -214,6 +217,7 @@ def check(recipe: Recipe) -> None:
         raise UsageError(f"neuron.{error}") from error
     _choice("runtime.device", recipe.runtime.device, ("auto", "cpu"))
     _choice("runtime.precision", recipe.runtime.precision, ("fp32", "bf16", "fp16"))
+    _choice("runtime.spike_layers", recipe.runtime.spike_layers, ("auto", "always", "never"))
     _choice("runtime.allocator", recipe.runtime.allocator, allocator.POLICIES)
     _number("runtime.threads", recipe.runtime.threads, "at least 0", recipe.runtime.threads >= 0)
     minutes = recipe.runtime.checkpoint_minutes
