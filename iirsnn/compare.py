@@ -130,7 +130,7 @@ def show(comparison: dict[str, Any], console: Console) -> None:
         for row in rows:
             table.add_row(*row)
         console.print(table)
-    console.print(_NOTE, style="dim", highlight=False)
+    console.print(f"{_NOTE} {_origin(comparison)}", style="dim", highlight=False)
 
 
 def markdown(comparison: dict[str, Any]) -> str:
@@ -140,7 +140,7 @@ def markdown(comparison: dict[str, Any]) -> str:
         lines = [header, ["---"] * len(header), *rows]
         cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
         parts.append(f"**{title}**\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in cells))
-    return "\n\n".join([*parts, _NOTE]) + "\n"
+    return "\n\n".join([*parts, f"{_NOTE} {_origin(comparison)}"]) + "\n"
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -201,6 +201,15 @@ def _measures(result: dict[str, Any], ann: dict[str, Any]) -> dict[str, Any]:
 def _cell(values: Sequence[float]) -> Cell:
     std = stdev(values) if len(values) > 1 else None
     return {"mean": mean(values), "std": std, "n": len(values)}
+
+
+def _origin(comparison: dict[str, Any]) -> str:
+    """Where the figures come from, in words."""
+    commits, machines = (
+        ", ".join(dict.fromkeys(value for group in comparison["groups"] for value in group[key]))
+        for key in ("commits", "machines")
+    )
+    return f"Trained at commit {commits}; {machines}."
 
 
 def _origins(folders: Sequence[RunFolder], key: str) -> list[str]:

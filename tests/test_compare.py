@@ -94,6 +94,10 @@ def test_tables(seeds, other):
     cell = group["stages"]["T1"]["test_accuracy"]
     assert f"{100 * cell['mean']:.2f} ± {100 * cell['std']:.2f}" in text
     assert "conversion.percentile=99.7" in text
+    result = RunFolder.read(other).result("ann")
+    origin = f"Trained at commit {result['commit']}; {result['machine']}."
+    assert " ".join(text.split()).endswith(origin)
+    assert compare.markdown(comparison).endswith(origin + "\n")
     assert text.count("why | not") == 2
     lines = compare.markdown(comparison).splitlines()
     rows = [line for line in lines if line.startswith("|")]
