@@ -23,6 +23,7 @@ from typing import Any
 
 FOLDER = Path(__file__).resolve().parent / "results"
 LIMIT = "limit"
+PLACES = {"in": "in cache", "out": "out of cache"}
 LOSS = 0.25  # a ratio may be this much larger than the committed one
 COLORS = {
     "iirsnn": "#c1121f",
@@ -168,7 +169,7 @@ def _lif_tables(results: dict[str, Any]) -> list[str]:
     for what, size, dtype, threads in sorted(cases):
         groups = chosen(results, subject="lif", what=what, size=size, dtype=dtype, threads=threads)
         mebibytes = groups[0]["elements"] * groups[0]["element_size"] / 2**20
-        lines += [f"### LIF {what}, {size} of cache, {dtype}, {threads} threads", ""]
+        lines += [f"### LIF {what}, {PLACES[size]}, {dtype}, {threads} threads", ""]
         lines += [
             f"x of about {mebibytes:.0f} MiB. Ratio to the limit's time (ns per neuron and "
             "timestep); bytes read and written per neuron and timestep, + kept for backward.",
@@ -244,6 +245,73 @@ def break_even(points: list[tuple[float, float]]) -> str:
     return f"faster at every density measured, up to {points[-1][0]:.0%}"
 
 
+def _worst(groups: list[Group]) -> tuple[float, int] | None:
+    """The largest ratio of iirsnn to the limit, and its T."""
+    found = [(g["contenders"]["iirsnn"]["ratio"], g["timesteps"]) for g in groups]
+    return max(found, default=None)
+
+
+def goals(results: dict[str, Any]) -> list[list[str]]:
+    """Rows of [what, goal, measured] for every goal that the file has groups for."""
+    rows = []
+    threads = max((g["threads"] for g in chosen(results, subject="lif")), default=1)
+    for dtype, sizes in (
+        ("float32", {"out": (1.10, 1.20), "in": (1.3, 1.6)}),
+        ("bfloat16", {"out": (1.3, 1.3), "in": (1.3, 1.3)}),
+    ):
+        for size, wanted in sizes.items():
+            for what, goal in zip(("forward", "backward"), wanted, strict=True):
+                case = {"what": what, "size": size, "dtype": dtype, "threads": threads}
+                groups = chosen(results, subject="lif", **case)
+                found = _worst([g for g in groups if g["timesteps"] <= 5])
+                if found is not None:
+                    limit = "clone" if what == "forward" else "add"
+                    rows.append(
+                        [
+                            f"{what}, {dtype}, {PLACES[size]}, time / {limit}",
+                            f"<= {goal:.2f}",
+                            f"{found[0]:.2f} at worst (T = {found[1]})",
+                        ]
+                    )
+    large = {"network": "vgg16", "batch": 64}
+    for group in chosen(results, subject="train_step", sweep=False, **large):
+        name = f"VGG16, T = {group['timesteps']}, batch 64, {group['density']:.0%} spikes"
+        ours = {n: c for n, c in group["contenders"].items() if n.startswith("iirsnn")}
+        best = min(ours, key=lambda n: ours[n]["median_ms"])
+        other = fastest_other(group)
+        rows.append(
+            [
+                f"{name}: step, {best} / fastest other",
+                "<= 1; <= 0.62 by events",
+                f"{ours[best]['median_ms'] / other:.2f}",
+            ]
+        )
+        if "SpikingJelly" not in group["contenders"]:
+            continue
+        kept = {n: c["kept"] / group["contenders"]["SpikingJelly"]["kept"] for n, c in ours.items()}
+        least = min(kept, key=kept.__getitem__)
+        rows.append(
+            [f"{name}: kept for backward, {least} / SpikingJelly", "<= 0.4", f"{kept[least]:.2f}"]
+        )
+    peaks = {
+        name: own["peak"]
+        for group in chosen(results, subject="memory")
+        for name, own in group["contenders"].items()
+    }
+    ours_peaks = {name: peak for name, peak in peaks.items() if name.startswith("iirsnn")}
+    if ours_peaks and "SpikingJelly" in peaks:
+        least = min(ours_peaks, key=ours_peaks.__getitem__)
+        ratio = ours_peaks[least] / peaks["SpikingJelly"]
+        rows.append(
+            [
+                f"VGG16, T = 5, batch 64: peak resident memory, {least} / SpikingJelly",
+                "<= 0.6",
+                f"{ratio:.2f}",
+            ]
+        )
+    return rows
+
+
 def table(results: dict[str, Any]) -> str:
     """The whole file as Markdown."""
     commits = sorted({group["commit"] for group in results["groups"].values()})
@@ -274,6 +342,7 @@ def table(results: dict[str, Any]) -> str:
     if misses is not None:
         lines.append(f"- Last-level-cache misses: {misses}")
     lines.append("")
+    lines += ["### Goals", "", *_markdown(["", "goal", "measured"], goals(results))]
     return "\n".join(lines + _network_tables(results) + _lif_tables(results))
 
 
@@ -320,7 +389,7 @@ def plot_lif(results: dict[str, Any], path: Path, size: str = "out") -> None:
         row[2].set_title(f"{what}: time / time of {limit}")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
-    figure.suptitle(f"LIF, fp32, {size} of cache; {results['machine']}")
+    figure.suptitle(f"LIF, fp32, {PLACES[size]}; {results['machine']}")
     figure.savefig(path, dpi=110)
 
 

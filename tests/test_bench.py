@@ -288,6 +288,9 @@ def test_groups_are_added_one_by_one_and_reported(tmp_path):
         "m-density.png",
     }
     text = written[0].read_text()
+    assert (
+        "| forward, float32, out of cache, time / clone | <= 1.10 | 1.00 at worst (T = 4) |" in text
+    )
     assert "Norse did not take part: absent" in text
     assert "| iirsnn | 1300 | 1000 |" in text
     assert "| iirsnn | 1.00 (1000.00); 8.0 B + 4.0 |" in text
