@@ -18,7 +18,8 @@ from .neuron import FusedLIF
 #: What a threshold becomes when the percentile of its layer's current is not positive.
 SILENT_THRESHOLD = 0.1
 
-_FUSE: dict[tuple[type, type], Callable[..., nn.Module]] = {
+#: How a BatchNorm is folded into the layer before it.
+FUSE: dict[tuple[type, type], Callable[..., nn.Module]] = {
     (nn.Conv2d, nn.BatchNorm2d): fuse_conv_bn_eval,
     (nn.Linear, nn.BatchNorm1d): fuse_linear_bn_eval,
 }
@@ -154,7 +155,7 @@ def fold_batch_norm(model: nn.Module) -> None:
             continue
         folded: list[nn.Module] = []
         for module in parent:
-            fuse = _FUSE.get((type(folded[-1]), type(module))) if folded else None
+            fuse = FUSE.get((type(folded[-1]), type(module))) if folded else None
             if fuse is None:
                 folded.append(module)
             else:

@@ -10,21 +10,21 @@ import copy
 import importlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from . import _build, checkpoint
+from .convert import FUSE
 from .errors import RunError, UsageError
-from .models import Network, Readout, SharedDropout
+from .models import Network, Readout, ResidualBlock, SharedDropout
 from .neuron import FusedLIF
 
-FORMAT = 1
+FORMAT = 2  # 2: residual blocks
 PRECISIONS = ("fp32", "bf16", "int8")
 
 #: Additions, as a fraction of the operations of the dense network that sees an image once, above
@@ -61,6 +61,10 @@ class Layer:
         scale: [outputs], of int8 weights.
         bias, threshold, leak: float32 [outputs].
         reset, v_reset: of the neurons.
+        shortcut: index of the layer whose spikes, or counts of an average pool, also reach these
+            neurons: the input of the residual block that ends here.
+        shortcut_weight, shortcut_window: of a convolution on that way, of the same scale; None:
+            each count adds `shortcut_unit` to the current.
     """
 
     kind: str
@@ -74,8 +78,13 @@ class Layer:
     leak: Tensor | None = None
     reset: str = "soft"
     v_reset: float = 0.0
+    shortcut: int | None = None
+    shortcut_weight: Tensor | None = None
+    shortcut_window: Window | None = None
+    shortcut_unit: float = 1.0
 
-    TENSORS = ("weight", "scale", "bias", "threshold", "leak")
+    TENSORS = ("weight", "scale", "bias", "threshold", "leak", "shortcut_weight")
+    WINDOWS = ("window", "shortcut_window")
 
 
 @dataclass
@@ -147,7 +156,8 @@ class EventNetwork:
 
         Args:
             model: a Network, or an nn.Sequential of Conv2d, Linear, BatchNorm, AvgPool2d,
-                MaxPool2d, Flatten, Dropout and FusedLIF that ends in a Linear; left unchanged.
+                MaxPool2d, Flatten, Dropout, FusedLIF and ResidualBlock that ends in a Linear; left
+                unchanged.
             timesteps: T that the model was trained at.
             precision: fp32, bf16 or int8, of all weights but those that see the image.
             image_shape: (channels, height, width); None: the Network's, or that of the first
@@ -167,10 +177,9 @@ class EventNetwork:
                     f"timesteps: expected the T of the model, {model.timesteps}, got {timesteps}"
                 )
             image_shape = image_shape or model.image_shape  # type: ignore[assignment]
-        layers = list(_layers(model))
+        layers = _layers(model)
         for layer in layers[1:]:  # the first one sees the image
-            if layer.weight is not None:
-                layer.weight, layer.scale = _quantise(layer.weight, precision)
+            _quantise(layer, precision)
         return cls(layers, timesteps, precision, image_shape)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -233,10 +242,11 @@ class EventNetwork:
             entry = {
                 key: value
                 for key, value in vars(layer).items()
-                if key not in Layer.TENSORS and key != "window"
+                if key not in (*Layer.TENSORS, *Layer.WINDOWS)
             }
-            if layer.window is not None:
-                entry["window"] = vars(layer.window)
+            for key in Layer.WINDOWS:
+                if getattr(layer, key) is not None:
+                    entry[key] = vars(getattr(layer, key))
             for key in Layer.TENSORS:
                 if getattr(layer, key) is not None:
                     tensors[f"{index}.{key}"] = getattr(layer, key)
@@ -271,8 +281,9 @@ class EventNetwork:
             layers = []
             for index, entry in enumerate(header["layers"]):
                 entry = dict(entry)
-                if "window" in entry:
-                    entry["window"] = Window(**{k: tuple(v) for k, v in entry["window"].items()})
+                for key in Layer.WINDOWS:
+                    if key in entry:
+                        entry[key] = Window(**{k: tuple(v) for k, v in entry[key].items()})
                 for key in Layer.TENSORS:
                     entry[key] = tensors.get(f"{index}.{key}")
                 layer = Layer(**entry)
@@ -305,25 +316,33 @@ class EventNetwork:
                     continue
                 weight, window = _on(shape, layer)
                 precision = self.precision if source else "fp32"
-                synapses = (source, weight.float().numpy(), layer.groups, window.numbers())
+                synapses = [(source, weight.float().numpy(), layer.groups, window.numbers())]
+                skips, operations = [], weight.numel()
                 bias, scale = _vector(layer.bias), _vector(layer.scale)
                 if layer.kind == "readout":
-                    engine.add_readout(synapses, precision, bias, scale)
-                    positions = 1
-                else:
-                    source = engine.add_neurons(
-                        [synapses],
-                        [],
-                        precision,
-                        bias,
-                        scale,
-                        _vector(layer.threshold),
-                        _vector(layer.leak),
-                        layer.reset,
-                        layer.v_reset,
-                    )
-                    positions = math.prod(engine.shape(source)[1:])
-                dense.append(weight.numel() * positions)
+                    engine.add_readout(*synapses, precision, bias, scale)
+                    dense.append(operations)
+                    continue
+                if layer.shortcut_weight is not None:
+                    assert layer.shortcut is not None
+                    assert layer.shortcut_window is not None
+                    short, numbers = layer.shortcut_weight, layer.shortcut_window.numbers()
+                    synapses.append((layer.shortcut + 1, short.float().numpy(), 1, numbers))
+                    operations += short.numel()
+                elif layer.shortcut is not None:
+                    skips.append((layer.shortcut + 1, layer.shortcut_unit))
+                source = engine.add_neurons(
+                    synapses,
+                    skips,
+                    precision,
+                    bias,
+                    scale,
+                    _vector(layer.threshold),
+                    _vector(layer.leak),
+                    layer.reset,
+                    layer.v_reset,
+                )
+                dense.append(operations * math.prod(engine.shape(source)[1:]))
             except ValueError as error:
                 raise UsageError(
                     f"{layer.name}: cannot follow {' x '.join(map(str, shape))} ({error})"
@@ -378,60 +397,113 @@ def _unsupported(name: str, module: nn.Module, why: str) -> UsageError:
     return UsageError(f"{name} ({type(module).__name__}): {why}")
 
 
-def _layers(model: nn.Module) -> Iterator[Layer]:
+def _layers(model: nn.Module) -> list[Layer]:
     """The engine's layers of a model in eval mode, float32."""
-    pending: tuple[str, nn.Module] | None = None  # a Conv2d or Linear; its neurons come next
-    spiking, flat, divisor = False, False, 1
-    for name, module in _leaves(model):
-        kind = type(module)
-        if kind in _IGNORED:
-            continue
-        if pending is not None and kind not in (*_BATCH_NORMS, FusedLIF):
-            after = f"{name} ({kind.__name__})"
-            raise _unsupported(*pending, f"expected a BatchNorm or FusedLIF after it, got {after}")
-        if kind is nn.Flatten:
-            if module.start_dim != 1 or module.end_dim not in (-1, 3):
-                raise _unsupported(name, module, "expected start_dim=1 and end_dim=-1")
-            flat = True
-        elif kind in (nn.Conv2d, nn.Linear, Readout):
-            if flat == (kind is nn.Conv2d):
-                raise _unsupported(name, module, f"expected {'no' if flat else 'a'} Flatten before")
-            pending = (name, module)
-        elif kind in _BATCH_NORMS:
-            if pending is None:
-                raise _unsupported(name, module, "expected a Conv2d or Linear before it")
-            pending = (pending[0], _fold(pending[1], name, module))
-        elif kind is FusedLIF:
-            if pending is None:
-                raise _unsupported(name, module, "expected a Conv2d or Linear before it")
-            yield _neurons(_synapses(*pending, divisor), name, module)
-            pending, spiking, divisor = None, True, 1
-        elif kind in (nn.AvgPool2d, nn.MaxPool2d):
-            if not spiking or flat:
-                wanted = "no Flatten" if flat else "a FusedLIF"
-                raise _unsupported(name, module, f"expected {wanted} before it")
-            if kind is nn.MaxPool2d:
-                yield Layer("max_pool", name, _max_window(name, module))
-            else:
-                window = _average_window(name, module)
-                divisor *= math.prod(window.kernel)
-                yield Layer("average_pool", name, window)
-        else:
-            raise _unsupported(name, module, "the event engine has no such module")
-    if pending is None or isinstance(pending[1], nn.Conv2d):
+    reader = _Reader()
+    last = reader.read(_leaves(model))
+    if last is None or isinstance(last[1], nn.Conv2d):
         raise UsageError("model: expected a Linear as its last layer, without neurons")
-    yield replace(_synapses(*pending, divisor), kind="readout")
+    return [*reader.layers, replace(_synapses(*last, reader.divisor), kind="readout")]
+
+
+class _Reader:
+    """Collects the engine's layers module by module.
+
+    Attributes:
+        layers: so far.
+        flat: a Flatten was there.
+        divisor: what the average pools since the last neurons left to be divided by.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[Layer] = []
+        self.flat = False
+        self.divisor = 1
+
+    def read(self, modules: Iterable[tuple[str, nn.Module]]) -> tuple[str, nn.Module] | None:
+        """Adds the layers of the modules; a last Conv2d or Linear without neurons is returned."""
+        pending: tuple[str, nn.Module] | None = None  # a Conv2d or Linear; its neurons come next
+        for name, module in modules:
+            kind = type(module)
+            if kind in _IGNORED:
+                continue
+            if pending is not None and kind not in (*_BATCH_NORMS, FusedLIF):
+                after = f"{name} ({kind.__name__})"
+                raise _unsupported(
+                    *pending, f"expected a BatchNorm or FusedLIF after it, got {after}"
+                )
+            if kind is nn.Flatten:
+                if module.start_dim != 1 or module.end_dim not in (-1, 3):
+                    raise _unsupported(name, module, "expected start_dim=1 and end_dim=-1")
+                self.flat = True
+            elif kind in (nn.Conv2d, nn.Linear, Readout):
+                if self.flat == (kind is nn.Conv2d):
+                    wanted = "no" if self.flat else "a"
+                    raise _unsupported(name, module, f"expected {wanted} Flatten before")
+                pending = (name, module)
+            elif kind in _BATCH_NORMS:
+                if pending is None:
+                    raise _unsupported(name, module, "expected a Conv2d or Linear before it")
+                pending = (pending[0], _fold(pending[1], name, module))
+            elif kind is FusedLIF:
+                if pending is None:
+                    raise _unsupported(name, module, "expected a Conv2d or Linear before it")
+                self._add(_neurons(_synapses(*pending, self.divisor), name, module))
+                pending = None
+            elif kind in (nn.AvgPool2d, nn.MaxPool2d):
+                self._check_spikes(name, module)
+                if kind is nn.MaxPool2d:
+                    self.layers.append(Layer("max_pool", name, _max_window(name, module)))
+                else:
+                    window = _average_window(name, module)
+                    self.divisor *= math.prod(window.kernel)
+                    self.layers.append(Layer("average_pool", name, window))
+            elif kind is ResidualBlock:
+                self._check_spikes(name, module)
+                self._add_block(name, module)
+            else:
+                raise _unsupported(name, module, "the event engine has no such module")
+        return pending
+
+    def _check_spikes(self, name: str, module: nn.Module) -> None:
+        if not self.layers or self.flat:
+            wanted = "no Flatten" if self.flat else "a FusedLIF"
+            raise _unsupported(name, module, f"expected {wanted} before it")
+
+    def _add(self, layer: Layer) -> None:
+        self.layers.append(layer)
+        self.divisor = 1
+
+    def _add_block(self, name: str, block: nn.Module) -> None:
+        assert isinstance(block, ResidualBlock)
+        entry, divisor = len(self.layers) - 1, self.divisor
+        last = self.read(_leaves(block.main, f"{name}.main"))
+        short = _Reader()
+        way = short.read(_leaves(block.shortcut, f"{name}.shortcut"))
+        if last is None or short.layers or not isinstance(block.neuron, FusedLIF):
+            raise _unsupported(
+                name, block, "expected conv, FusedLIF, conv; no neurons beside; a FusedLIF after"
+            )
+        layer = _synapses(*last, self.divisor)
+        layer.shortcut, layer.shortcut_unit = entry, 1 / divisor
+        if way is not None:
+            beside = _synapses(*way, divisor)
+            if beside.groups != 1:
+                raise _unsupported(*way, f"expected groups=1, got {beside.groups}")
+            assert layer.bias is not None
+            assert beside.bias is not None
+            layer.bias = layer.bias + beside.bias
+            layer.shortcut_weight, layer.shortcut_window = beside.weight, beside.window
+        self._add(_neurons(layer, f"{name}.neuron", block.neuron))
 
 
 def _fold(layer: nn.Module, name: str, norm: nn.Module) -> nn.Module:
-    layer, norm = copy.deepcopy(layer).eval(), copy.deepcopy(norm).eval()
+    fuse = FUSE.get((type(layer), type(norm)))
+    if fuse is None:
+        raise _unsupported(name, norm, f"cannot follow {type(layer).__name__}")
     if norm.running_mean is None:
         raise _unsupported(name, norm, "expected running statistics")
-    if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-        return fuse_conv_bn_eval(layer, norm)
-    if isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d):
-        return fuse_linear_bn_eval(layer, norm)
-    raise _unsupported(name, norm, f"cannot follow {type(layer).__name__}")
+    return fuse(copy.deepcopy(layer).eval(), copy.deepcopy(norm).eval())
 
 
 def _synapses(name: str, module: nn.Module, divisor: int) -> Layer:
@@ -506,16 +578,27 @@ def _pair(value: Any) -> tuple[int, int]:
     return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
-def _quantise(weight: Tensor, precision: str) -> tuple[Tensor, Tensor | None]:
-    """The weight as it is kept, and the scale of each output where it has one."""
+def _quantise(layer: Layer, precision: str) -> None:
+    """Its weights as they are kept; those of a shortcut share the scale of their output."""
+    if layer.weight is None or precision == "fp32":
+        return
     if precision == "bf16":
-        return weight.to(torch.bfloat16), None
-    if precision == "int8":
-        scale = weight.flatten(1).abs().amax(1) / 127
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        layer.weight = layer.weight.to(torch.bfloat16)
+        if layer.shortcut_weight is not None:
+            layer.shortcut_weight = layer.shortcut_weight.to(torch.bfloat16)
+        return
+    most = layer.weight.flatten(1).abs().amax(1)
+    if layer.shortcut_weight is not None:
+        most = torch.maximum(most, layer.shortcut_weight.flatten(1).abs().amax(1))
+    scale = torch.where(most > 0, most / 127, torch.ones_like(most))
+
+    def rounded(weight: Tensor) -> Tensor:
         shape = (-1, *[1] * (weight.dim() - 1))
-        return (weight / scale.view(shape)).round().clamp(-127, 127).to(torch.int8), scale
-    return weight, None
+        return (weight / scale.view(shape)).round().clamp(-127, 127).to(torch.int8)
+
+    layer.weight, layer.scale = rounded(layer.weight), scale
+    if layer.shortcut_weight is not None:
+        layer.shortcut_weight = rounded(layer.shortcut_weight)
 
 
 def _check_finite(layer: Layer) -> None:

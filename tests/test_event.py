@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from iirsnn import FusedLIF, Network, Readout, SharedDropout, TimeSequential, convert
+from iirsnn.convert import NeuronConfig, to_spiking
 from iirsnn.energy import OperationCounter
 from iirsnn.errors import RunError, UsageError
-from iirsnn.event import EventNetwork
-from iirsnn.models import ModelConfig, build
+from iirsnn.event import FORMAT, EventNetwork
+from iirsnn.models import ModelConfig, build, resnet
+from iirsnn.models.resnet import Plan
 
 LEVELS = ("portable", "avx2", "avx512")
 
@@ -466,6 +468,86 @@ def test_a_network_too_dense_to_pay_says_so():
     assert net.density() == 2
 
 
+# ---- Residual blocks ----
+
+PLAN = {
+    "average pool before, flat end": Plan((20, 40), True, ((40, 1), (70, 2)), False, (30,)),
+    "global pool": Plan((70,), False, ((70, 2), (100, 1)), True),
+}
+
+
+@pytest.mark.parametrize("plan", PLAN)
+@pytest.mark.parametrize("pool", [nn.AvgPool2d, nn.MaxPool2d])
+@pytest.mark.parametrize(("timesteps", "per_channel"), [(1, True), (2, False)])
+def test_residual_networks(level, plan, pool, timesteps, per_channel):
+    ann = resnet(PLAN[plan], 5, (2, 8, 8), pool=pool)
+    snn = to_spiking(ann, timesteps, NeuronConfig(per_channel=per_channel))
+    network = integers(*snn.layers, timesteps=timesteps)
+    for module in network.modules():
+        if isinstance(module, FusedLIF) and not per_channel:
+            module.threshold.data.fill_(0.5)
+    net = assert_same(network, images(3, 2, 8, 8))
+    shortcuts = [layer for layer in net.layers if layer.shortcut is not None]
+    assert len(shortcuts) == 3
+    assert sum(layer.shortcut_weight is None for layer in shortcuts) == 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_residual_network_in_a_file(tmp_path, precision):
+    ann = resnet(PLAN["global pool"], 5, (2, 8, 8))
+    network = integers(*to_spiking(ann, 2).layers, timesteps=2, image_shape=(2, 8, 8))
+    net = EventNetwork.from_model(network, 2, precision=precision)
+    net.save(tmp_path / "net.iirsnn")
+    x = images(3, 2, 8, 8)
+    assert torch.equal(EventNetwork.load(tmp_path / "net.iirsnn")(x), net(x))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet20", "vgg6"])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_batch_norm_kept_in_the_snn_is_folded(name, per_channel):
+    """The models of this package, with statistics that say something and thresholds by channel."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(6, 3, 16, 16, generator=generator)
+    torch.manual_seed(0)
+    ann = build(ModelConfig(name, hidden=[64], batch_norm=True), 10, (3, 16, 16))
+    ann.train()(x)
+    neuron = NeuronConfig(keep_batch_norm=True, per_channel=per_channel)
+    network = convert(ann.eval(), x, 85.0, timesteps=1, neuron=neuron).eval()
+    assert any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    if per_channel:
+        for module in network.modules():
+            if isinstance(module, FusedLIF):
+                factors = torch.rand(module.threshold.shape, generator=generator) * 0.4 + 0.8
+                module.threshold.data *= factors
+    net = EventNetwork.from_model(network)
+    expected, logits = spikes_of(network, x)
+    found = net(x)
+    for ours, theirs in zip(engine_spikes(net, len(x)), expected, strict=True):
+        assert float((ours.reshape(theirs.shape) != theirs).float().mean()) < 1e-4
+    same = (found - logits).abs().amax(1) < 1e-3 * logits.abs().max()
+    assert same.float().mean() > 0.8  # the others hold a spike within rounding of its threshold
+
+
+def test_residual_additions_are_those_of_its_spikes():
+    ann = resnet(PLAN["global pool"], 5, (2, 8, 8))
+    network = integers(*to_spiking(ann, 1).layers, timesteps=1)
+    net = assert_same(network, images(3, 2, 8, 8))
+    counter = OperationCounter(network)
+    with counter.counting():
+        network(images(3, 2, 8, 8))
+    expected = sum(layer.additions for layer in counter.layers.values())
+    identity = [layer.shortcut for layer in net.layers if layer.shortcut_weight is None]
+    spikes = [s.spikes for s in net.statistics()]
+    added = sum(spikes[index] for index in identity if index is not None)
+    pooled = sum(
+        s.additions
+        for s, layer in zip(net.statistics(), net.layers, strict=True)
+        if layer.kind == "readout"
+    )  # counts of 16 cost fewer additions than spikes
+    whole = sum(s.additions for s in net.statistics()) - pooled
+    assert whole == expected - counter.layers[net.layers[-1].name].additions + added
+
+
 # ---- Precisions ----
 
 
@@ -573,7 +655,7 @@ DAMAGE = {
     "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "truncated"),
     "empty": (lambda p: p.write_bytes(b""), "truncated"),
     "not a file": (lambda p: p.unlink(), "no such file"),
-    "newer": (lambda p: rewrite(p, lambda h: h.update(event_format=2)), "newer iirsnn"),
+    "newer": (lambda p: rewrite(p, lambda h: h.update(event_format=FORMAT + 1)), "newer iirsnn"),
     "no network": (lambda p: rewrite(p, lambda h: h.pop("event_format")), "no event network"),
     "no layers": (lambda p: rewrite(p, lambda h: h.pop("layers")), "damaged"),
     "unknown layer": (
@@ -739,7 +821,7 @@ def test_residual_blocks(level, timesteps, precision):
     last = weight(3, 40 * 9, 1, 1)
     s0 = neurons([(0, stem, (1, 1), (1, 1))], 70)
     s1 = neurons([(s0, first, (1, 1), (1, 1))], 70)
-    s2 = neurons([(s1, second, (1, 1), (1, 1))], 70, skips=[s0])
+    s2 = neurons([(s1, second, (1, 1), (1, 1))], 70, skips=[(s0, 1.0)])
     s3 = neurons([(s2, third, (2, 2), (1, 1))], 40)
     s4 = neurons([(s3, fourth, (1, 1), (1, 1)), (s2, short, (2, 2), (0, 0))], 40)
     scale, bias = np.ones(3, np.float32), np.zeros(3, np.float32)
@@ -788,7 +870,7 @@ def test_engine_checks_what_it_is_given():
             neurons(**arguments)
     spikes = neurons()
     with pytest.raises(ValueError, match="skips: expected spikes of the layer's own shape"):
-        neurons(source=spikes, shape=(8, 8, 2, 2), skips=[spikes])
+        neurons(source=spikes, shape=(8, 8, 2, 2), skips=[(spikes, 1.0)])
     with pytest.raises(ValueError, match="expected a readout as its last layer"):
         engine.run(np.zeros((1, 1, 4, 4), np.float32))
     with pytest.raises(ValueError, match=r"images: expected float32 \[count, 1, 4, 4\]"):

@@ -67,15 +67,18 @@ LayerParameters parameters(const std::string& name, const Array& bias, const Arr
   return {chosen, values("bias", bias, outputs), chosen == Precision::int8 ? values("scale", scale, outputs) : nullptr};
 }
 
-int64_t add_neurons(Engine& engine, const std::vector<PySynapses>& given, const std::vector<int64_t>& skips,
-                    const std::string& precision_name, const Array& bias, const Array& scale, const Array& threshold,
-                    const Array& leak, const std::string& reset_name, float v_reset) {
+int64_t add_neurons(Engine& engine, const std::vector<PySynapses>& given,
+                    const std::vector<std::pair<int64_t, float>>& skips, const std::string& precision_name,
+                    const Array& bias, const Array& scale, const Array& threshold, const Array& leak,
+                    const std::string& reset_name, float v_reset) {
   std::vector<Synapses> all;
   for (const PySynapses& one : given) all.push_back(synapses(engine, one));
   if (all.empty()) throw std::invalid_argument("synapses: expected at least one, got none");
   const int64_t outputs = all[0].outputs;
+  std::vector<Skip> added;
+  for (const auto& [source, unit] : skips) added.push_back({source, unit});
   return engine.add_neurons(
-      all, skips, parameters(precision_name, bias, scale, outputs),
+      all, added, parameters(precision_name, bias, scale, outputs),
       {values("threshold", threshold, outputs), values("leak", leak, outputs), reset(reset_name), v_reset});
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -17,15 +18,59 @@
 #endif
 
 namespace iirsnn::event {
+
+constexpr int64_t kHugePage = 2 << 20;
+static int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+// Zeros, aligned to a cache line, or on huge pages where there is enough of it: rows are read at random, and pages that
+// malloc has used before would stay small.
+class Memory {
+ public:
+  explicit Memory(int64_t bytes = 0) {
+    if (bytes == 0) return;
+#if defined(__linux__)
+    if (bytes >= kHugePage / 2) {
+      mapped_ = round_up(bytes, kHugePage) + kHugePage;  // so that an aligned part is large enough
+      void* all = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (all == MAP_FAILED) throw std::bad_alloc();
+      map_ = static_cast<char*>(all);
+      data_ = reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(map_), kHugePage));
+      madvise(data_, round_up(bytes, kHugePage), MADV_HUGEPAGE);  // a wish; refusing it does no harm
+      return;
+    }
+#endif
+    bytes = round_up(bytes, 64);
+    data_ = static_cast<char*>(std::aligned_alloc(64, bytes));
+    if (!data_) throw std::bad_alloc();
+    std::memset(data_, 0, bytes);
+  }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory() {
+#if defined(__linux__)
+    if (map_) {
+      munmap(map_, mapped_);
+      return;
+    }
+#endif
+    std::free(data_);
+  }
+  char* data() const { return data_; }
+
+ private:
+  char *data_ = nullptr, *map_ = nullptr;
+  int64_t mapped_ = 0;
+};
+
 namespace {
 
 // Positions of a strip: enough of them to read a block of weights once for many, few enough to stay in the L2 cache.
 constexpr int64_t kPositions = 256, kFewPositions = 32;
 constexpr int64_t kStreamBytes = 512 << 10;
+constexpr int64_t kStreamBlock = 256 << 10;  // of weights that several positions read
 constexpr int64_t kFewestPositions = 4;
 // Of a layer with whole rows: from so many positions on, tiles of them are worth reading them once for each tile.
 constexpr int64_t kPositionsToTile = 32;
-constexpr int64_t kHugePage = 2 << 20;
 
 int threads() {
 #if defined(_OPENMP)
@@ -44,34 +89,10 @@ int thread() {
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 void check(bool right, const std::string& message) {
   if (!right) throw std::invalid_argument(message);
 }
-
-// Zeros, aligned to a cache line, or on huge pages where there is enough of it: rows are read at random.
-class Memory {
- public:
-  explicit Memory(int64_t bytes = 0) {
-    if (bytes == 0) return;
-    const int64_t alignment = bytes >= kHugePage ? kHugePage : 64;
-    bytes = round_up(bytes, alignment);
-    data_.reset(static_cast<char*>(std::aligned_alloc(alignment, bytes)));
-    if (!data_) throw std::bad_alloc();
-#if defined(__linux__)
-    if (alignment == kHugePage) madvise(data_.get(), bytes, MADV_HUGEPAGE);  // a wish; refusing it does no harm
-#endif
-    std::memset(data_.get(), 0, bytes);
-  }
-  char* data() const { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(char* memory) const { std::free(memory); }
-  };
-  std::unique_ptr<char, Free> data_;
-};
 
 // Positions whose window lies over one tap inside an image: those `first` to `last` - 1 along one axis.
 struct Span {
@@ -132,15 +153,17 @@ struct Engine::Spikes {
 struct Engine::Connection {
   // Outputs of one tile that read the same channels.
   struct Piece {
-    int64_t first, channels;  // that it reads
-    int64_t reached;          // outputs that one event reaches
-    int64_t offset;           // of its weights, in elements
+    int64_t first, channels;         // that it reads
+    int64_t reached;                 // outputs that one event reaches
+    int64_t offset;                  // of its weights, in elements
+    std::vector<uint8_t> carries{};  // of int8 weights: Carry [word][tap]
   };
   int64_t source;
   Shape in;
   Window window;
   std::vector<std::vector<Piece>> tiles;  // a single one when the layer has whole rows
   std::shared_ptr<Memory> weights;
+  int64_t bytes, start = 0;  // start: of its weights in theirs
 };
 
 struct Engine::Step {
@@ -155,7 +178,7 @@ struct Engine::Step {
   // layers
   Precision precision = Precision::fp32;
   std::vector<Connection> connections;
-  std::vector<int64_t> skips;
+  std::vector<Skip> skips;
   bool image = false;                               // reads the image, and so has the same current at every timestep
   bool rows = false;                                // keeps its rows of weights whole
   std::vector<float> bias, scale, threshold, leak;  // padded to whole rows
@@ -264,6 +287,39 @@ static void store_weight(Precision precision, void* weights, int64_t at, int64_t
   }
 }
 
+// Where 16-bit sums of the outputs [from, to) over the channels [first, end) have to be carried over. A sum, and any
+// part of one, is at most the sum of |weight| times the largest count: whatever the order of additions, none overflows
+// before that bound does. By digit a block adds at most 64 * 127 = 8128.
+static std::vector<uint8_t> carries(const Synapses& s, int64_t from, int64_t to, int64_t first, int64_t end,
+                                    int64_t group_channels, int64_t most) {
+  const int64_t taps = s.window.kernel.y * s.window.kernel.x, group_outputs = s.outputs / s.groups;
+  to = std::min(to, s.outputs);
+  std::vector<int64_t> sums(to - from), block(to - from);
+  std::vector<uint8_t> result;
+  for (int64_t next; first < end; first = next) {
+    next = std::min(end, (first / kWord + 1) * kWord);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      int64_t largest = 0, largest_block = 0;
+      for (int64_t k = from; k < to; ++k) {
+        int64_t& sum = block[k - from] = 0;
+        const int64_t group = k / group_outputs * group_channels;
+        for (int64_t c = std::max(first, group); c < std::min(next, group + group_channels); ++c) {
+          sum += most * int64_t(std::fabs(s.weight[(k * group_channels + c - group) * taps + tap]));
+        }
+        largest_block = std::max(largest_block, sum);
+        largest = std::max(largest, sums[k - from] + sum);
+      }
+      constexpr int64_t kLimit = std::numeric_limits<int16_t>::max();
+      const Carry carry = largest_block > kLimit ? Carry::by_digit : largest > kLimit ? Carry::before : Carry::none;
+      for (int64_t k = 0; k < to - from; ++k) {
+        sums[k] = carry == Carry::by_digit ? 0 : carry == Carry::before ? block[k] : sums[k] + block[k];
+      }
+      result.push_back(uint8_t(carry));
+    }
+  }
+  return result;
+}
+
 Engine::Connection Engine::connect(const Synapses& s, const LayerParameters& parameters) const {
   const Shape in = shape(s.source);
   check(s.outputs > 0, "outputs: expected at least 1, got " + std::to_string(s.outputs));
@@ -278,7 +334,7 @@ Engine::Connection Engine::connect(const Synapses& s, const LayerParameters& par
             group_channels * taps * spikes(s.source).most < std::numeric_limits<int32_t>::max() / 127,
         "int8: expected fewer than 2^31 / 127 spikes for a neuron, which 32-bit sums hold");
 
-  Connection made{s.source, in, s.window, {}, nullptr};
+  Connection made{s.source, in, s.window, {}, nullptr, 0};
   const int64_t padded = round_up(s.outputs, row_unit(precision));
   const int64_t tile = rows ? padded : tile_width(precision);
   const auto pitch = [&](int64_t width) { return rows ? row_pitch(precision, padded) : width; };
@@ -290,11 +346,12 @@ Engine::Connection Engine::connect(const Synapses& s, const LayerParameters& par
       size += piece.channels * taps * pitch(std::min(tile, padded - from));
     }
   }
-  made.weights = std::make_shared<Memory>(size * weight_bytes(precision));
+  made.bytes = size * weight_bytes(precision);
+  made.weights = std::make_shared<Memory>(made.bytes);
 
   for (int64_t from = 0; from < padded; from += tile) {
     const int64_t width = std::min(tile, padded - from);
-    for (const Connection::Piece& piece : made.tiles[from / tile]) {
+    for (Connection::Piece& piece : made.tiles[from / tile]) {
       int64_t row = piece.offset;
       const int64_t end = piece.first + piece.channels;
       for (int64_t block = piece.first; block < end;) {  // the channels of one word, or all values of a pixel
@@ -312,6 +369,8 @@ Engine::Connection Engine::connect(const Synapses& s, const LayerParameters& par
         }
         block = next;
       }
+      if (is_integer(precision))
+        piece.carries = carries(s, from, from + width, piece.first, end, group_channels, spikes(s.source).most);
     }
   }
   return made;
@@ -345,13 +404,13 @@ std::unique_ptr<Engine::Step> Engine::layer(const std::vector<Synapses>& synapse
   return step;
 }
 
-int64_t Engine::add_neurons(const std::vector<Synapses>& synapses, const std::vector<int64_t>& skips,
+int64_t Engine::add_neurons(const std::vector<Synapses>& synapses, const std::vector<Skip>& skips,
                             const LayerParameters& parameters, const NeuronParameters& neurons) {
   auto step = layer(synapses, parameters);
   step->kind = Step::kNeurons;
-  for (const int64_t source : skips) {
-    const Spikes& skip = spikes(source);
-    check(skip.planes == 1 && skip.shape.channels == step->out.channels && skip.shape.height == step->out.height &&
+  for (const Skip& given : skips) {
+    const Spikes& skip = spikes(given.source);
+    check(skip.shape.channels == step->out.channels && skip.shape.height == step->out.height &&
               skip.shape.width == step->out.width,
           "skips: expected spikes of the layer's own shape");
   }
@@ -373,6 +432,25 @@ void Engine::add_readout(const Synapses& synapses, const LayerParameters& parame
                                                      std::to_string(step->out.height) + " x " +
                                                      std::to_string(step->out.width));
   add_step(std::move(step), 1);
+  pack();
+}
+
+// Moves all weights into one piece of memory, in the order of their use: on huge pages, whatever a layer's size.
+void Engine::pack() {
+  int64_t size = 0;
+  for (const auto& step : steps_) {
+    for (Connection& c : step->connections) {
+      c.start = size;
+      size += round_up(c.bytes, 64);
+    }
+  }
+  const auto weights = std::make_shared<Memory>(size);
+  for (const auto& step : steps_) {
+    for (Connection& c : step->connections) {
+      std::memcpy(weights->data() + c.start, c.weights->data(), c.bytes);
+      c.weights = weights;
+    }
+  }
 }
 
 void Engine::run(const float* images, int64_t count, float* logits) {
@@ -447,7 +525,8 @@ std::vector<Engine::Strip> Engine::cut(const Step& step) const {
   const bool stream = step.rows && all < kPositionsToTile;
   int64_t outputs = tile_width(step.precision), images = count_, rows = height;
   if (stream) {
-    const int64_t fits = kStreamBytes / (all * int64_t(sizeof(float)));
+    int64_t fits = kStreamBytes / (all * int64_t(sizeof(float)));
+    if (all > 1) fits = std::min(fits, kStreamBlock / (kWord * weight_bytes(step.precision)));
     outputs =
         std::min({padded, round_up(ceil_div(padded, workers), kWord), std::max<int64_t>(fits / kWord, 4) * kWord});
   } else {
@@ -481,6 +560,7 @@ void Engine::run_layer(const Step& step, const float* images, float* logits, Lay
   for (const Strip& s : strips) {
     bytes = std::max(bytes, (s.last - s.first) * steps * (s.bottom - s.top) * step.out.width * s.width * 4);
   }
+  if (is_integer(step.precision)) bytes += bytes / 2;  // 16-bit sums beside the totals
   bytes = round_up(bytes, 64);
   const int workers = int(std::min<int64_t>(threads(), int64_t(strips.size())));
   const Memory sums(bytes * workers);
@@ -500,6 +580,7 @@ void Engine::run_layer(const Step& step, const float* images, float* logits, Lay
   for (const Connection& c : step.connections) {
     if (c.source) report.spike_bytes += int64_t(8 * spikes(c.source).bits.size());
   }
+  for (const Skip& skip : step.skips) report.spike_bytes += int64_t(8 * spikes(skip.source).bits.size());
   if (step.kind == Step::kNeurons) {
     report.neurons = step.out.channels * step.out.height * step.out.width;
     report.spike_bytes += int64_t(8 * spikes(step.spikes).bits.size());
@@ -510,7 +591,7 @@ void Engine::add_up(const Step& step, const Strip& strip, const float* images, v
   const int64_t steps = step.image ? 1 : timesteps_, count = (strip.last - strip.first) * steps,
                 area = (strip.bottom - strip.top) * step.out.width, width = strip.width;
   if (is_integer(step.precision)) {
-    std::memset(sums, 0, count * area * width * sizeof(int32_t));
+    std::memset(sums, 0, count * area * width * (sizeof(int32_t) + sizeof(int16_t)));
   } else {
     float* to = static_cast<float*>(sums);
     for (int64_t i = 0; i < count * area; ++i) std::copy_n(step.bias.data() + strip.output, width, to + i * width);
@@ -539,7 +620,7 @@ void Engine::add_up(const Step& step, const Strip& strip, const float* images, v
 
     for (const Connection::Piece& piece : c.tiles[strip.tile]) {
       const int64_t outputs = std::min(piece.reached, strip.outputs);
-      char* weights = c.weights->data() + piece.offset * weight_bytes(step.precision);
+      char* weights = c.weights->data() + c.start + piece.offset * weight_bytes(step.precision);
       if (step.image) {
         Products work{};
         work.image = images + strip.first * image;
@@ -586,6 +667,12 @@ void Engine::add_up(const Step& step, const Strip& strip, const float* images, v
       work.pitch = step.rows ? row_pitch(step.precision, step.padded()) : width;
       work.sums = sums;
       work.width = int(width);
+      if (is_integer(step.precision)) {
+        work.positions = count * area;
+        work.totals = static_cast<int32_t*>(sums);
+        work.sums = work.totals + work.positions * width;
+        work.carries = piece.carries.data();
+      }
       Work done;
       if (strip.stream) {
         add_stream(step.precision, work, done);
@@ -634,11 +721,19 @@ void Engine::finish(const Step& step, const Strip& strip, const void* sums, floa
   work.leak = step.leak.data() + strip.output;
   work.v_reset = step.v_reset;
   work.reset = step.reset;
-  work.skip = step.skips.empty() ? nullptr : spikes(step.skips[0]).bits.data() + at;
+  if (!step.skips.empty()) {
+    const Spikes& skip = spikes(step.skips[0].source);
+    work.skip = skip.bits.data() + at;
+    work.skip_planes = int(skip.planes);
+    work.skip_plane = count_ * timesteps_ * skip.image_words();
+    work.skip_unit = step.skips[0].unit;
+  }
   work.spikes = out.bits.data() + at;
   work.words = out.words();
   work.image_words = out.image_words();
-  report.spikes += fire(work);
+  const Fired fired = fire(work);
+  report.spikes += fired.spikes;
+  report.additions += fired.skips;
 }
 
 }  // namespace iirsnn::event

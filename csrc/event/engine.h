@@ -34,6 +34,12 @@ struct Synapses {
   Window window;
 };
 
+// Spikes, or counts of an average pool, of the layer's own shape, which add `unit` each to its current.
+struct Skip {
+  int64_t source;
+  float unit;
+};
+
 struct LayerParameters {
   Precision precision;  // of weights that spikes meet; those of the image are fp32
   const float* bias;    // [outputs]
@@ -63,8 +69,8 @@ class Engine {
   ~Engine();
 
   // Each returns the number that stands for the spikes it gives. std::invalid_argument says what cannot be.
-  // A layer's current is the sum of its synapses, plus its skips: spikes of its own shape, 1 each.
-  int64_t add_neurons(const std::vector<Synapses>& synapses, const std::vector<int64_t>& skips,
+  // A layer's current is the sum of its synapses, plus its skip, if it has one.
+  int64_t add_neurons(const std::vector<Synapses>& synapses, const std::vector<Skip>& skips,
                       const LayerParameters& parameters, const NeuronParameters& neurons);
   int64_t add_max_pool(int64_t source, const Window& window);      // any spike in the window is one
   int64_t add_average_pool(int64_t source, const Window& window);  // counts; dividing is for the next layer's weights
@@ -92,6 +98,7 @@ class Engine {
   Connection connect(const Synapses& synapses, const LayerParameters& parameters) const;
   std::unique_ptr<Step> layer(const std::vector<Synapses>& synapses, const LayerParameters& parameters) const;
   std::unique_ptr<Step> pool(int64_t source, const Window& window) const;
+  void pack();
   std::vector<Strip> cut(const Step& step) const;
   void run_pool(const Step& step, LayerReport& report);
   void run_layer(const Step& step, const float* images, float* logits, LayerReport& report);

@@ -1,8 +1,10 @@
 #include "kernels.h"
 
+#include <algorithm>
 #include <cstring>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "../lif_cpu.h"
 #include "../lif_step.h"
@@ -19,6 +21,9 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors pass between inlined functions only
 #endif
+
+// Lambdas are inlined into the loop that they are written in, so that they have its instruction set.
+#define IIRSNN_LAMBDA __attribute__((always_inline))
 
 namespace iirsnn::event {
 namespace {
@@ -113,25 +118,23 @@ struct Bf16 {
   };
 };
 
-// The sums of one visit are 16 bits wide: a visit adds at most the 64 rows of a word (4 in a stream), |row| <= 127, and
-// 64 * 127 = 8128 < 2^15. They end in 32 bits: 2^31 / 127 rows, counts included, which the layers' sizes are held to.
+// 16-bit sums: Carry says where they have to be carried over to 32 bits, from bounds that the engine proves.
 template <typename stored_t>  // int8_t or int16_t
 struct Integer {
   using weight_t = stored_t;
-  using sum_t = int32_t;
+  using sum_t = int16_t;
   static constexpr int kUnit = row_unit(Precision::int8);
 
   template <int kWidth>
   struct Sum {
     Shorts v[kWidth / 32];
-    int32_t* sums;
 
     IIRSNN_INLINE void zero() {
       for (Shorts& part : v) part = Shorts{};
     }
-    IIRSNN_INLINE void load(int32_t* to) {
-      zero();
-      sums = to;
+    IIRSNN_INLINE void load(const int16_t* sums) {
+      const Shorts* parts = reinterpret_cast<const Shorts*>(sums);
+      for (int i = 0; i < kWidth / 32; ++i) v[i] = parts[i];
     }
     IIRSNN_INLINE void add(const int8_t* row) {
       const Bytes32* parts = reinterpret_cast<const Bytes32*>(row);
@@ -141,18 +144,27 @@ struct Integer {
       const Shorts* parts = reinterpret_cast<const Shorts*>(row);
       for (int i = 0; i < kWidth / 32; ++i) v[i] += parts[i];
     }
-    IIRSNN_INLINE void merge(const Sum& other, int digit) { other.widen(sums, digit); }
-    IIRSNN_INLINE void store(int32_t* to) const { widen(to, 0); }
-    IIRSNN_INLINE void widen(int32_t* to, int digit) const {
-      Ints* parts = reinterpret_cast<Ints*>(to);
-      for (int i = 0; i < kWidth / 32; ++i) {
-        HalfShorts halves[2];
-        std::memcpy(halves, &v[i], sizeof(halves));
-        for (int k = 0; k < 2; ++k) parts[2 * i + k] += __builtin_convertvector(halves[k], Ints) << digit;
-      }
+    IIRSNN_INLINE void merge(const Sum& other, int digit) {
+      for (int i = 0; i < kWidth / 32; ++i) v[i] += other.v[i] << digit;
+    }
+    IIRSNN_INLINE void store(int16_t* sums) const {
+      Shorts* parts = reinterpret_cast<Shorts*>(sums);
+      for (int i = 0; i < kWidth / 32; ++i) parts[i] = v[i];
     }
   };
 };
+
+// totals += sums * 2^digit; sums = 0
+IIRSNN_INLINE void carry_over(const Additions& work, int digit) {
+  Shorts* sums = static_cast<Shorts*>(work.sums);
+  Ints* totals = reinterpret_cast<Ints*>(work.totals);
+  for (int64_t i = 0; i < work.positions * work.width / 32; ++i) {
+    HalfShorts halves[2];
+    std::memcpy(halves, &sums[i], sizeof(halves));
+    for (int k = 0; k < 2; ++k) totals[2 * i + k] += __builtin_convertvector(halves[k], Ints) << digit;
+    sums[i] = Shorts{};
+  }
+}
 
 // ---- Events ----
 
@@ -162,7 +174,6 @@ struct TileVisit {
   using weight_t = typename Weights::weight_t;
   using sum_t = typename Weights::sum_t;
   using Sum = typename Weights::template Sum<kWidth>;
-  static constexpr bool kPrefetches = true;
   int64_t pitch;
   IIRSNN_INLINE TileVisit(const Additions& work) : pitch(work.pitch) {}
 
@@ -198,24 +209,128 @@ struct TileVisit {
   }
 };
 
+// The blocks of one call, a word of a tap each, in the order of their weights; `complete`: whether the sums have to be
+// complete after the block.
+template <typename Weights, typename Visit>
+IIRSNN_INLINE void each_block(const Additions& work, const Visit& visit) {
+  const typename Weights::weight_t* rows = static_cast<const typename Weights::weight_t*>(work.weights);
+  int left = work.channels;
+  for (int word = 0; word < work.words; ++word) {
+    const uint64_t mask =
+        (word == 0 ? work.first_mask : ~uint64_t(0)) & (word == work.words - 1 ? work.last_mask : ~uint64_t(0));
+    const int skipped = word == 0 ? __builtin_ctzll(work.first_mask) : 0;
+    const int here = left < kWord - skipped ? left : kWord - skipped;
+    left -= here;
+    for (int t = 0; t < work.tap_count; ++t, rows += here * work.pitch) {
+      const int block = word * work.tap_count + t;
+      const auto carry = [&](int of) { return work.carries ? Carry(work.carries[of]) : Carry::none; };
+      const bool last = block + 1 == work.words * work.tap_count;
+      visit(work.taps[t], work.bits + work.first_word + word, mask, rows - skipped * work.pitch, here, carry(block),
+            last || carry(block + 1) != Carry::none);
+    }
+  }
+}
+
+// The positions of one tap, with the bits that they read and their sums.
+template <typename sum_t, typename Visit>
+IIRSNN_INLINE void each_position(const Additions& work, const Tap& tap, const uint64_t* bits, const Visit& visit) {
+  for (int64_t image = 0; image < work.images; ++image) {
+    for (int y = 0; y < tap.rows; ++y) {
+      const uint64_t* in = bits + tap.in + image * work.image_in + y * work.row_in;
+      sum_t* sums =
+          static_cast<sum_t*>(work.sums) + (tap.out + image * work.image_out + y * work.row_out) * int64_t(work.width);
+      for (int x = tap.columns; x > 0; --x, in += work.column_in, sums += work.width) visit(in, sums);
+    }
+  }
+}
+
+// A block is small enough to stay in the L1 cache while all positions of the strip visit it. The visits share out the
+// rows of the next block among them and ask for them early: memory cannot guess the order in which events read rows.
+// With few visits most rows would be fetched in vain.
+constexpr int64_t kVisitsToPrefetch = 8;
+
+template <typename Weights, int kWidth, bool kPlain>
+struct TileLoop {
+  static IIRSNN_INLINE void run(const Additions* work_, Work* done_) {
+    const Additions work = *work_;
+    Work done;
+    const TileVisit<Weights, kWidth> visit(work);
+    using weight_t = typename Weights::weight_t;
+    using sum_t = typename Weights::sum_t;
+    constexpr bool kIntegers = std::is_same_v<sum_t, int16_t>;
+    each_block<Weights>(work, [&](const Tap& tap, const uint64_t* bits, uint64_t mask, const weight_t* rows, int here,
+                                  Carry carry, bool) IIRSNN_LAMBDA {
+      if (kIntegers && carry != Carry::none) carry_over(work, 0);
+      if constexpr (kIntegers && !kPlain) {
+        if (carry == Carry::by_digit) {
+          for (int digit = 0; digit < work.planes; ++digit) {
+            each_position<sum_t>(work, tap, bits + digit * work.plane,
+                                 [&](const uint64_t* in, sum_t* sums) IIRSNN_LAMBDA {
+                                   const uint64_t set = *in & mask;
+                                   done.events += __builtin_popcountll(set);
+                                   done.merges += digit && set ? digit + 1 : 0;
+                                   visit.plain(set, rows, sums);
+                                 });
+            carry_over(work, digit);
+          }
+          return;
+        }
+      }
+      const int64_t visits = work.images * tap.rows * tap.columns;
+      const weight_t *next = rows + (__builtin_ctzll(mask) + here) * work.pitch, *end = next;
+      if (visits >= kVisitsToPrefetch) end += here * work.pitch;
+      const int64_t share = (here + visits - 1) / (visits > 0 ? visits : 1);
+      each_position<sum_t>(work, tap, bits, [&](const uint64_t* in, sum_t* sums) IIRSNN_LAMBDA {
+        if (next < end) {
+          for (int64_t row = share; row > 0; --row, next += work.pitch) visit.prefetch(next);
+        }
+        if constexpr (kPlain) {
+          done.events += __builtin_popcountll(*in);
+          visit.plain(*in, rows, sums);
+        } else {
+          done.events += __builtin_popcountll(*in & mask);
+          visit.pooled(in, work.plane, work.planes, mask, rows, sums, done);
+        }
+      });
+    });
+    if (kIntegers) carry_over(work, 0);
+    done_->events += done.events;
+    done_->merges += done.merges;
+  }
+};
+
+// Rows are long and each is met a few times at most, so they come from memory: four at a time, which are known so early
+// that the next ones can be asked for.
 template <typename Weights>
-struct StreamVisit {
+struct StreamLoop {
   using weight_t = typename Weights::weight_t;
   using sum_t = typename Weights::sum_t;
   using Sum = typename Weights::template Sum<Weights::kUnit>;
-  static constexpr bool kPrefetches = false;
   static constexpr int kRows = 4;
-  int64_t pitch;
-  int width;
-  IIRSNN_INLINE StreamVisit(const Additions& work) : pitch(work.pitch), width(work.width) {}
+  static constexpr int kAhead = 8192 / int(sizeof(weight_t));  // outputs of each row
+  static constexpr bool kIntegers = std::is_same_v<sum_t, int16_t>;
 
-  IIRSNN_INLINE void prefetch(const weight_t*) const {}
-  template <int kCount>
-  IIRSNN_INLINE void add(const weight_t* const* rows, int digit, sum_t* sums) const {
-    for (int i = 0; i < width; i += Weights::kUnit) {
+  struct Group {
+    const weight_t* rows[kRows];  // beyond count, the first one again
+    sum_t* sums;
+    int count, digit;
+    IIRSNN_INLINE bool takes(const sum_t* to, int of) const { return count < kRows && sums == to && digit == of; }
+  };
+
+  template <int kCount, bool kPlain>
+  static IIRSNN_INLINE void add_part(const Group& group, int from, int to, const Group& next, int shift) {
+    const weight_t *rows[kCount], *ahead[kRows];  // in registers: stores to the sums could change the group's
+    for (int k = 0; k < kCount; ++k) rows[k] = group.rows[k];
+    for (int k = 0; k < kRows; ++k) ahead[k] = next.rows[k] + shift;
+    sum_t* const sums = group.sums;
+    const int digit = group.digit;
+    for (int i = from; i < to; i += Weights::kUnit) {
+      if (sizeof(weight_t) > 1 || i % 64 == 0) {  // once a cache line
+        for (int k = 0; k < kRows; ++k) __builtin_prefetch(ahead[k] + i, 0, 2);
+      }
       Sum sum;
       sum.load(sums + i);
-      if (digit == 0) {
+      if constexpr (kPlain) {
         for (int k = 0; k < kCount; ++k) sum.add(rows[k] + i);
       } else {
         Sum high;
@@ -223,105 +338,96 @@ struct StreamVisit {
         for (int k = 0; k < kCount; ++k) high.add(rows[k] + i);
         sum.merge(high, digit);
       }
-      if constexpr (std::is_same_v<sum_t, float>) {
-        sum.store(sums + i);
-      } else if (digit == 0) {
-        sum.store(sums + i);  // of a higher digit, merge has written the sums
-      }
+      sum.store(sums + i);
     }
   }
-  IIRSNN_INLINE int64_t digit(uint64_t bits, int digit, const weight_t* rows, sum_t* sums) const {
-    int64_t passes = 0;
-    while (bits) {
-      const weight_t* chosen[kRows];
-      int count = 0;
-      for (; bits && count < kRows; bits &= bits - 1) chosen[count++] = rows + __builtin_ctzll(bits) * pitch;
-      ++passes;
-      if (count == 4) {
-        add<4>(chosen, digit, sums);
-      } else if (count == 3) {
-        add<3>(chosen, digit, sums);
-      } else if (count == 2) {
-        add<2>(chosen, digit, sums);
-      } else {
-        add<1>(chosen, digit, sums);
-      }
-    }
-    return passes;
-  }
-  IIRSNN_INLINE void plain(uint64_t bits, const weight_t* rows, sum_t* sums) const { digit(bits, 0, rows, sums); }
-  IIRSNN_INLINE void pooled(const uint64_t* bits, int64_t plane, int planes, uint64_t mask, const weight_t* rows,
-                            sum_t* sums, Work& done) const {
-    digit(bits[0] & mask, 0, rows, sums);
-    for (int d = 1; d < planes; ++d) {
-      const uint64_t set = bits[d * plane] & mask;
-      done.events += __builtin_popcountll(set);
-      done.merges += (d + 1) * digit(set, d, rows, sums);
+  // Adds a group and asks for `soon` at the distance `shift`, then for `later`.
+  template <int kCount>
+  static IIRSNN_INLINE void add(const Group& group, const Group& soon, const Group& later, int shift, int width) {
+    if (group.digit == 0) {
+      add_part<kCount, true>(group, 0, width - shift, soon, shift);
+      add_part<kCount, true>(group, width - shift, width, later, shift - width);
+    } else {
+      add_part<kCount, false>(group, 0, width - shift, soon, shift);
+      add_part<kCount, false>(group, width - shift, width, later, shift - width);
     }
   }
-};
 
-// A block, one word of one tap, is small enough to stay in the L1 cache while all positions of the strip visit it.
-// The visits share out the rows of the next block among them and ask for them early: memory cannot guess the order in
-// which events read rows. With few visits most rows would be fetched in vain.
-constexpr int64_t kVisitsToPrefetch = 8;
-
-template <typename Weights, typename Visit, bool kPlain>
-struct AddLoop {
   static IIRSNN_INLINE void run(const Additions* work_, Work* done_) {
     const Additions work = *work_;
     Work done;
-    const Visit visit(work);
-    using weight_t = typename Weights::weight_t;
-    using sum_t = typename Weights::sum_t;
-    const weight_t* rows = static_cast<const weight_t*>(work.weights);
-    int left = work.channels;
-    for (int word = 0; word < work.words; ++word) {
-      const uint64_t mask =
-          (word == 0 ? work.first_mask : ~uint64_t(0)) & (word == work.words - 1 ? work.last_mask : ~uint64_t(0));
-      const int skipped = !kPlain && word == 0 ? __builtin_ctzll(work.first_mask) : 0;
-      const int here = left < kWord - skipped ? left : kWord - skipped;
-      left -= here;
-      const uint64_t* bits = work.bits + work.first_word + word;
-      for (int t = 0; t < work.tap_count; ++t, rows += here * work.pitch) {
-        const Tap tap = work.taps[t];
-        const weight_t* from = rows - skipped * work.pitch;
-        const int64_t visits = work.images * tap.rows * tap.columns;
-        const weight_t *next = rows + here * work.pitch, *end = next;
-        if (Visit::kPrefetches && visits >= kVisitsToPrefetch) end += here * work.pitch;
-        const int64_t share = (here + visits - 1) / (visits > 0 ? visits : 1);
-        for (int64_t image = 0; image < work.images; ++image) {
-          for (int y = 0; y < tap.rows; ++y) {
-            const uint64_t* in = bits + tap.in + image * work.image_in + y * work.row_in;
-            sum_t* sums = static_cast<sum_t*>(work.sums) +
-                          (tap.out + image * work.image_out + y * work.row_out) * int64_t(work.width);
-            for (int x = tap.columns; x > 0; --x, in += work.column_in, sums += work.width) {
-              if (next < end) {
-                for (int64_t row = share; row > 0; --row, next += work.pitch) visit.prefetch(next);
-              }
-              if constexpr (kPlain) {
-                done.events += __builtin_popcountll(*in);
-                visit.plain(*in, from, sums);
-              } else {
-                done.events += __builtin_popcountll(*in & mask);
-                visit.pooled(in, work.plane, work.planes, mask, from, sums, done);
-              }
-            }
-          }
+    std::vector<Group> groups;  // to be added; known so early that their rows can be asked for
+    const int width = work.width, groups_ahead = kAhead / width;
+    const auto collect = [&](uint64_t bits, int digit, int merges, const weight_t* rows, sum_t* sums) IIRSNN_LAMBDA {
+      done.events += __builtin_popcountll(bits);
+      while (bits) {
+        if (groups.empty() || !groups.back().takes(sums, digit)) {
+          const weight_t* first = rows + __builtin_ctzll(bits) * work.pitch;
+          groups.push_back({{first, first, first, first}, sums, 0, digit});
+          done.merges += merges;
+        }
+        Group& group = groups.back();
+        for (; bits && group.count < kRows; bits &= bits - 1) {
+          group.rows[group.count++] = rows + __builtin_ctzll(bits) * work.pitch;
         }
       }
-    }
+    };
+    each_block<Weights>(work, [&](const Tap& tap, const uint64_t* bits, uint64_t mask, const weight_t* rows, int here,
+                                  Carry carry, bool complete) IIRSNN_LAMBDA {
+      if (kIntegers && carry != Carry::none) carry_over(work, 0);
+      const bool by_digit = kIntegers && carry == Carry::by_digit;
+      // of many positions one or another needs almost every row of the next block, so they share out all of them
+      const bool share = work.images * tap.rows * tap.columns >= kVisitsToPrefetch;
+      const weight_t* next = rows + (__builtin_ctzll(mask) + here) * work.pitch;
+      for (int digit = 0; digit < (by_digit ? work.planes : 1); ++digit) {
+        each_position<sum_t>(work, tap, bits, [&](const uint64_t* in, sum_t* sums) IIRSNN_LAMBDA {
+          if (by_digit) return collect(in[digit * work.plane] & mask, 0, digit ? digit + 1 : 0, rows, sums);
+          for (int d = 0; d < work.planes; ++d) collect(in[d * work.plane] & mask, d, d ? d + 1 : 0, rows, sums);
+        });
+        const int64_t count = groups.size(), kept = complete || by_digit || share ? 0 : groups_ahead + 2;
+        for (int64_t i = 0; i < count - kept; ++i) {
+          Group block = groups[i];
+          const Group *soon = &block, *later = soon;
+          int shift = 0;
+          if (share) {
+            for (int64_t k = 0; k < kRows; ++k) {
+              block.rows[k] = next + std::min(i * here / count + k, (i + 1) * here / count) * work.pitch;
+            }
+          } else {
+            soon = &groups[std::min(i + groups_ahead, count - 1)];
+            later = &groups[std::min(i + groups_ahead + 1, count - 1)];
+            shift = kAhead % width;
+          }
+          switch (groups[i].count) {
+            case 4:
+              add<4>(groups[i], *soon, *later, shift, width);
+              break;
+            case 3:
+              add<3>(groups[i], *soon, *later, shift, width);
+              break;
+            case 2:
+              add<2>(groups[i], *soon, *later, shift, width);
+              break;
+            default:
+              add<1>(groups[i], *soon, *later, shift, width);
+          }
+        }
+        groups.erase(groups.begin(), groups.begin() + std::max<int64_t>(count - kept, 0));
+        if (by_digit) carry_over(work, digit);
+      }
+    });
+    if (kIntegers) carry_over(work, 0);
     done_->events += done.events;
     done_->merges += done.merges;
   }
 };
 
-template <typename Weights, typename Visit>
+template <typename Weights, int kWidth>
 void add_events(const Additions& work, Work& done) {
   if (work.whole && work.planes == 1) {
-    run<AddLoop<Weights, Visit, true>>(&work, &done);
+    run<TileLoop<Weights, kWidth, true>>(&work, &done);
   } else {
-    run<AddLoop<Weights, Visit, false>>(&work, &done);
+    run<TileLoop<Weights, kWidth, false>>(&work, &done);
   }
 }
 
@@ -371,7 +477,7 @@ IIRSNN_INLINE uint64_t spikes16(Ints above) {  // lanes of 0 or -1
 }
 
 template <bool kInteger>
-IIRSNN_INLINE Floats current16(const Neurons& work, const char* sums, int output, uint64_t skip) {
+IIRSNN_INLINE Floats current16(const Neurons& work, const char* sums, int output, const uint64_t* skip) {
   Floats h;
   if constexpr (kInteger) {
     h = __builtin_convertvector(*reinterpret_cast<const Ints*>(sums), Floats);
@@ -380,29 +486,43 @@ IIRSNN_INLINE Floats current16(const Neurons& work, const char* sums, int output
   } else {
     h = *reinterpret_cast<const Floats*>(sums);
   }
-  if (work.skip) {
+  if (skip) {
     constexpr Ints kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    h += __builtin_convertvector((int32_t(skip & 0xffff) >> kLane) & 1, Floats);
+    Ints count{};
+    for (int digit = 0; digit < work.skip_planes; ++digit) {
+      const int32_t bits = int32_t(skip[digit * work.skip_plane] >> (output % kWord) & 0xffff);
+      count += ((bits >> kLane) & 1) << digit;
+    }
+    h += __builtin_convertvector(count, Floats) * work.skip_unit;
   }
   return h;
 }
 
+IIRSNN_INLINE int64_t added(const Neurons& work, const uint64_t* skip) {
+  int64_t bits = 0;
+  for (int digit = 0; skip && digit < work.skip_planes; ++digit) {
+    bits += __builtin_popcountll(skip[digit * work.skip_plane]);
+  }
+  return bits;
+}
+
 template <bool kInteger>
 struct FireOnce {
-  static IIRSNN_INLINE void run(const Neurons* work_, int64_t* spikes) {
+  static IIRSNN_INLINE void run(const Neurons* work_, Fired* fired) {
     const Neurons work = *work_;
-    int64_t count = 0;
+    int64_t count = 0, skips = 0;
     const char* sums = static_cast<const char*>(work.sums);
     for (int64_t image = 0; image < work.images; ++image) {
       for (int64_t p = 0; p < work.positions; ++p, sums += work.width * 4) {
         const int64_t at = image * work.image_words + p * work.words;
         for (int word = 0; word * kWord < work.outputs; ++word) {
-          const uint64_t skip = work.skip ? work.skip[at + word] : 0;
+          const uint64_t* skip = work.skip ? work.skip + at + word : nullptr;
+          skips += added(work, skip);
           const int outputs = work.outputs - word * kWord < kWord ? work.outputs - word * kWord : kWord;
           uint64_t bits = 0;
           for (int i = 0; i < outputs; i += 16) {
             const int output = word * kWord + i;
-            const Floats h = current16<kInteger>(work, sums + output * 4, output, skip >> i);
+            const Floats h = current16<kInteger>(work, sums + output * 4, output, skip);
             bits |= spikes16(h > *reinterpret_cast<const LooseFloats*>(work.threshold + output)) << i;
           }
           if (outputs < kWord) bits &= (uint64_t(1) << outputs) - 1;
@@ -411,15 +531,16 @@ struct FireOnce {
         }
       }
     }
-    *spikes += count;
+    fired->spikes += count;
+    fired->skips += skips;
   }
 };
 
 template <bool kInteger, Reset kReset>
 struct FireOverTime {
-  static IIRSNN_INLINE void run(const Neurons* work_, int64_t* spikes) {
+  static IIRSNN_INLINE void run(const Neurons* work_, Fired* fired) {
     const Neurons work = *work_;
-    int64_t count = 0;
+    int64_t count = 0, skips = 0;
     const int64_t step = work.positions * work.width * 4;
     for (int64_t image = 0; image < work.images; ++image) {
       const char* first = static_cast<const char*>(work.sums) + image * (work.constant ? 1 : work.timesteps) * step;
@@ -431,7 +552,9 @@ struct FireOverTime {
             const int64_t at = (image * work.timesteps + t) * work.image_words + p * work.words + output / kWord;
             const char* sums = first + (work.constant ? 0 : t) * step + (p * work.width + output) * 4;
             alignas(64) float h[16];
-            const Floats x = current16<kInteger>(work, sums, output, work.skip ? work.skip[at] >> shift : 0);
+            const uint64_t* skip = work.skip ? work.skip + at : nullptr;
+            const Floats x = current16<kInteger>(work, sums, output, skip);
+            if (shift == 0) skips += added(work, skip);
             std::memcpy(h, &x, sizeof(h));
             uint64_t bits = 0;
             for (int i = 0; i < lanes; ++i) {
@@ -446,22 +569,23 @@ struct FireOverTime {
         }
       }
     }
-    *spikes += count;
+    fired->spikes += count;
+    fired->skips += skips;
   }
 };
 
 template <bool kInteger>
-void fire_as(const Neurons& work, int64_t& spikes) {
-  if (work.timesteps == 1) return run<FireOnce<kInteger>>(&work, &spikes);
+void fire_as(const Neurons& work, Fired& fired) {
+  if (work.timesteps == 1) return run<FireOnce<kInteger>>(&work, &fired);
   switch (work.reset) {
     case Fires::soft:
-      return run<FireOverTime<kInteger, Reset::soft>>(&work, &spikes);
+      return run<FireOverTime<kInteger, Reset::soft>>(&work, &fired);
     case Fires::hard:
-      return run<FireOverTime<kInteger, Reset::hard>>(&work, &spikes);
+      return run<FireOverTime<kInteger, Reset::hard>>(&work, &fired);
     case Fires::none:
-      return run<FireOverTime<kInteger, Reset::none>>(&work, &spikes);
+      return run<FireOverTime<kInteger, Reset::none>>(&work, &fired);
     case Fires::soft_delayed:
-      return run<FireOverTime<kInteger, Reset::soft_delayed>>(&work, &spikes);
+      return run<FireOverTime<kInteger, Reset::soft_delayed>>(&work, &fired);
   }
 }
 
@@ -473,13 +597,13 @@ template <typename Weights>
 void add_integer_tile(const Additions& work, Work& done) {
   switch (work.width) {
     case 32:
-      return add_events<Weights, TileVisit<Weights, 32>>(work, done);
+      return add_events<Weights, 32>(work, done);
     case 64:
-      return add_events<Weights, TileVisit<Weights, 64>>(work, done);
+      return add_events<Weights, 64>(work, done);
     case 96:
-      return add_events<Weights, TileVisit<Weights, 96>>(work, done);
+      return add_events<Weights, 96>(work, done);
     default:
-      return add_events<Weights, TileVisit<Weights, 128>>(work, done);
+      return add_events<Weights, 128>(work, done);
   }
 }
 
@@ -490,17 +614,16 @@ void add_tile(Precision precision, const Additions& work, Work& done) {
     case Precision::fp32:
       switch (work.width) {
         case 16:
-          return add_events<Fp32, TileVisit<Fp32, 16>>(work, done);
+          return add_events<Fp32, 16>(work, done);
         case 32:
-          return add_events<Fp32, TileVisit<Fp32, 32>>(work, done);
+          return add_events<Fp32, 32>(work, done);
         case 48:
-          return add_events<Fp32, TileVisit<Fp32, 48>>(work, done);
+          return add_events<Fp32, 48>(work, done);
         default:
-          return add_events<Fp32, TileVisit<Fp32, 64>>(work, done);
+          return add_events<Fp32, 64>(work, done);
       }
     case Precision::bf16:
-      return work.width == 32 ? add_events<Bf16, TileVisit<Bf16, 32>>(work, done)
-                              : add_events<Bf16, TileVisit<Bf16, 64>>(work, done);
+      return work.width == 32 ? add_events<Bf16, 32>(work, done) : add_events<Bf16, 64>(work, done);
     case Precision::int8:
       return add_integer_tile<Integer<int8_t>>(work, done);
     case Precision::int16:
@@ -511,13 +634,13 @@ void add_tile(Precision precision, const Additions& work, Work& done) {
 void add_stream(Precision precision, const Additions& work, Work& done) {
   switch (precision) {
     case Precision::fp32:
-      return add_events<Fp32, StreamVisit<Fp32>>(work, done);
+      return run<StreamLoop<Fp32>>(&work, &done);
     case Precision::bf16:
-      return add_events<Bf16, StreamVisit<Bf16>>(work, done);
+      return run<StreamLoop<Bf16>>(&work, &done);
     case Precision::int8:
-      return add_events<Integer<int8_t>, StreamVisit<Integer<int8_t>>>(work, done);
-    case Precision::int16:
-      return add_events<Integer<int16_t>, StreamVisit<Integer<int16_t>>>(work, done);
+      return run<StreamLoop<Integer<int8_t>>>(&work, &done);
+    case Precision::int16:  // whole rows are kept as int8
+      return;
   }
 }
 
@@ -527,14 +650,14 @@ void add_products(const Products& work) {
   run<ProductLoop<16>>(&work);
 }
 
-int64_t fire(const Neurons& work) {
-  int64_t spikes = 0;
+Fired fire(const Neurons& work) {
+  Fired fired;
   if (work.integer) {
-    fire_as<true>(work, spikes);
+    fire_as<true>(work, fired);
   } else {
-    fire_as<false>(work, spikes);
+    fire_as<false>(work, fired);
   }
-  return spikes;
+  return fired;
 }
 
 void read_out(const Logits& work) {

@@ -48,8 +48,20 @@ struct Additions {
 
   const void* weights;  // [word][tap][channel of the word][pitch]
   int64_t pitch;        // outputs from row to row
-  void* sums;           // float or int32_t [position][width]
+  void* sums;           // float or int16_t [position][width]
   int width;            // outputs; a multiple of row_unit
+
+  // int8 weights: 16-bit sums, which begin and end at zero, are carried over to these before they can overflow.
+  int32_t* totals;         // [position][width]
+  int64_t positions;       // of the strip
+  const uint8_t* carries;  // Carry [word][tap]
+};
+
+// What a block of int8 weights, one word of one tap, asks for before its rows are added.
+enum class Carry : uint8_t {
+  none = 0,
+  before = 1,    // the sums so far have to be carried over
+  by_digit = 2,  // as well, and again after each binary digit of the pooled counts
 };
 
 struct Work {
@@ -59,7 +71,7 @@ struct Work {
 
 // Adds the row of every set bit of every tap to the sums.
 // A tile keeps the sums of a position in registers while it reads the bits of one tap and word (width <= tile_width).
-// A stream passes over long rows four at a time, which memory serves fastest.
+// A stream passes over long rows four at a time and asks memory for the next ones meanwhile.
 void add_tile(Precision precision, const Additions& work, Work& done);
 void add_stream(Precision precision, const Additions& work, Work& done);
 
@@ -95,12 +107,19 @@ struct Neurons {
   const float* leak;
   float v_reset;
   Fires reset;
-  const uint64_t* skip;  // spikes added to the current, laid out as the output, or null
-  uint64_t* spikes;      // word of the first output, image, timestep and position
-  int64_t words;         // from position to position
-  int64_t image_words;   // from image (and timestep) to image
+  const uint64_t* skip;  // counts added to the current, laid out as the output, or null
+  int skip_planes;
+  int64_t skip_plane;   // words from plane to plane
+  float skip_unit;      // what a count of one adds
+  uint64_t* spikes;     // word of the first output, image, timestep and position
+  int64_t words;        // from position to position
+  int64_t image_words;  // from image (and timestep) to image
 };
-int64_t fire(const Neurons& work);  // returns the number of spikes
+struct Fired {
+  int64_t spikes = 0;
+  int64_t skips = 0;  // bits of the skip that were added
+};
+Fired fire(const Neurons& work);
 
 // Sums -> logits: what the layer without neurons gives, summed over the timesteps.
 struct Logits {
