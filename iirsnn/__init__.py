@@ -1,6 +1,7 @@
 """Spiking networks shrunk in time to one timestep: fused LIF kernels and IIR-SNN training."""
 
 from . import functional
+from .batch_norm import BatchNormLIF
 from .convert import convert
 from .env import env_report
 from .models import Network, Readout, SharedDropout, TimeSequential
@@ -9,6 +10,7 @@ from .packed import PackedSpikes
 from .spike_layers import SpikeAvgPool2d, SpikeConv2d, SpikeLinear, use_spike_layers
 
 __all__ = [
+    "BatchNormLIF",
     "FusedLIF",
     "Network",
     "PackedSpikes",
