@@ -104,7 +104,7 @@ def test_what_is_not_plain_training_is_the_two_modules():
 
 def test_wrong_arguments_are_named():
     norm, neuron = pair()
-    with pytest.raises(TypeError, match="norm: expected nn.BatchNorm1d, 2d or 3d, got LayerNorm"):
+    with pytest.raises(TypeError, match=r"norm: expected nn\.BatchNorm1d, 2d or 3d, got LayerNorm"):
         BatchNormLIF(nn.LayerNorm(6), neuron)
     with pytest.raises(TypeError, match="neuron: expected a FusedLIF, got ReLU"):
         BatchNormLIF(norm, nn.ReLU())
