@@ -18,6 +18,7 @@ SWEEP = (0.05, 0.10, 0.20, 0.30, 0.40)
 STRONGEST = (
     "limit",
     "iirsnn",
+    "iirsnn, spike layers",
     "torch.compile",
     "torch.compile, whole network",
     "SpikingJelly",
@@ -81,8 +82,10 @@ def test_step(race, name, timesteps):
 
 @pytest.mark.parametrize("timesteps", [1, 5])
 def test_large_batch(race, timesteps):
-    rounds = (3, 3) if timesteps == 5 else (5, 5)
-    run(race, "vgg16", timesteps, 64, DENSITY, sweep=False, only=STRONGEST, rounds=rounds)
+    only, rounds = STRONGEST, (5, 5)
+    if timesteps == 5:  # the slower torch.compile of the two is left out: a step takes seconds
+        only, rounds = tuple(name for name in only if name != "torch.compile"), (3, 3)
+    run(race, "vgg16", timesteps, 64, DENSITY, sweep=False, only=only, rounds=rounds)
 
 
 @pytest.mark.parametrize("density", SWEEP)

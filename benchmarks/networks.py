@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from contenders import LIMIT, Limit, available, iirsnn_lif, reference
 from torch import Tensor, nn
 
-from iirsnn import FusedLIF, Network, Readout
+from iirsnn import FusedLIF, Network, Readout, use_spike_layers
 from iirsnn.functional import lif
 from iirsnn.models.vgg import LAYERS, vgg
 
@@ -114,6 +114,10 @@ def _whole(name: str, timesteps: int) -> nn.Module:
     return torch.compile(with_neurons(name, reference, timesteps), dynamic=False)
 
 
+def _spike_layers(name: str, timesteps: int) -> nn.Module:
+    return use_spike_layers(with_neurons(name, iirsnn_lif, timesteps))
+
+
 def _learned() -> nn.Module:
     return iirsnn_lif(learn_threshold=True, learn_leak=True)
 
@@ -136,6 +140,7 @@ def makers() -> tuple[dict[str, Callable[[str, int], nn.Module]], dict[str, str]
             made["iirsnn, learned threshold and leak"] = lambda name, timesteps: with_neurons(
                 name, _learned, timesteps
             )
+            made["iirsnn, spike layers"] = _spike_layers
         if contender.name == "torch.compile":
             made["torch.compile, whole network"] = _whole
     return made, missing

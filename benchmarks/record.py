@@ -27,6 +27,9 @@ PLACES = {"in": "in cache", "out": "out of cache"}
 LOSS = 0.25  # a ratio may be this much larger than the committed one
 COLORS = {
     "iirsnn": "#c1121f",
+    "iirsnn, learned threshold and leak": "#e5989b",
+    "iirsnn, spike layers": "#7b2cbf",
+    "limit, memory reused": "#555555",
     "reference": "#8d99ae",
     "torch.compile": "#003049",
     "torch.compile, whole network": "#3a86ff",
@@ -349,7 +352,7 @@ def table(results: dict[str, Any]) -> str:
 # ---- The plots ----
 
 
-def _lines(axis: Any, groups: list[Group], value: Any) -> None:
+def _lines(axis: Any, groups: list[Group], value: Any, scale: str = "log") -> None:
     for name in _names(groups):
         points = [
             (g["timesteps"], value(g, g["contenders"][name]))
@@ -365,8 +368,18 @@ def _lines(axis: Any, groups: list[Group], value: Any) -> None:
             )
     axis.set_xlabel("timesteps T")
     axis.set_xticks([g["timesteps"] for g in groups])
-    axis.set_yscale("log")
+    axis.set_yscale(scale)
     axis.grid(alpha=0.3, which="both")
+
+
+def _legend(figure: Any) -> None:
+    """One for all axes, below them."""
+    found = {
+        label: handle
+        for axis in figure.axes
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=5, frameon=False)
 
 
 def plot_lif(results: dict[str, Any], path: Path, size: str = "out") -> None:
@@ -387,8 +400,7 @@ def plot_lif(results: dict[str, Any], path: Path, size: str = "out") -> None:
         _lines(row[2], groups, lambda g, own: own["ratio"])
         limit = "x.clone()" if what == "forward" else "torch.add(x, g)"
         row[2].set_title(f"{what}: time / time of {limit}")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    _legend(figure)
     figure.suptitle(f"LIF, fp32, {PLACES[size]}; {results['machine']}")
     figure.savefig(path, dpi=110)
 
@@ -403,12 +415,11 @@ def plot_steps(results: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(2, len(cases), squeeze=False)
     for column, (network, batch) in enumerate(cases):
         groups = [g for g in steps if (g["network"], g["batch"]) == (network, batch)]
-        _lines(axes[0][column], groups, lambda g, own: own["ratio"])
+        _lines(axes[0][column], groups, lambda g, own: own["ratio"], "linear")
         axes[0][column].set_title(f"{network}, batch {batch}: step / limit")
-        _lines(axes[1][column], groups, lambda g, own: own.get("kept"))
+        _lines(axes[1][column], groups, lambda g, own: own.get("kept"), "linear")
         axes[1][column].set_title("bytes kept per neuron and timestep")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    _legend(figure)
     figure.suptitle(f"Training step, fp32; {results['machine']}")
     figure.savefig(path, dpi=110)
 
