@@ -19,6 +19,7 @@ STRONGEST = (
     "limit",
     "iirsnn",
     "iirsnn, spike layers",
+    "iirsnn, spike layers, BatchNormLIF",
     "torch.compile",
     "torch.compile, whole network",
     "SpikingJelly",

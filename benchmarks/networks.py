@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from contenders import LIMIT, Limit, available, iirsnn_lif, reference
 from torch import Tensor, nn
 
-from iirsnn import FusedLIF, Network, Readout, use_spike_layers
+from iirsnn import (
+    BatchNormLIF,
+    FusedLIF,
+    Network,
+    Readout,
+    TimeSequential,
+    use_spike_layers,
+)
 from iirsnn.functional import lif
 from iirsnn.models.vgg import LAYERS, vgg
 
@@ -114,8 +121,22 @@ def _whole(name: str, timesteps: int) -> nn.Module:
     return torch.compile(with_neurons(name, reference, timesteps), dynamic=False)
 
 
-def _spike_layers(name: str, timesteps: int) -> nn.Module:
-    return use_spike_layers(with_neurons(name, iirsnn_lif, timesteps))
+def with_batch_norm_lif(network: Network) -> Network:
+    """The network with each BatchNorm and the neuron after it as one BatchNormLIF."""
+    modules: list[nn.Module] = []
+    for module in network.layers:
+        if isinstance(module, FusedLIF):
+            module = BatchNormLIF(modules.pop(), module)
+        modules.append(module)
+    network.layers = TimeSequential(*modules)
+    return network
+
+
+#: What becomes of iirsnn's network once it has its weights.
+FINISH: dict[str, Callable[[Network], nn.Module]] = {
+    "iirsnn, spike layers": use_spike_layers,
+    "iirsnn, spike layers, BatchNormLIF": lambda n: use_spike_layers(with_batch_norm_lif(n)),
+}
 
 
 def _learned() -> nn.Module:
@@ -140,7 +161,7 @@ def makers() -> tuple[dict[str, Callable[[str, int], nn.Module]], dict[str, str]
             made["iirsnn, learned threshold and leak"] = lambda name, timesteps: with_neurons(
                 name, _learned, timesteps
             )
-            made["iirsnn, spike layers"] = _spike_layers
+            made |= {extra: maker(contender) for extra in FINISH}
         if contender.name == "torch.compile":
             made["torch.compile, whole network"] = _whole
     return made, missing
@@ -178,7 +199,7 @@ def networks(
                 if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                     module.weight = nn.Parameter(module.weight.detach() * scale)
                     module.bias = nn.Parameter(module.bias.detach() * scale)
-        found[contender] = network
+        found[contender] = FINISH[contender](network) if contender in FINISH else network
     return found, missing
 
 

@@ -29,6 +29,7 @@ COLORS = {
     "iirsnn": "#c1121f",
     "iirsnn, learned threshold and leak": "#e5989b",
     "iirsnn, spike layers": "#7b2cbf",
+    "iirsnn, spike layers, BatchNormLIF": "#ff006e",
     "limit, memory reused": "#555555",
     "reference": "#8d99ae",
     "torch.compile": "#003049",

@@ -201,6 +201,14 @@ def test_sameness_allows_rounding_and_what_noise_does():
         chaotic.check("a", expected + 0.2)
 
 
+def test_iirsnn_variants_are_the_same_network():
+    images = torch.randn(4, 3, 32, 32)
+    expected = small_network(contenders.iirsnn_lif)(images)
+    for name, finish in networks.FINISH.items():
+        network = finish(small_network(contenders.iirsnn_lif))
+        assert torch.allclose(network(images), expected, atol=1e-4), name
+
+
 # ---- Results ----
 
 
