@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
+import importlib
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,21 +31,138 @@ class Cost:
     slope: float
 
 
-#: By (pass, kind of events, dtype of the weight); of one core of an AMD EPYC with AVX-512.
-BUILT_IN: dict[tuple[str, str, torch.dtype], Cost] = {
-    ("forward", "bits", torch.float32): Cost(0.11, 1.2),
-    ("forward", "counts", torch.float32): Cost(0.11, 1.6),
-    ("weight_grad", "bits", torch.float32): Cost(0.11, 1.2),
-    ("weight_grad", "counts", torch.float32): Cost(0.11, 1.6),
-    ("input_grad", "reals", torch.float32): Cost(0.11, 1.5),
-    ("forward", "bits", torch.bfloat16): Cost(0.22, 2.4),
-    ("forward", "counts", torch.bfloat16): Cost(0.22, 3.2),
-    ("weight_grad", "bits", torch.bfloat16): Cost(0.22, 2.4),
-    ("weight_grad", "counts", torch.bfloat16): Cost(0.22, 3.2),
+Key = tuple[str, str, torch.dtype]
+
+#: By (pass, kind of events, dtype of the weight): one core of an AMD EPYC (Zen 4) with AVX-512.
+BUILT_IN: dict[Key, Cost] = {
+    ("forward", "bits", torch.float32): Cost(0.09, 1.2),
+    ("forward", "counts", torch.float32): Cost(0.09, 1.5),
+    ("weight_grad", "bits", torch.float32): Cost(0.09, 1.15),
+    ("weight_grad", "counts", torch.float32): Cost(0.09, 1.3),
+    ("input_grad", "reals", torch.float32): Cost(0.1, 1.5),
+    ("forward", "bits", torch.bfloat16): Cost(0.15, 2.3),
+    ("forward", "counts", torch.bfloat16): Cost(0.15, 2.9),
+    ("weight_grad", "bits", torch.bfloat16): Cost(0.13, 2.1),
+    ("weight_grad", "counts", torch.bfloat16): Cost(0.13, 2.4),
 }
 
+#: A calibration may meet a busy machine: how far it may be from the built-in numbers, as a factor.
+LIMIT = 4.0
+
+FORMAT = 1  # of the cache
+_ROUNDS, _SPARSE, _DENSER = 6, 0.1, 0.4  # of the calibration; densities
 _TILE = 32  # outputs that events are added to at a time
 _SEGMENT = 192  # channels times kernel columns whose events are added one after the other
+
+
+def cache_path() -> Path:
+    """Where this machine's calibration is kept."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    info = importlib.import_module("iirsnn._C").build_info()
+    facts: list[Any] = [platform.processor(), platform.machine(), _processor(), torch.__version__]
+    facts += [info["cpu_capability"], torch.get_num_threads(), FORMAT]
+    digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    return Path(root) / "iirsnn" / f"spike-cost-{digest}.json"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith("model name")), "")
+
+
+def costs() -> dict[Key, Cost]:
+    """This machine's costs: measured once (a fraction of a second), then read from the cache.
+
+    The built-in ones where IIRSNN_CALIBRATE=0, or where the cache cannot be written: what a process
+    measured for itself alone would make runs differ by rounding.
+    """
+    if os.environ.get("IIRSNN_CALIBRATE", "1") == "0":
+        return BUILT_IN
+    return _costs(str(cache_path()))
+
+
+@functools.lru_cache(maxsize=8)
+def _costs(path: str) -> dict[Key, Cost]:
+    file, damaged = Path(path), (OSError, ValueError, TypeError, KeyError)
+    with contextlib.suppress(*damaged):
+        return _decode(json.loads(file.read_text()))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            new = Path(folder) / "new"
+            new.write_text(json.dumps(_encode(calibrate())))
+            with contextlib.suppress(FileExistsError):
+                os.link(new, file)  # the first process to finish decides for all
+        return _decode(json.loads(file.read_text()))
+    except damaged:
+        return BUILT_IN
+
+
+def _encode(measured: dict[Key, Cost]) -> dict[str, list[float]]:
+    return {
+        f"{which} {kind} {str(dtype).removeprefix('torch.')}": [cost.fixed, cost.slope]
+        for (which, kind, dtype), cost in measured.items()
+    }
+
+
+def _decode(text: dict[str, list[float]]) -> dict[Key, Cost]:
+    names = _encode(BUILT_IN)
+    return {key: Cost(*map(float, text[name])) for key, name in zip(BUILT_IN, names, strict=True)}
+
+
+def calibrate() -> dict[Key, Cost]:
+    """Time events and dense products of a 3x3 convolution, 128 to 128 channels, now."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        return {key: _bounded(key, _measure(*key)) for key in BUILT_IN}
+
+
+def _measure(which: str, kind: str, dtype: torch.dtype) -> Cost:
+    ops, geometry = torch.ops.iirsnn, ([1, 1], [1, 1], [1, 1], 1)
+    generator = torch.Generator().manual_seed(0)
+
+    def values(*size: int) -> Tensor:
+        made = torch.rand(size, generator=generator).to(dtype)
+        return made.contiguous(memory_format=torch.channels_last)
+
+    x, weight, size = values(8, 128, 8, 8), values(128, 128, 3, 3), [8, 128, 8, 8]
+    table = torch.arange(256, dtype=torch.float32)
+    mask = [which == "input_grad", which == "weight_grad", False]
+
+    def dense() -> Any:
+        if which == "forward":
+            return torch.conv2d(x, weight, None, *geometry)
+        rest = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask)
+        return torch.ops.aten.convolution_backward(x, x, weight, None, *rest)
+
+    def events(density: float) -> Callable[[], Any]:
+        sparse = (x < density).to(dtype)
+        if kind == "reals":
+            return lambda: ops.spike_conv2d_input(sparse, weight, size, [1, 1], [1, 1], 1)
+        bits, _ = ops.spike_pack(sparse, table, kind == "counts")
+        if which == "forward":
+            return lambda: ops.spike_conv2d(bits, table, size, weight, None, *geometry)
+        return lambda: ops.spike_conv2d_weight(bits, table, size, x, weight.shape, *geometry)
+
+    runs = [dense, events(_SPARSE), events(_DENSER)]
+    best = [float("inf")] * len(runs)
+    for _ in range(_ROUNDS):
+        for i, run in enumerate(runs):
+            start = time.perf_counter()
+            run()
+            best[i] = min(best[i], time.perf_counter() - start)
+    slope = (best[2] - best[1]) / (_DENSER - _SPARSE)
+    return Cost((best[1] - slope * _SPARSE) / best[0], slope / best[0])
+
+
+def _bounded(key: Key, cost: Cost) -> Cost:
+    def bound(value: float, known: float) -> float:
+        return round(min(max(value, known / LIMIT), known * LIMIT), 4)
+
+    known = BUILT_IN[key]
+    return Cost(bound(cost.fixed, known.fixed), bound(cost.slope, known.slope))
 
 
 def ratio(which: str, kind: str, density: float, outputs: int, reach: int, dtype: Any) -> float:
@@ -48,7 +176,7 @@ def ratio(which: str, kind: str, density: float, outputs: int, reach: int, dtype
         reach: channels of a group times kernel columns, whose events adjoin.
         dtype: of the weight.
     """
-    cost = BUILT_IN[which, kind, dtype]
+    cost = costs()[which, kind, dtype]
     waste = -(-outputs // _TILE) * _TILE / outputs
     return waste * (cost.fixed * _SEGMENT / min(_SEGMENT, reach) + cost.slope * density)
 

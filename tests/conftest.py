@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+os.environ.setdefault("IIRSNN_CALIBRATE", "0")  # the tests measure nothing and cache nothing
+
 #: Settings that make a run of seconds out of the digits recipe. One thread: bit for bit everywhere.
 QUICK = [
     "timesteps=[2,1]",

@@ -8,10 +8,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import iirsnn
-from iirsnn import FusedLIF, SpikeAvgPool2d, SpikeConv2d, SpikeLinear, use_spike_layers
+from iirsnn import FusedLIF, SpikeAvgPool2d, SpikeConv2d, SpikeLinear, spike_cost, use_spike_layers
 from iirsnn.spike_layers import use_plain_layers
 
 pytest.importorskip("iirsnn._C", reason="spike layers by events need iirsnn._C")
+
+
+@pytest.fixture(autouse=True)
+def built_in_costs(monkeypatch):
+    monkeypatch.setenv("IIRSNN_CALIBRATE", "0")
+
 
 CONVS = {
     "3x3": dict(arguments=(64, 64, 3), options=dict(padding=1), size=(3, 8, 8)),
@@ -409,3 +415,39 @@ def test_training_uses_them(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             line.train_stage(stages([2, 1])[1], None)
     assert [SpikeConv2d in kinds for kinds in seen] == [True, True, False]
+
+
+def test_costs_are_measured_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("IIRSNN_CALIBRATE", "1")
+    monkeypatch.setattr(spike_cost, "_ROUNDS", 1)
+    first = spike_cost.costs()
+    (file,) = (tmp_path / "iirsnn").iterdir()
+    assert file == spike_cost.cache_path()
+    spike_cost._costs.cache_clear()
+    monkeypatch.setattr(spike_cost, "calibrate", lambda: pytest.fail("measured twice"))
+    assert spike_cost.costs() == first
+    assert first.keys() == spike_cost.BUILT_IN.keys()
+    for key, known in spike_cost.BUILT_IN.items():
+        assert known.slope / 4 <= first[key].slope + 1e-4 <= known.slope * 4 + 2e-4
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"a": 1}', "[1]"])
+def test_a_damaged_cache_is_not_used(monkeypatch, tmp_path, text):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("IIRSNN_CALIBRATE", "1")
+    path = spike_cost.cache_path()
+    path.parent.mkdir()
+    path.write_text(text)
+    monkeypatch.setattr(spike_cost, "calibrate", lambda: dict(spike_cost.BUILT_IN))
+    spike_cost._costs.cache_clear()
+    assert spike_cost.costs() == spike_cost.BUILT_IN
+
+
+def test_built_in_costs_where_no_cache_can_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("IIRSNN_CALIBRATE", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert spike_cost.costs() is spike_cost.BUILT_IN
+    monkeypatch.setenv("IIRSNN_CALIBRATE", "0")
+    assert spike_cost.costs() is spike_cost.BUILT_IN
