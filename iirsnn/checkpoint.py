@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,28 +21,44 @@ FORMAT = 1
 _KEY = "iirsnn"
 
 
-def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+class Damaged(RunError):
+    """A checkpoint that was not written whole, or has changed since."""
+
+
+def save(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, Any],
+    *,
+    previous: Path | None = None,
+) -> None:
     """Write a checkpoint atomically: after a crash at any moment the old or the new file is there.
 
     Args:
         path: of the file; its folder exists.
         tensors: by name; any device and layout.
         header: JSON values.
+        previous: what a file already at `path` becomes, else it is replaced. A crash may leave
+            that file alone, without one at `path`.
 
     Raises:
-        RunError: the file cannot be written (a full disk, no permission); the old one is intact.
+        RunError: the file cannot be written (a full disk, no permission); the old ones are intact.
     """
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    metadata = {_KEY: json.dumps({"format": FORMAT, **header})}
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    checked = {"format": FORMAT, "crc32": _checksum(contiguous), **header}
+    metadata = {_KEY: json.dumps(checked)}
     # safetensors' own save_file writes through a file of a random name, which a kill leaves behind
-    write_atomically(path, lambda file: Path(file).write_bytes(to_bytes(contiguous, metadata)))
+    write_atomically(
+        path, lambda file: Path(file).write_bytes(to_bytes(contiguous, metadata)), previous
+    )
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the header of a checkpoint.
 
     Raises:
-        RunError: missing, truncated, or not a checkpoint of this package.
+        Damaged: truncated, changed since it was written, or no checkpoint at all.
+        RunError: missing, or of another program or a newer version of this one.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -54,11 +71,14 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                     f"checkpoint {path}: expected format {FORMAT} or older, got {header['format']};"
                     " a newer iirsnn wrote it"
                 )
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise RunError(f"checkpoint {path}: no such file") from error
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"checkpoint {path}: truncated or no checkpoint ({error})") from error
+        raise Damaged(f"checkpoint {path}: truncated or no checkpoint ({error})") from error
+    if "crc32" in header and header.pop("crc32") != _checksum(tensors):
+        raise Damaged(f"checkpoint {path}: its content is not what was written")
+    return tensors, header
 
 
 def write_text(path: Path, text: str) -> None:
@@ -66,8 +86,10 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
-def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
+def write_atomically(path: Path, write: Callable[[str], Any], previous: Path | None = None) -> None:
     """Call `write` with a temporary name in the same folder, make it durable, then rename it.
+
+    A file already at `path` is renamed to `previous` first, where that is given.
 
     Raises:
         RunError: it cannot be written; a file already at `path` is intact.
@@ -77,12 +99,21 @@ def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
     try:
         write(str(temporary))
         _sync(temporary)
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
         _sync(path.parent)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
         raise RunError(f"{path}: cannot be written ({error})") from error
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> int:
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, value)
+    return value
 
 
 def _sync(path: str | Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +12,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import activity, compare, data, event_cli, recipe, report, reproduce
+from . import activity, compare, data, event_cli, parallel, recipe, report, reproduce
 from .env import env_report
 from .errors import IirsnnError, RunError, UsageError
 from .evaluation import accuracies
-from .pipeline import Pipeline, open_data
+from .parallel import Lost, Processes
+from .pipeline import Pipeline, accelerator, open_data
+from .progress import require_tensorboard
 from .run_folder import RunFolder
+from .stopping import Stopped
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,11 +48,27 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Go on with a run that was stopped.")
     ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write curves for TensorBoard to RUN/tensorboard.")
+    ] = False,
 ) -> None:
-    """Train the ANN, convert it, and shrink T stage by stage; then report."""
-    with _open_for_training(name, overrides or [], out, resume) as (folder, splits):
-        Pipeline(folder, splits).train(console)
-        _report(folder, splits)
+    """Train the ANN, convert it, and shrink T stage by stage; then report.
+
+    SIGTERM or Ctrl-C saves and ends it. Many processes:
+    torchrun --nproc-per-node N -m iirsnn train ...
+    """
+    settings = [*(overrides or []), *(["runtime.tensorboard=true"] if tensorboard else [])]
+    with _open_for_training(name, settings, out, resume) as (folder, splits, processes):
+        try:
+            shown = console if processes.main else Console(quiet=True)
+            Pipeline(folder, splits, processes).train(shown)
+        except Lost as error:
+            raise Lost(
+                f"{error}; all are stopped, go on with: "
+                f"iirsnn train --resume {shlex.quote(str(folder.path))}"
+            ) from error
+        if processes.main:
+            _report(folder, splits)
 
 
 @app.command()
@@ -131,25 +150,39 @@ def env() -> None:
 @contextmanager
 def _open_for_training(
     name: str | None, overrides: list[str], out: Path | None, resume: Path | None
-) -> Iterator[tuple[RunFolder, data.Splits]]:
-    """The locked folder of a new or resumed run, and its data; nothing is made on bad input."""
+) -> Iterator[tuple[RunFolder, data.Splits, Processes]]:
+    """The folder of a new or resumed run, its data and its processes; nothing is made on bad input.
+
+    Process 0 locks the folder, the others follow it.
+    """
     if resume is None:
         if name is None:
             raise UsageError("train: expected a RECIPE or --resume RUN, got neither")
         wanted = recipe.load(name, overrides)
-        splits = open_data(wanted)
-        with RunFolder.create(out or Path("runs") / wanted.name, wanted) as folder:
-            yield folder, splits
+        path = out or Path("runs") / wanted.name
     else:
         if out is not None:
             raise UsageError("train: --out does not go with --resume; the run has its folder")
-        stored = RunFolder.read(resume).recipe
+        wanted, path = RunFolder.read(resume).recipe, resume
         if name is not None:
-            stored = recipe.load(name, overrides)
+            wanted = recipe.load(name, overrides)
         elif overrides:
-            stored = recipe.parse(recipe.dump(stored), overrides, source=str(resume))
-        with RunFolder.resume(resume, stored) as folder:
-            yield folder, open_data(stored)
+            wanted = recipe.parse(recipe.dump(wanted), overrides, source=str(resume))
+    if wanted.runtime.tensorboard:
+        require_tensorboard()
+    processes = Processes(accelerator(wanted))
+    if resume is None:  # bad data makes no folder
+        splits = processes.in_turn(lambda: open_data(wanted))
+    folder = processes.first_opens(
+        lambda: (
+            RunFolder.create(path, wanted) if resume is None else RunFolder.resume(path, wanted)
+        ),
+        lambda: RunFolder.follow(path, wanted),
+    )
+    with folder:
+        if resume is not None:
+            splits = processes.in_turn(lambda: open_data(wanted))
+        yield folder, splits, processes
 
 
 def _report(folder: RunFolder, splits: data.Splits) -> None:
@@ -173,6 +206,16 @@ def main() -> None:
     """Run the command line; an error the user can mend is one line, without a traceback."""
     try:
         app()
+    except Stopped as stopped:
+        if parallel.speaks():
+            console.print(str(stopped), markup=False, highlight=False, soft_wrap=True)
+        parallel.leave(0)
     except (IirsnnError, OSError) as error:  # OSError: a full disk, a folder taken away
-        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(getattr(error, "exit_code", 1))
+        if parallel.speaks():
+            text = f"error: {error}"
+            Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+        parallel.leave(getattr(error, "exit_code", 1))
+    except Exception:
+        if parallel.speaks():  # a fault of ours: the traceback, once
+            raise
+        parallel.leave(1)

@@ -326,30 +326,59 @@ def _fewer(indices: np.ndarray, labels: np.ndarray, count: int, seed: int) -> np
     return chosen
 
 
+def batch_sizes(images: int, batch_size: int) -> list[int]:
+    """The sizes of the batches of an epoch over so many training images.
+
+    The last batch may be smaller; it is left out if it would hold a single image, of which batch
+    normalisation cannot make sense.
+    """
+    full, rest = divmod(images, batch_size)
+    return [batch_size] * full + ([rest] if rest > 1 else [])
+
+
 def train_batches(
-    splits: Splits, config: DataConfig, *, seed: int, epoch: int, start_batch: int = 0
+    splits: Splits,
+    config: DataConfig,
+    *,
+    seed: int,
+    epoch: int,
+    start_batch: int = 0,
+    share: tuple[int, int] = (0, 1),
 ) -> DataLoader[Sample]:
     """The batches of an epoch, shuffled and augmented, from `start_batch` on.
 
-    Yields (images float32 [B, C, H, W], labels int64 [B]). The last batch may be smaller; it is
-    left out if it would hold a single image, of which batch normalisation cannot make sense.
+    Yields (images float32 [B, C, H, W], labels int64 [B]). For share=(rank, count) each of `count`
+    processes gets its part of every batch; a batch of fewer images than processes goes whole to
+    each of them.
     """
     order = _rng(seed, epoch, _ORDER).permutation(len(splits.train))
-    if len(order) % config.batch_size == 1:
-        order = order[:-1]
-    order = order[start_batch * config.batch_size :]
+    rank, count = share
+    parts, start = [], 0
+    for size in batch_sizes(len(order), config.batch_size):
+        first, last = (
+            (0, size) if size < count else (rank * size // count, (rank + 1) * size // count)
+        )
+        parts.append(order[start + first : start + last].tolist())
+        start += size
     return DataLoader(
         Augmented(splits.train, seed=seed, epoch=epoch, cutout=config.cutout)
         if config.augment
         else splits.train,
-        batch_sampler=BatchSampler(order.tolist(), config.batch_size, drop_last=False),
+        batch_sampler=parts[start_batch:],
         **_loader_options(config),
     )
 
 
-def eval_batches(dataset: Dataset[Sample], config: DataConfig) -> DataLoader[Sample]:
-    """The batches of a split in its own order: (images [B, C, H, W], labels [B])."""
-    return DataLoader(dataset, batch_size=config.test_batch_size, **_loader_options(config))
+def eval_batches(
+    dataset: ImageSet, config: DataConfig, share: tuple[int, int] = (0, 1)
+) -> DataLoader[Sample]:
+    """The batches of a split in its own order: (images [B, C, H, W], labels [B]).
+
+    For share=(rank, count) they are dealt to `count` processes, each image to one of them.
+    """
+    rank, count = share
+    batches = list(BatchSampler(range(len(dataset)), config.test_batch_size, drop_last=False))
+    return DataLoader(dataset, batch_sampler=batches[rank::count], **_loader_options(config))
 
 
 def _loader_options(config: DataConfig) -> dict:

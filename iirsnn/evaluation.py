@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .energy import OperationCounter
+from .parallel import Processes
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -31,39 +34,57 @@ def evaluating(*networks: nn.Module):
 
 
 def accuracies(
-    networks: Sequence[nn.Module], batches: Batches, device: torch.device
+    networks: Sequence[nn.Module],
+    batches: Batches,
+    device: torch.device,
+    processes: Processes | None = None,
 ) -> list[float]:
     """The fraction of images that each network classifies rightly, in one pass over the data.
 
     Args:
         networks: on `device`, each taking [B, C, H, W] to logits [B, classes].
-        batches: (images float [B, C, H, W], labels int64 [B]).
+        batches: (images float [B, C, H, W], labels int64 [B]); this process's share of them.
         device: where the networks are.
+        processes: that the batches are shared among.
     """
-    right = [0] * len(networks)
+    right = torch.zeros(len(networks), dtype=torch.int64, device=device)
     total = 0
     with evaluating(*networks):
         for images, labels in batches:
-            images, labels = images.to(device), labels.to(device)
+            images = images.to(device, non_blocking=True)
+            labels = labels.to(device, non_blocking=True)
             total += len(labels)
             for index, network in enumerate(networks):
-                right[index] += int((network(images).argmax(1) == labels).sum())
-    return [count / max(total, 1) for count in right]
+                right[index] += (network(images).argmax(1) == labels).sum()
+    total, *counts = _sums([total, *right.tolist()], processes)
+    return [count / max(total, 1) for count in counts]
 
 
 def loss_and_accuracy(
-    network: nn.Module, batches: Batches, device: torch.device
+    network: nn.Module,
+    batches: Batches,
+    device: torch.device,
+    processes: Processes | None = None,
 ) -> tuple[float, float]:
     """Mean cross-entropy and the fraction classified rightly; see `accuracies`."""
-    loss, right, total = 0.0, 0, 0
+    losses: list[Tensor] = []  # on the device until the end: reading one waits for it
+    right: list[Tensor] = []
+    total = 0
     with evaluating(network):
         for images, labels in batches:
-            images, labels = images.to(device), labels.to(device)
+            images = images.to(device, non_blocking=True)
+            labels = labels.to(device, non_blocking=True)
             logits = network(images).float()
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-            right += int((logits.argmax(1) == labels).sum())
+            losses.append(F.cross_entropy(logits, labels, reduction="sum"))
+            right.append((logits.argmax(1) == labels).sum())
             total += len(labels)
-    return loss / max(total, 1), right / max(total, 1)
+    loss, count = math.fsum(map(float, losses)), sum(map(int, right))
+    total, loss, count = _sums([total, loss, count], processes)
+    return loss / max(total, 1), count / max(total, 1)
+
+
+def _sums(values: list[Any], processes: Processes | None) -> list[Any]:
+    return [sum(each) for each in zip(*(processes or Processes()).gather(values), strict=True)]
 
 
 def count_operations(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from .data import Splits
 from .errors import UsageError
 from .evaluation import accuracies, count_operations, evaluating
 from .models import Network, build
+from .parallel import Processes
 from .provenance import commit, machine
 from .recipe import Recipe
 from .reduction import Stage, stages
 from .run_folder import RunFolder
 from .spike_layers import use_spike_layers
+from .stopping import StopRequest
 from .training import StageTraining, derive_seed, load_weights
 
 #: Test images that operations and spikes are counted on at most.
@@ -32,14 +35,18 @@ class Pipeline:
     Args:
         folder: of the run; locked when it is to be trained.
         splits: what `open_data` returned for its recipe.
+        processes: that train it together; None for this one alone.
     """
 
-    def __init__(self, folder: RunFolder, splits: Splits) -> None:
+    def __init__(
+        self, folder: RunFolder, splits: Splits, processes: Processes | None = None
+    ) -> None:
         self.folder, self.splits, self.recipe = folder, splits, folder.recipe
+        self.processes = processes or Processes()
         runtime = self.recipe.runtime
         if runtime.threads:
             torch.set_num_threads(runtime.threads)
-        self.accelerator = _accelerator(self.recipe)
+        self.accelerator = accelerator(self.recipe)
         if self.accelerator.device.type == "cpu":
             allocator.apply(runtime.allocator)
         self.stages = stages(self.recipe.timesteps)
@@ -48,14 +55,20 @@ class Pipeline:
         """Train what is not finished yet, stage after stage.
 
         Raises:
-            RunError: see `StageTraining`.
+            RunError, Stopped: see `StageTraining.run`.
         """
-        for stage in self.stages:
-            if self.folder.result(stage.name) is None:
-                self.train_stage(stage, console)
+        with StopRequest() as stop:
+            for stage in self.stages:
+                if self.processes.first(partial(self._finished, stage)):
+                    continue
+                self.train_stage(stage, console, stop)
 
-    def train_stage(self, stage: Stage, console: Console) -> None:
-        """Train one stage, whose parent is trained, to its end and record its result."""
+    def train_stage(self, stage: Stage, console: Console, stop: StopRequest | None = None) -> None:
+        """Train one stage, whose parent is trained, to its end and record its result.
+
+        Raises:
+            RunError, Stopped: see `StageTraining.run`.
+        """
         network = self.initial(stage)
         choice = self.recipe.runtime.spike_layers
         if choice != "never" and self.accelerator.device.type == "cpu":
@@ -67,19 +80,28 @@ class Pipeline:
             self.splits,
             self.accelerator,
             self.teacher(stage),
+            self.processes,
         )
-        progress = training.run(console)
+        progress = training.run(console, stop)
         result = {
             "validation_accuracy": progress.best_accuracy,
             "epoch": progress.best_epoch,
             "seconds": progress.seconds,
+            "processes": self.processes.count,
             "commit": commit(),
             "machine": machine(),
             **self.test(stage),
         }
-        self.folder.finish_stage(stage.name, result)
+        if self.processes.main:
+            self.folder.finish_stage(stage.name, result)
         self.accelerator.free_memory()  # it holds on to all that it has prepared
         console.print(f"{stage.name:>4}  test {result['test_accuracy']:.2%}", style="bold")
+
+    def _finished(self, stage: Stage) -> bool:
+        if self.folder.result(stage.name) is None:
+            return False
+        self.folder.tidy(stage.name)  # a kill may have come between the result and this
+        return True
 
     def initial(self, stage: Stage) -> Network:
         """The network a stage starts from, on its device."""
@@ -128,14 +150,21 @@ class Pipeline:
         return self._images(self.splits.test, count, derive_seed(self.recipe.seed, "test"))
 
     def test(self, stage: Stage) -> dict[str, Any]:
-        """The stage's entry in the report; reads the test set once."""
+        """The stage's entry in the report; reads the test set once.
+
+        Processes share the test set; operations and spikes are counted by the first one alone.
+        """
         network = self.trained(stage.name)
         networks = [network]
         if stage.timesteps is not None:
             networks.append(self.converted(stage.timesteps))
-        batches = data.eval_batches(self.splits.test, self.recipe.data)
-        accuracy, *without_retraining = accuracies(networks, batches, self.accelerator.device)
+        batches = data.eval_batches(self.splits.test, self.recipe.data, self.processes.share)
+        accuracy, *without_retraining = accuracies(
+            networks, batches, self.accelerator.device, self.processes
+        )
         result: dict[str, Any] = {"test_accuracy": accuracy}
+        if not self.processes.main:
+            return result
         if stage.timesteps is None:
             fold_batch_norm(network)
         else:
@@ -181,7 +210,7 @@ def open_data(recipe: Recipe) -> Splits:
     """
     splits = data.load(recipe.data, recipe.seed)
     ann = _build(recipe, splits)
-    device = _accelerator(recipe).device
+    device = accelerator(recipe).device
     try:
         snn = to_spiking(ann, recipe.timesteps[0], recipe.neuron).to(device)
         with evaluating(snn):
@@ -191,9 +220,21 @@ def open_data(recipe: Recipe) -> Splits:
     return splits
 
 
-def _accelerator(recipe: Recipe) -> Accelerator:
-    precision = "no" if recipe.runtime.precision == "fp32" else recipe.runtime.precision
-    return Accelerator(mixed_precision=precision, cpu=recipe.runtime.device == "cpu")
+def accelerator(recipe: Recipe) -> Accelerator:
+    """The device and the precision of a recipe, and the processes that were launched for it.
+
+    Raises:
+        UsageError: a precision that the device does not have.
+    """
+    runtime = recipe.runtime
+    # accelerate looks for other processes on a CPU only when it is told to use that
+    cpu = runtime.device == "cpu" or not torch.accelerator.is_available()
+    try:
+        return Accelerator(
+            mixed_precision="no" if runtime.precision == "fp32" else runtime.precision, cpu=cpu
+        )
+    except ValueError as error:
+        raise UsageError(f"runtime.precision={runtime.precision}: {error}") from error
 
 
 def _build(recipe: Recipe, splits: Splits) -> Network:

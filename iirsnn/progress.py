@@ -1,11 +1,20 @@
-"""What a training shows: a live bar on a terminal, a line an epoch elsewhere."""
+"""What a training shows: a live bar on a terminal, a line an epoch elsewhere; TensorBoard."""
 
 from __future__ import annotations
 
 import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
+import torch
+from accelerate.tracking import TensorBoardTracker
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from .errors import UsageError
+from .neuron import FusedLIF
 
 
 class StageProgress:
@@ -44,16 +53,16 @@ class StageProgress:
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
 
-    def step(self, epoch: int, images: int, accuracy: float) -> None:
-        """One optimiser step done on so many images; `accuracy` is the epoch's so far."""
+    def step(self, epoch: int, images: int, accuracy: float | None) -> None:
+        """One optimiser step done on so many images; `accuracy` is the epoch's so far, if known."""
         self._images += images
-        self._bar.update(
-            self._task, advance=1, epoch=epoch + 1, speed=self.images_per_second, accuracy=accuracy
-        )
+        self._bar.update(self._task, advance=1, epoch=epoch + 1, speed=self.images_per_second)
+        if accuracy is not None:
+            self._bar.update(self._task, accuracy=accuracy)
 
     @property
     def images_per_second(self) -> float:
-        """Mean speed of this process in this stage."""
+        """Mean speed in this stage since the run was started or resumed, all processes together."""
         return self._images / max(time.perf_counter() - self._start, 1e-9)
 
     def epoch(self, epoch: int, loss: float, training: float, validation: float) -> None:
@@ -64,4 +73,52 @@ class StageProgress:
             f"{self.images_per_second:.0f} img/s",
             highlight=False,
             soft_wrap=True,
+        )
+
+
+class Board:
+    """TensorBoard's curves of one stage, in FOLDER/tensorboard/STAGE. Use as a context manager.
+
+    Args:
+        folder: of the run.
+        stage: its name.
+        step: steps done before; a curve that went on after that is cut off there.
+
+    Raises:
+        UsageError: TensorBoard is not installed.
+    """
+
+    def __init__(self, folder: Path, stage: str, step: int) -> None:
+        require_tensorboard()
+        self._tracker = TensorBoardTracker(stage, folder / "tensorboard", purge_step=step + 1)
+        self._tracker.start()
+
+    def __enter__(self) -> Board:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._tracker.finish()
+
+    def log(
+        self, record: dict[str, Any], network: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Add a finished epoch: its record of metrics.jsonl, learning rate, thresholds and leaks.
+
+        Thresholds and leaks are means over a layer.
+        """
+        values = {name: v for name, v in record.items() if isinstance(v, float)}
+        values["learning_rate"] = optimizer.param_groups[0]["lr"]
+        for name, module in network.named_modules():
+            if isinstance(module, FusedLIF):
+                values[f"threshold/{name}"] = module.threshold.mean().item()
+                values[f"leak/{name}"] = module.leak.mean().item()
+        self._tracker.log(values, step=record["step"])
+
+
+def require_tensorboard() -> None:
+    """Raises UsageError where TensorBoard is not installed."""
+    if find_spec("tensorboard") is None:
+        raise UsageError(
+            "runtime.tensorboard: expected the package tensorboard, which is not installed; "
+            "pip install 'iirsnn[tensorboard]'"
         )

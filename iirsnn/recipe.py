@@ -77,14 +77,17 @@ class RuntimeConfig:
 
     Attributes:
         device: auto (a GPU where there is one) or cpu.
-        precision: fp32, or mixed with bf16 or fp16.
-        threads: of the CPU; 0 leaves torch's choice.
+        precision: fp32, or mixed with bf16 or (on a GPU) fp16.
+        threads: of the CPU, for each process; 0 leaves torch's choice.
         allocator: on a CPU, retain (freed memory stays with the process: fewer page faults, some
             more resident memory) or system.
         channels_last: memory format of convolutions.
         spike_layers: on a CPU, auto (spiking stages keep spikes as bits and add weights for spikes
             where that is faster), always (so) or never (torch's own layers).
+        compile: train through torch.compile.
         checkpoint_minutes: between two checkpoints inside an epoch; each epoch's end has one too.
+        checkpoint_steps: the same in steps; whichever comes first counts, 0 is never.
+        tensorboard: write RUN/tensorboard as well.
     """
 
     device: str = "auto"
@@ -93,7 +96,10 @@ class RuntimeConfig:
     allocator: str = "retain"
     channels_last: bool = True
     spike_layers: str = "auto"
+    compile: bool = False
     checkpoint_minutes: float = 5.0
+    checkpoint_steps: int = 0
+    tensorboard: bool = False
 
 
 def _ann_stage() -> StageConfig:
@@ -222,6 +228,8 @@ def check(recipe: Recipe) -> None:
     _number("runtime.threads", recipe.runtime.threads, "at least 0", recipe.runtime.threads >= 0)
     minutes = recipe.runtime.checkpoint_minutes
     _number("runtime.checkpoint_minutes", minutes, "at least 0", minutes >= 0)
+    steps = recipe.runtime.checkpoint_steps
+    _number("runtime.checkpoint_steps", steps, "at least 0", steps >= 0)
     conversion = recipe.conversion
     _number(
         "conversion.percentile",

@@ -2,7 +2,8 @@
 
 RUN/recipe.yaml        the complete recipe
 RUN/metrics.jsonl      one JSON object a line, in the order of training
-RUN/stages/NAME/       best.safetensors, result.json; last.safetensors while it is trained
+RUN/stages/NAME/       best.safetensors, result.json; while it is trained, last.safetensors and
+                       previous.safetensors, the resume checkpoint before it
 RUN/report.json, *.png see `iirsnn.report`
 """
 
@@ -19,6 +20,9 @@ from torch import Tensor
 from . import checkpoint, recipe
 from .errors import RunError, UsageError
 from .recipe import Recipe, dump
+
+#: Checkpoints that a stage is resumed from, the newest first; a finished stage has none.
+_RESUME = ("last", "previous")
 
 #: Settings a resumed run may change: where it computes and where its data lies.
 _FREE = ("runtime.", "data.root", "data.download", "data.workers", "data.test_batch_size")
@@ -57,7 +61,8 @@ class RunFolder:
                     f"output folder {path}: holds a run; continue it with --resume {path}, "
                     "or choose another --out"
                 )
-            if any(entry.name != ".lock" for entry in path.iterdir()):
+            # a run killed before it had a recipe leaves no more than these
+            if any(entry.name not in (".lock", ".recipe.yaml.tmp") for entry in path.iterdir()):
                 raise UsageError(f"output folder {path}: is not empty and holds no run")
             folder = cls(path, new, lock)
             checkpoint.write_text(path / "recipe.yaml", folder._recipe_text)
@@ -85,6 +90,11 @@ class RunFolder:
             if difference:
                 raise UsageError(f"run {path}: was started with another recipe: {difference}")
         return cls(path, expected or stored, _acquire(path))
+
+    @classmethod
+    def follow(cls, path: Path, recipe: Recipe) -> RunFolder:
+        """The run in a folder that another process of the same run has opened, to read alone."""
+        return cls(path, recipe, None)
 
     @classmethod
     def read(cls, path: Path) -> RunFolder:
@@ -118,9 +128,14 @@ class RunFolder:
     def save_checkpoint(
         self, stage: str, name: str, tensors: dict[str, Tensor], header: dict[str, Any]
     ) -> None:
-        """Write stages/STAGE/NAME.safetensors; its header holds the recipe as well."""
+        """Write stages/STAGE/NAME.safetensors; its header holds the recipe as well.
+
+        Of the resume checkpoint, `last`, the one before is kept as `previous`.
+        """
         header = {"recipe": self._recipe_text, "stage": stage, **header}
-        checkpoint.save(self.stage_path(stage) / f"{name}.safetensors", tensors, header)
+        path = self.stage_path(stage)
+        previous = path / "previous.safetensors" if name == "last" else None
+        checkpoint.save(path / f"{name}.safetensors", tensors, header, previous=previous)
 
     def load_checkpoint(self, stage: str, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Read stages/STAGE/NAME.safetensors.
@@ -141,15 +156,44 @@ class RunFolder:
                 raise RunError(f"checkpoint {path}: is not of this run's recipe: {difference}")
         return tensors, header
 
+    def newest_checkpoint(self, stage: str) -> tuple[str | None, str]:
+        """The name of the newest whole resume checkpoint, and a warning if a newer one is damaged.
+
+        Returns:
+            (name, warning); None for a stage that was not begun, "" when there is nothing to say.
+
+        Raises:
+            Damaged: all that there are.
+            RunError: one is of another stage, or of another recipe than the run's.
+        """
+        damage: list[checkpoint.Damaged] = []
+        for name in _RESUME:
+            if not self.has_checkpoint(stage, name):
+                continue
+            try:
+                self.load_checkpoint(stage, name)
+            except checkpoint.Damaged as error:
+                damage.append(error)
+                continue
+            return name, f"{damage[0]}; going on from the one before it" if damage else ""
+        if damage:
+            raise damage[0]
+        return None, ""
+
     def has_checkpoint(self, stage: str, name: str) -> bool:
         """Whether stages/STAGE/NAME.safetensors exists."""
         return (self.path / "stages" / stage / f"{name}.safetensors").exists()
 
     def finish_stage(self, stage: str, result: dict[str, Any]) -> None:
-        """Record a stage's result; its resume checkpoint is no longer needed."""
+        """Record a stage's result; its resume checkpoints are no longer needed."""
         path = self.stage_path(stage)
         checkpoint.write_text(path / "result.json", json.dumps(result, indent=2) + "\n")
-        (path / "last.safetensors").unlink(missing_ok=True)
+        self.tidy(stage)
+
+    def tidy(self, stage: str) -> None:
+        """Remove the resume checkpoints of a finished stage."""
+        for name in _RESUME:
+            (self.stage_path(stage) / f"{name}.safetensors").unlink(missing_ok=True)
 
     def result(self, stage: str) -> dict[str, Any] | None:
         """The result of a finished stage, else None."""
