@@ -132,6 +132,29 @@ def test_truncated_files(saved, keep):
         checkpoint.load(saved)
 
 
+def test_a_changed_bit_is_noticed(saved):
+    whole = saved.read_bytes()
+    content = int.from_bytes(whole[:8], "little") + 8  # where the tensors begin
+    for position in (content, (content + len(whole)) // 2, len(whole) - 1):
+        changed = bytearray(whole)
+        changed[position] ^= 1
+        saved.write_bytes(changed)
+        with pytest.raises(checkpoint.Damaged, match="its content is not what was written"):
+            checkpoint.load(saved)
+
+
+def test_the_one_before_is_kept(tmp_path):
+    path, previous = tmp_path / "last", tmp_path / "previous"
+    for number in range(3):
+        checkpoint.save(path, some_tensors(), {"number": number}, previous=previous)
+    assert [checkpoint.load(file)[1]["number"] for file in (path, previous)] == [2, 1]
+    large = {"weight": torch.zeros(100_000)}
+    with files_of_at_most(50_000), pytest.raises(RunError, match="cannot be written"):
+        checkpoint.save(path, large, {}, previous=previous)
+    assert [checkpoint.load(file)[1]["number"] for file in (path, previous)] == [2, 1]
+    assert sorted(os.listdir(tmp_path)) == ["last", "previous"]
+
+
 @pytest.mark.parametrize("content", [b"hello", b"\x00" * 64, b"\xff" * 64, b"PK\x03\x04" * 20])
 def test_files_of_another_kind(tmp_path, content):
     path = tmp_path / "other.safetensors"

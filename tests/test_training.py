@@ -24,6 +24,7 @@ from iirsnn.run_folder import RunFolder
 from iirsnn.training import Objective, StageTraining, derive_seed, make_optimizer, set_learning_rate
 
 from .conftest import QUICK, command
+from .test_checkpoint import files_of_at_most
 
 #: Five epochs of two steps with a checkpoint after each step, on images of `tiny_splits`.
 TINY = """
@@ -90,7 +91,7 @@ def assert_same_outcome(path, expected_path):
         assert found[stage][1] == header
         assert found[stage][2] == result
     assert metrics == expected_metrics
-    leftovers = [*path.rglob("*.tmp"), *path.rglob("last.safetensors")]
+    leftovers = [*path.rglob("*.tmp"), *path.rglob("last.*"), *path.rglob("previous.*")]
     assert not leftovers
 
 
@@ -111,11 +112,14 @@ class Power:
         self.writes, self.last = [], last
         write, log = checkpoint.write_atomically, RunFolder.log
 
-        def write_until_cut(path, write_to):
+        def write_until_cut(path, write_to, previous=None):
             if self._cut(path.name):
                 path.with_name(f".{path.name}.tmp").write_bytes(b"half")
                 raise Killed
-            write(path, write_to)
+            if previous is not None and path.exists() and self._cut(previous.name):
+                os.replace(path, previous)
+                raise Killed
+            write(path, write_to, previous)
 
         def log_until_cut(folder, record):
             if self._cut("log"):
@@ -237,9 +241,9 @@ def test_choices_use_validation_and_the_test_set_is_read_once_a_stage(tmp_path, 
     names = {id(splits.train): "training", id(splits.validation): "validation"}
     names[id(splits.test)] = "test"
 
-    def eval_batches(dataset, config):
+    def eval_batches(dataset, *arguments):
         events.append(names[id(dataset)])
-        return evaluate(dataset, config)
+        return evaluate(dataset, *arguments)
 
     monkeypatch.setattr(data, "eval_batches", eval_batches)
     with RunFolder.create(tmp_path, tiny()) as folder:
@@ -298,7 +302,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(with_ann, monk
 def test_the_first_loss_that_is_not_finite_names_the_checkpoint_it_started_from(
     with_ann, monkeypatch
 ):
-    monkeypatch.setattr(training.F, "cross_entropy", lambda *a, **o: torch.tensor(math.inf))
+    loss = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(
+        training.F, "cross_entropy", lambda *a, **options: loss(*a, **options) * math.inf
+    )
     with pytest.raises(RunError, match=r"stage T2, step 1: the loss is inf; .*that of stage ann"):
         stage_training(with_ann).run(Console(quiet=True))
     assert not with_ann.has_checkpoint("T2", "last")
@@ -323,16 +330,70 @@ def test_weights_that_are_not_finite_are_never_saved(with_ann, minutes, message)
     assert not with_ann.has_checkpoint("T2", "best")
 
 
-@pytest.mark.parametrize("size", [0, 50, 0.5])
-def test_a_truncated_checkpoint_stops_a_resumed_run(with_ann, size):
-    stage_training(with_ann).run(Console(quiet=True))
-    last = with_ann.path / "stages" / "T2" / "last.safetensors"
-    whole = last.read_bytes()
-    last.write_bytes(whole[: int(len(whole) * size) if size < 1 else size])
-    before = last.read_bytes()
-    with pytest.raises(RunError, match=r"checkpoint .*last\.safetensors: truncated"):
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 16
+    file.write_bytes(content)
+
+
+def truncate(file):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def half_way(with_ann, monkeypatch):
+    """A run stopped in its second stage, after step 3 of 4."""
+    steps = StageTraining._step
+
+    def step(stage, *arguments):
+        if stage.progress.step == 3:
+            raise Killed
+        steps(stage, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTraining, "_step", step)
+        with pytest.raises(Killed):
+            stage_training(with_ann).run(Console(quiet=True))
+    folder = with_ann.path / "stages" / "T2"
+    return folder / "last.safetensors", folder / "previous.safetensors"
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, lambda file: os.truncate(file, 0)])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(with_ann, monkeypatch, damage, capsys):
+    whole = stage_training(with_ann)
+    whole.run(Console(quiet=True))
+    for file in (with_ann.path / "stages" / "T2").iterdir():
+        file.unlink()
+    last, previous = half_way(with_ann, monkeypatch)
+    steps = [checkpoint.load(file)[1]["progress"]["step"] for file in (last, previous)]
+    assert steps == [3, 2]
+    damage(last)
+    resumed = stage_training(with_ann)
+    assert resumed.progress.step == 2
+    resumed.run(Console())
+    assert capsys.readouterr().out.startswith(f"warning: checkpoint {last}: ")
+    for name, value in whole.network.state_dict().items():
+        assert torch.equal(resumed.network.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit])
+def test_two_damaged_checkpoints_stop_a_resumed_run(with_ann, monkeypatch, damage):
+    files = half_way(with_ann, monkeypatch)
+    for file in files:
+        damage(file)
+    before = [file.read_bytes() for file in files]
+    with pytest.raises(RunError, match=r"checkpoint .*last\.safetensors: "):
         stage_training(with_ann)
-    assert last.read_bytes() == before
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_a_full_disk_leaves_both_checkpoints(with_ann, monkeypatch):
+    files = half_way(with_ann, monkeypatch)
+    before = [file.read_bytes() for file in files]
+    message = r"last\.safetensors: cannot be written \(.*File too large"
+    with files_of_at_most(len(before[0]) // 2), pytest.raises(RunError, match=message):
+        stage_training(with_ann).run(Console(quiet=True))
+    assert [file.read_bytes() for file in files] == before
+    assert stage_training(with_ann).run(Console(quiet=True)).step == 4
 
 
 def test_thresholds_and_leaks_stay_in_range(with_ann):
