@@ -229,12 +229,10 @@ def accelerator(recipe: Recipe) -> Accelerator:
     runtime = recipe.runtime
     # accelerate looks for other processes on a CPU only when it is told to use that
     cpu = runtime.device == "cpu" or not torch.accelerator.is_available()
-    try:
-        return Accelerator(
-            mixed_precision="no" if runtime.precision == "fp32" else runtime.precision, cpu=cpu
-        )
-    except ValueError as error:
-        raise UsageError(f"runtime.precision={runtime.precision}: {error}") from error
+    if cpu and runtime.precision == "fp16":  # which accelerate would ignore
+        raise UsageError("runtime.precision: expected fp32 or bf16 on a CPU, got 'fp16'")
+    precision = "no" if runtime.precision == "fp32" else runtime.precision
+    return Accelerator(mixed_precision=precision, cpu=cpu)
 
 
 def _build(recipe: Recipe, splits: Splits) -> Network:
