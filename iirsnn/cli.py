@@ -207,7 +207,7 @@ def main() -> None:
     try:
         app()
     except Stopped as stopped:
-        if parallel.speaks():
+        if parallel.is_main():
             console.print(str(stopped), markup=False, highlight=False, soft_wrap=True)
         parallel.leave(0)
     except (IirsnnError, OSError) as error:  # OSError: a full disk, a folder taken away

@@ -336,6 +336,12 @@ def batch_sizes(images: int, batch_size: int) -> list[int]:
     return [batch_size] * full + ([rest] if rest > 1 else [])
 
 
+def part(size: int, share: tuple[int, int]) -> tuple[int, int]:
+    """From where to where a batch of `size` images is that of process `rank` of `count`."""
+    rank, count = share
+    return rank * size // count, (rank + 1) * size // count
+
+
 def train_batches(
     splits: Splits,
     config: DataConfig,
@@ -348,17 +354,14 @@ def train_batches(
     """The batches of an epoch, shuffled and augmented, from `start_batch` on.
 
     Yields (images float32 [B, C, H, W], labels int64 [B]). For share=(rank, count) each of `count`
-    processes gets its part of every batch; a batch of fewer images than processes goes whole to
-    each of them.
+    processes gets its part of every batch, see `part`; one whose part is empty gets an image that
+    it has to leave out.
     """
     order = _rng(seed, epoch, _ORDER).permutation(len(splits.train))
-    rank, count = share
     parts, start = [], 0
     for size in batch_sizes(len(order), config.batch_size):
-        first, last = (
-            (0, size) if size < count else (rank * size // count, (rank + 1) * size // count)
-        )
-        parts.append(order[start + first : start + last].tolist())
+        first, last = part(size, share)
+        parts.append(order[start + first : start + max(last, first + 1)].tolist())
         start += size
     return DataLoader(
         Augmented(splits.train, seed=seed, epoch=epoch, cutout=config.cutout)

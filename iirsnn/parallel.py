@@ -194,13 +194,18 @@ def _losses() -> Iterator[None]:
         raise Lost("another process of this run ended before its time") from error
 
 
+def is_main() -> bool:
+    """Whether this is the first process of its run, by what launched it."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def speaks() -> bool:
     """Whether an error of this process is the one to print: each run prints one, the first.
 
     The others end because of it, or have it as well.
     """
     if not dist.is_initialized():
-        return int(os.environ.get("RANK", 0)) == 0
+        return is_main()
     try:
         store = dist.distributed_c10d._get_default_store()
         return store.add("iirsnn/errors", 1) == 1

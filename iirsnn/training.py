@@ -217,24 +217,26 @@ class StageTraining:
         set_learning_rate(self.optimizer, config, done)
         torch.manual_seed(derive_seed(self.seed, progress.step, *self._own_seed()))
         self.optimizer.zero_grad(set_to_none=True)
-        # of the whole batch: each process has it whole, or a part of it, see `data.train_batches`
-        size = self.sizes[progress.step % self.epoch_steps] if processes.count > 1 else len(images)
-        whole = size < processes.count or processes.count == 1
-        weight = 1 / size if whole else processes.count / size
+        size = len(images) if processes.count == 1 else self.sizes[progress.step % self.epoch_steps]
+        first, last = data.part(size, processes.share)
+        images, labels = images[: last - first], labels[: last - first]
         # as many micro-batches in every process: synchronised BatchNorms wait for each other
-        count = min(config.accumulate, size if whole else size // processes.count)
+        count = max(1, min(config.accumulate, size // processes.count))
         mixed, targets = self.objective.targets(images, labels)
         parts = zip(*(t.tensor_split(count) for t in (mixed, targets, labels)), strict=True)
         for part, part_targets, part_labels in parts:
             logits = self.model(part).float()
+            if not len(part):  # a batch of fewer images than processes
+                self.accelerator.backward(logits.sum())
+                continue
             with self.accelerator.autocast():  # for the teacher
                 loss = self.objective.loss(logits, part, part_targets)
             if config.energy_weight:
                 excess = self.penalty.value(self.network.timesteps) - config.energy_budget
                 loss = loss + config.energy_weight * excess.clamp(min=0)
-            self.accelerator.backward(loss * (len(part) * weight))
-            if processes.main or not whole:
-                self.sums.add(loss, logits, part_labels, progress.step + 1)
+            # the mean over the processes is that over the batch
+            self.accelerator.backward(loss * (len(part) * processes.count / size))
+            self.sums.add(loss, logits, part_labels, progress.step + 1)
         processes.average_gradients(self.network.parameters())
         self.optimizer.step()
         for neuron in neurons(self.network):

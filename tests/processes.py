@@ -3,11 +3,13 @@
 import contextlib
 import multiprocessing
 import os
-import socket
 from pathlib import Path
 
+from torch.distributed import TCPStore
+
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.test_training"])
+_context.set_forkserver_preload(["iirsnn.cli", "tests.test_training"])
+_stores = []
 
 
 def new_event():
@@ -25,10 +27,15 @@ def start(function, *arguments, log, **environment):
 def start_many(function, *arguments, count, logs):
     """`count` processes of one run, as torchrun would start them; LOGS/RANK is what each prints."""
     logs.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    # as with torchrun, the store outlives every process of the run
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    _stores.append(store)
+    shared = {
+        "WORLD_SIZE": count,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": store.port,
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+    }
     return [
         start(function, *arguments, log=logs / str(rank), RANK=rank, LOCAL_RANK=rank, **shared)
         for rank in range(count)

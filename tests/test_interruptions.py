@@ -33,8 +33,8 @@ def started(path):
 
 
 def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path):
-    begin = time.monotonic()
     process = started(tmp_path / "whole")
+    begin = time.monotonic()
     process.join(120)
     assert process.exitcode == 0
     seconds = time.monotonic() - begin  # of a whole run

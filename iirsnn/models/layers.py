@@ -29,7 +29,7 @@ def _merged(module: nn.Module, x: Tensor) -> Tensor:
     if timesteps > 1 and x.stride(0) == 0:
         y = module(x[0])
         return y.expand(timesteps, *y.shape)
-    return module(x.flatten(0, 1)).unflatten(0, (timesteps, -1))
+    return module(x.flatten(0, 1)).unflatten(0, (timesteps, x.shape[1]))
 
 
 class SharedDropout(nn.Module):
