@@ -4,7 +4,9 @@ Energy model (45 nm, 32-bit float): 4.6 pJ a multiply-accumulate, 0.9 pJ an addi
 sees real values (every layer of an ANN, and an SNN's layers before the first neuron, once for all
 timesteps since the image does not change) multiplies: k^2 C_in C_out H_out W_out. A layer that sees
 spikes adds one weight per spike and output it reaches: the real fan-out, smaller at the border.
-An average-pooled value stands for up to k^2 spikes; each of them is counted.
+An average-pooled value stands for up to k^2 spikes; each of them is counted. The identity shortcut
+of a residual block adds what it carries to a current: each value of an ANN, each spike of an SNN.
+Biases, resets and thresholds are not counted.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .models.resnet import ResidualBlock
 from .neuron import FusedLIF
 
 MULTIPLY_ACCUMULATE_PJ = 4.6
@@ -25,7 +28,7 @@ ADDITION_PJ = 0.9
 
 @dataclass
 class LayerOperations:
-    """What one convolution or linear layer did, summed over the images counted.
+    """What one convolution, linear layer or identity shortcut did, summed over the images counted.
 
     Attributes:
         name: of the module.
@@ -64,6 +67,9 @@ class _Observer:
     def _neuron(self, name: str, spikes: Tensor) -> None:
         """A neuron layer gave `spikes` [T, B, ...]."""
 
+    def _shortcut(self, name: str, x: Tensor) -> None:
+        """The identity shortcut of a residual block carried `x` [T, B, ...]."""
+
     @contextmanager
     def _observing(self) -> Iterator[None]:
         hooks = [self.model.register_forward_pre_hook(self._start)]
@@ -74,6 +80,8 @@ class _Observer:
                 hooks.append(module.register_forward_hook(self._neuron_hook(name)))
             elif isinstance(module, nn.AvgPool2d):
                 hooks.append(module.register_forward_hook(self._pool))
+            elif isinstance(module, ResidualBlock) and not len(module.shortcut):
+                hooks.append(module.register_forward_pre_hook(self._shortcut_hook(name)))
             elif isinstance(module, (nn.AdaptiveAvgPool2d, nn.LPPool2d)):
                 raise ValueError(f"{name}: expected AvgPool2d or MaxPool2d as a pool, got {module}")
         try:
@@ -91,6 +99,12 @@ class _Observer:
             self._spiking = True
             self._pool_area = 1.0
             self._neuron(name, spikes)
+
+        return hook
+
+    def _shortcut_hook(self, name: str):
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self._shortcut(f"{name}.shortcut", inputs[0])
 
         return hook
 
@@ -170,6 +184,17 @@ class OperationCounter(_Observer):
             layer.additions_pooled_once += fan_out(module, (x != 0).to(x.dtype))
         else:
             layer.multiplications += dense_operations(module, output)
+
+    @torch.no_grad()
+    def _shortcut(self, name: str, x: Tensor) -> None:
+        layer = self.layers.setdefault(name, LayerOperations(name))
+        if self._spiking:
+            sub_spikes = (x * self._pool_area).round().sum(dtype=torch.float64)
+            layer.additions += round(float(sub_spikes))
+            layer.additions_pooled_once += int((x != 0).sum())
+        else:
+            layer.additions += x[0].numel()  # the same at every timestep
+            layer.additions_pooled_once += x[0].numel()
 
 
 class EnergyPenalty(_Observer):

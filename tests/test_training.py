@@ -204,7 +204,7 @@ def kill_at(arguments, file, step, log):
             stderr=subprocess.STDOUT,
             env={**os.environ, "COLUMNS": "80"},
         )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while process.poll() is None and time.monotonic() < deadline:
             if steps_done(file) >= step:
                 break
@@ -219,10 +219,10 @@ def test_a_process_killed_twice_ends_in_the_same_bits(tmp_path):
     ann, t2 = (run / "stages" / name / "last.safetensors" for name in ("ann", "T2"))
     log = tmp_path / "log"
     kill_at(["digits", *settings, "--out", run], ann, 8, log)
-    assert ann.exists(), "killed within the first stage"
+    assert any(ann.parent.glob("[lp]*.safetensors")), "killed within the first stage"
     assert not (run / "stages" / "ann" / "result.json").exists()
     kill_at(["--resume", run], t2, 10, log)
-    assert t2.exists(), "killed within the second stage"
+    assert any(t2.parent.glob("[lp]*.safetensors")), "killed within the second stage"
     assert not (run / "stages" / "T2" / "result.json").exists()
     assert command("train", "--resume", run) == 0
     assert command("train", "digits", *settings, "--out", whole) == 0
