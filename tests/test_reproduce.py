@@ -54,10 +54,10 @@ def trained(monkeypatch):
     stages = []
     train = Pipeline.train_stage
 
-    def recorded(self, stage, console):
+    def recorded(self, stage, console, *stop):
         path = self.folder.path
         stages.append((f"{path.parent.name}/{path.name}", stage.name))
-        train(self, stage, console)
+        train(self, stage, console, *stop)
 
     monkeypatch.setattr(pipeline.Pipeline, "train_stage", recorded)
     return stages
