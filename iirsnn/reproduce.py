@@ -42,6 +42,7 @@ from .pipeline import Pipeline, open_data
 from .recipe import Recipe
 from .reduction import Stage, stages
 from .run_folder import RunFolder
+from .stopping import Stopped, StopRequest
 
 #: Seconds between two looks at work that another process does.
 POLL_SECONDS = 5.0
@@ -178,21 +179,27 @@ def train(runs: Sequence[Run], out: Path, console: Console) -> list[str]:
 
     Returns:
         One line about each run that failed.
+
+    Raises:
+        Stopped: a signal asked to stop, and what is needed to go on is saved.
     """
     failures: dict[str, str] = {}  # by the inputs of the stage that failed
     queue, in_vain = deque(runs), 0
-    while queue:
-        run = queue.popleft()
-        try:
-            _advance(run, out, failures, console)
-        except Busy:
-            queue.append(run)
-            in_vain += 1
-            if in_vain >= len(queue):
-                time.sleep(POLL_SECONDS)
+    with StopRequest() as stop:
+        while queue:
+            run = queue.popleft()
+            try:
+                _advance(run, out, failures, console, stop)
+            except Busy:
+                queue.append(run)
+                in_vain += 1
+                if in_vain >= len(queue):
+                    time.sleep(POLL_SECONDS)
+                    in_vain = 0
+            else:
                 in_vain = 0
-        else:
-            in_vain = 0
+            if queue and stop.signal:
+                raise Stopped(f"{stop.signal}: stopped; the same command goes on")
     return list(dict.fromkeys(failures.values()))
 
 
@@ -217,11 +224,14 @@ def parse_seeds(text: str) -> list[int]:
         raise UsageError(f"seeds: expected whole numbers like 0,1,2, got {text!r}") from None
 
 
-def _advance(run: Run, out: Path, failures: dict[str, str], console: Console) -> None:
+def _advance(
+    run: Run, out: Path, failures: dict[str, str], console: Console, stop: StopRequest
+) -> None:
     """Train or copy the stages of one run that are not finished.
 
     Raises:
         Busy: the next one is being trained by another process.
+        Stopped: see `train`.
     """
     splits = None
     try:
@@ -242,9 +252,13 @@ def _advance(run: Run, out: Path, failures: dict[str, str], console: Console) ->
                 if folder.result(stage.name) is None and not _copied(folder, stage, key, out):
                     console.rule(f"{run.label}: {stage.name}")
                     splits = splits or open_data(run.recipe)
-                    Pipeline(folder, splits).train_stage(stage, console)
+                    Pipeline(folder, splits).train_stage(stage, console, stop)
         except Timeout:
             raise Busy from None
+        except Stopped:
+            raise Stopped(
+                f"{stop.signal}: stopped, {run.label} is saved; the same command goes on"
+            ) from None
         except Exception as error:  # whatever it is, the other rows do not depend on it
             reason = " ".join(str(error).split())
             kind = "" if isinstance(error, IirsnnError) else f"{type(error).__name__}: "

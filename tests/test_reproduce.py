@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 import threading
 
 import pytest
@@ -15,6 +17,7 @@ from iirsnn.errors import UsageError
 from iirsnn.fingerprint import digest, stage_inputs
 from iirsnn.pipeline import Pipeline
 from iirsnn.run_folder import RunFolder
+from iirsnn.training import StageTraining
 
 #: A run in under a second.
 TINY = {
@@ -54,10 +57,10 @@ def trained(monkeypatch):
     stages = []
     train = Pipeline.train_stage
 
-    def recorded(self, stage, console, *stop):
+    def recorded(self, stage, console, stop=None):
         path = self.folder.path
         stages.append((f"{path.parent.name}/{path.name}", stage.name))
-        train(self, stage, console, *stop)
+        train(self, stage, console, stop)
 
     monkeypatch.setattr(pipeline.Pipeline, "train_stage", recorded)
     return stages
@@ -121,10 +124,10 @@ def test_a_stopped_table_goes_on(iirsnn, table, tmp_path, trained, monkeypatch):
     with monkeypatch.context() as patch:
         recorded = Pipeline.train_stage
 
-        def interrupted(self, stage, console):
+        def interrupted(self, stage, console, stop=None):
             if stage.name == "T1":
                 raise KeyboardInterrupt
-            recorded(self, stage, console)
+            recorded(self, stage, console, stop)
 
         patch.setattr(Pipeline, "train_stage", interrupted)
         runs = plan(table, tmp_path)
@@ -136,13 +139,34 @@ def test_a_stopped_table_goes_on(iirsnn, table, tmp_path, trained, monkeypatch):
     assert trained == [("both/seed0", "T1"), ("slow/seed0", "T1"), ("direct/seed0", "T1")]
 
 
+def test_a_signal_saves_and_ends_with_code_0(iirsnn, table, tmp_path, trained, monkeypatch):
+    """SIGTERM in the first epoch of T2: the epoch's step is saved, no other row is begun."""
+    epoch = ["--set", "data.batch_size=64"]
+    begun = StageTraining._step
+
+    def interrupted(self, *arguments):
+        begun(self, *arguments)
+        if self.stage.name == "T2":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTraining, "_step", interrupted)
+        result = iirsnn("reproduce", table, "--out", "out", *epoch)
+    assert result.code == 0
+    assert "SIGTERM: stopped, both/seed0 is saved; the same command goes on" in result.out
+    assert trained == [("both/seed0", "ann"), ("both/seed0", "T2")]
+    assert RunFolder.read(tmp_path / "out/both/seed0").has_checkpoint("T2", "last")
+    assert iirsnn("reproduce", table, "--out", "out", *epoch).code == 0
+    assert trained[2:4] == [("both/seed0", "T2"), ("both/seed0", "T1")]
+
+
 def test_a_row_that_fails_does_not_stop_the_others(iirsnn, table, tmp_path, monkeypatch):
     recorded = Pipeline.train_stage
 
-    def failing(self, stage, console):
+    def failing(self, stage, console, stop=None):
         if stage.name == "T2":
             raise RuntimeError("out of\nmemory")
-        recorded(self, stage, console)
+        recorded(self, stage, console, stop)
 
     monkeypatch.setattr(Pipeline, "train_stage", failing)
     result = iirsnn("reproduce", table, "--out", "out", "--seeds", "0,1")
