@@ -9,7 +9,7 @@ timed, each has to give iirsnn's gradient for the first layer's weights (see net
 import pytest
 import torch
 import traffic
-from networks import Sameness, batch_of, densities, makers, networks, neurons, noisy, step_of
+from networks import Sameness, Step, batch_of, densities, makers, networks, neurons, noisy
 
 ALL = torch.get_num_threads()
 DENSITY = 0.15
@@ -39,21 +39,23 @@ def prepare(name, timesteps, batch, density, only):
         inner = getattr(found[key], "_orig_mod", found[key])
         return inner.get_parameter("layers.0.weight").grad.clone()
 
-    step_of(found["iirsnn"], noisy(images), labels)()
+    Step(found["iirsnn"], noisy(images), labels)()
     other = gradient("iirsnn")
-    step_of(found["iirsnn"], images, labels)()
+    Step(found["iirsnn"], images, labels)()
     same = Sameness(gradient("iirsnn"), other)
     for key, network in found.items():
-        step = step_of(network, images, labels)
+        step = Step(network, images, labels)
         if "torch.compile" in key:  # compiles before anything is counted
             step()
         parameters = [*network.parameters(), *network.buffers(), images, labels]
-        with traffic.Kept(parameters) as kept, traffic.Traffic() as moved:
-            step()
+        with traffic.Traffic() as moved:
+            with traffic.Kept(parameters) as kept:
+                loss = step.forward()
+            step.backward(loss)
         rows[key] = {"kept": kept.bytes / elements, "bytes": moved.bytes / elements}
         if key != "limit":
             rows[key]["difference"] = same.check(key, gradient(key))
-        del kept
+        del kept, loss
         calls[key] = step
     measured = densities(found["iirsnn"], images)
     facts = {"sensitivity": same.sensitivity, "measured_density": sum(measured) / len(measured)}

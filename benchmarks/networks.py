@@ -203,21 +203,28 @@ def networks(
     return found, missing
 
 
-def step_of(network: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], Tensor]:
-    """One training step: forward, loss, backward, SGD. The loss comes back.
+class Step:
+    """One training step: forward, loss, backward, SGD. Called, it gives the loss.
 
     At a learning rate of 0, which costs as much and leaves the weights to all contenders alike.
     """
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
 
-    def step() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(network(images), labels)
+    def __init__(self, network: nn.Module, images: Tensor, labels: Tensor) -> None:
+        self.network, self.images, self.labels = network, images, labels
+        self.optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+
+    def forward(self) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        return F.cross_entropy(self.network(self.images), self.labels)
+
+    def backward(self, loss: Tensor) -> None:
         loss.backward()
-        optimizer.step()
-        return loss.detach()
+        self.optimizer.step()
 
-    return step
+    def __call__(self) -> Tensor:
+        loss = self.forward()
+        self.backward(loss)
+        return loss.detach()
 
 
 def noisy(images: Tensor) -> Tensor:
@@ -263,4 +270,4 @@ def training_step(
     found, missing = networks(name, timesteps, density, only=(contender,))
     if contender not in found:
         raise ValueError(f"contender: expected one of {list(found)}, got {contender}: {missing}")
-    return step_of(found[contender], *batch_of(batch))
+    return Step(found[contender], *batch_of(batch))
