@@ -14,7 +14,7 @@ namespace iirsnn {
 
 enum class Reset : int { soft = 0, hard = 1, none = 2, soft_delayed = 3 };
 
-// acc_t is float, or double when the current is double. One neuron's parameters.
+// acc_t is float, or double when the current is double; or many of them (lanes.h). One neuron's parameters.
 template <typename acc_t>
 struct Neuron {
   acc_t threshold;
@@ -26,7 +26,7 @@ struct Neuron {
 // 1 above the threshold, 0 at or below it, NaN for NaN.
 template <typename acc_t>
 IIRSNN_INLINE acc_t spike(acc_t h, acc_t threshold) {
-  return h > threshold ? acc_t(1) : (h == h ? acc_t(0) : h);
+  return select(h > threshold, acc_t(1), select(h == h, acc_t(0), h));
 }
 
 // The membrane before the reset.
@@ -34,7 +34,7 @@ template <Reset kReset, typename acc_t>
 IIRSNN_INLINE acc_t charge(acc_t x, acc_t v, const Neuron<acc_t>& p) {
   const acc_t h = add(mul(p.leak, v), x);
   if constexpr (kReset == Reset::soft_delayed) {
-    return sub(h, v > p.threshold ? p.threshold : acc_t(0));
+    return sub(h, select(v > p.threshold, p.threshold, acc_t(0)));
   } else {
     return h;
   }
@@ -43,8 +43,8 @@ IIRSNN_INLINE acc_t charge(acc_t x, acc_t v, const Neuron<acc_t>& p) {
 // The membrane after the reset.
 template <Reset kReset, typename acc_t>
 IIRSNN_INLINE acc_t discharge(acc_t h, const Neuron<acc_t>& p) {
-  if constexpr (kReset == Reset::soft) return sub(h, h > p.threshold ? p.threshold : acc_t(0));
-  if constexpr (kReset == Reset::hard) return h > p.threshold ? p.v_reset : h;
+  if constexpr (kReset == Reset::soft) return sub(h, select(h > p.threshold, p.threshold, acc_t(0)));
+  if constexpr (kReset == Reset::hard) return select(h > p.threshold, p.v_reset, h);
   return h;
 }
 
@@ -78,16 +78,16 @@ IIRSNN_INLINE StepGrad<acc_t> backward_step(acc_t grad_s, acc_t h, acc_t v, acc_
   if constexpr (kReset == Reset::soft) g = detach_reset ? g : sub(g, mul(p.threshold, grad_v));
   if constexpr (kReset == Reset::hard) {
     g = detach_reset ? g : add(g, mul(sub(p.v_reset, h), grad_v));
-    straight = h > p.threshold ? zero : grad_v;
+    straight = select(h > p.threshold, zero, grad_v);
   }
   if constexpr (kReset == Reset::soft_delayed) g = detach_reset ? g : add(g, carry.grad_reset);
   const acc_t through_spike = mul(g, slope);
   StepGrad<acc_t> grad;
   grad.x = add(through_spike, straight);
   grad.threshold = -mul(through_spike, mul(h, p.inverse_threshold));  // ds/dthreshold = -ds/dh h / threshold
-  if constexpr (kReset == Reset::soft) grad.threshold = sub(grad.threshold, h > p.threshold ? grad_v : zero);
+  if constexpr (kReset == Reset::soft) grad.threshold = sub(grad.threshold, select(h > p.threshold, grad_v, zero));
   if constexpr (kReset == Reset::soft_delayed) {
-    grad.threshold = sub(grad.threshold, v > p.threshold ? grad.x : zero);
+    grad.threshold = sub(grad.threshold, select(v > p.threshold, grad.x, zero));
     carry.grad_reset = -mul(p.threshold, grad.x);
   }
   grad.leak = mul(grad.x, v);

@@ -52,9 +52,28 @@ IIRSNN_INLINE to_t bit_cast(from_t value) {
 }
 
 template <typename acc_t>
+IIRSNN_INLINE acc_t select(bool condition, acc_t a, acc_t b) {
+  return condition ? a : b;
+}
+
+template <typename acc_t>
 IIRSNN_INLINE acc_t magnitude(acc_t z) {
   return z < acc_t(0) ? -z : z;
 }
+
+// What the arithmetic below is about: a number, or on the CPU many at once (lanes.h).
+template <typename acc_t>
+struct Number;
+template <>
+struct Number<float> {
+  using type = float;
+  using bits_t = uint32_t;
+};
+template <>
+struct Number<double> {
+  using type = double;
+  using bits_t = uint64_t;
+};
 
 // exp(y) for y <= 0: y = n ln 2 + r, |r| <= ln 2 / 2, a Taylor polynomial in r and 2^n put into the exponent.
 // Our own because libm's does not vectorise and differs between host and device. Relative error below 2 ulp;
@@ -63,7 +82,6 @@ template <typename acc_t>
 struct ExpTraits;
 template <>
 struct ExpTraits<float> {
-  using int_t = int32_t;
   static constexpr float kLowest = -87.0f, kRound = 12582912.0f;  // kRound = 1.5 * 2^23
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   static constexpr double kLast = 1.0 / 5040;  // 1 / kDegree!
@@ -71,7 +89,6 @@ struct ExpTraits<float> {
 };
 template <>
 struct ExpTraits<double> {
-  using int_t = int64_t;
   static constexpr double kLowest = -708.0, kRound = 6755399441055744.0;  // kRound = 1.5 * 2^52
   static constexpr double kLn2High = 0.693145751953125, kLn2Low = 1.42860682030941723212e-6;
   static constexpr double kLast = 1.0 / 6227020800;
@@ -80,10 +97,10 @@ struct ExpTraits<double> {
 
 template <typename acc_t>
 IIRSNN_INLINE acc_t exp_negative(acc_t y) {
-  using Traits = ExpTraits<acc_t>;
-  using int_t = typename Traits::int_t;
-  const acc_t kLog2e = acc_t(1.44269504088896340736), kRound = Traits::kRound;
-  y = y < Traits::kLowest ? Traits::kLowest : y;
+  using Traits = ExpTraits<typename Number<acc_t>::type>;
+  using bits_t = typename Number<acc_t>::bits_t;
+  const acc_t kLog2e = acc_t(1.44269504088896340736), kRound = acc_t(Traits::kRound);
+  y = select(y < acc_t(Traits::kLowest), acc_t(Traits::kLowest), y);
   const acc_t shifted = add(mul(y, kLog2e), kRound);
   const acc_t n = sub(shifted, kRound);
   const acc_t r = sub(sub(y, mul(n, acc_t(Traits::kLn2High))), mul(n, acc_t(Traits::kLn2Low)));
@@ -98,8 +115,8 @@ IIRSNN_INLINE acc_t exp_negative(acc_t y) {
     p = k == Traits::kDegree ? acc_t(coefficient) : add(mul(p, r), acc_t(coefficient));
     coefficient *= k;
   }
-  const int_t exponent = bit_cast<int_t>(shifted) - bit_cast<int_t>(kRound) + Traits::kBias;
-  return mul(p, bit_cast<acc_t>(int_t(exponent << Traits::kMantissa)));
+  const bits_t exponent = bit_cast<bits_t>(shifted) - bit_cast<bits_t>(kRound) + bits_t(Traits::kBias);
+  return mul(p, bit_cast<acc_t>(exponent << Traits::kMantissa));
 }
 
 template <typename acc_t>
@@ -130,9 +147,9 @@ template <Surrogate kSurrogate, typename acc_t>
 IIRSNN_INLINE acc_t surrogate(acc_t z, acc_t a) {
   if constexpr (kSurrogate == Surrogate::triangle) {
     const acc_t height = sub(acc_t(1), magnitude(z));
-    return mul(a, height < acc_t(0) ? acc_t(0) : height);
+    return mul(a, select(height < acc_t(0), acc_t(0), height));
   } else if constexpr (kSurrogate == Surrogate::boxcar) {
-    return magnitude(z) <= a ? div(acc_t(0.5), a) : acc_t(0);
+    return select(magnitude(z) <= a, div(acc_t(0.5), a), acc_t(0));
   } else {
     const Ratio<acc_t> ratio = surrogate_ratio<kSurrogate>(z, a);
     return div(ratio.numerator, ratio.denominator);

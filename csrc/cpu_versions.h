@@ -1,0 +1,85 @@
+// Which instruction set runs, and functions compiled for each of them.
+#pragma once
+
+#include <type_traits>
+
+#include "lanes.h"
+
+#if defined(__clang__)
+#define IIRSNN_VECTORIZE _Pragma("clang loop vectorize(assume_safety)")
+#define IIRSNN_WIDE
+#else
+#define IIRSNN_VECTORIZE _Pragma("GCC ivdep")
+#define IIRSNN_WIDE ",prefer-vector-width=512"
+#endif
+
+#if defined(__x86_64__)
+#define IIRSNN_AVX2 __attribute__((target("avx2,f16c")))
+#define IIRSNN_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq" IIRSNN_WIDE)))
+#endif
+
+namespace iirsnn {
+
+enum Capability { kPortable, kAvx2, kAvx512 };
+Capability capability();
+
+// Row::run<bytes of a register>, compiled for each instruction set; pick() is the one in force. Everything that run
+// calls has to be inlined into it, lambdas included, or it is compiled for the lowest.
+template <typename Row, typename Signature>
+struct Versions;
+template <typename Row, typename... Args>
+struct Versions<Row, void(Args...)> {
+  static void portable(Args... args) { Row::template run<16>(args...); }
+#if defined(__x86_64__)
+  IIRSNN_AVX2 static void avx2(Args... args) { Row::template run<32>(args...); }
+  IIRSNN_AVX512 static void avx512(Args... args) { Row::template run<64>(args...); }
+#endif
+  static auto pick() {
+#if defined(__x86_64__)
+    const Capability level = capability();
+    if (level == kAvx512) return &avx512;
+    if (level == kAvx2) return &avx2;
+#endif
+    return &portable;
+  }
+};
+template <typename Row>
+auto version() {
+  return Versions<Row, decltype(Row::template run<16>)>::pick();
+}
+
+// A kernel over the n neurons of a Block: whole vectors by the version in force, the rest one by one.
+template <typename Block>
+struct Kernel {
+  void (*vectors)(const Block*, int first, int last);
+  void (*rest)(const Block*, int first, int last);
+  int lanes;
+
+  void operator()(const Block& block, int n) const {
+    const int whole = n - n % lanes;
+    if (whole > 0) vectors(&block, 0, whole);
+    if (whole < n) rest(&block, whole, n);
+  }
+};
+template <typename Row>
+Kernel<typename Row::Block> kernel() {
+  using Block = typename Row::Block;
+  const auto rest = [](const Block* block, int first, int last) { Row::template run<0>(block, first, last); };
+  return {version<Row>(), rest, 64 / int(sizeof(typename Row::acc_t))};
+}
+
+// What a kernel computes with: vectors in registers of kBytes; numbers for 0.
+template <typename acc_t, int kBytes>
+struct VectorOf {
+  using type = Lanes<acc_t, kBytes>;
+};
+template <typename acc_t>
+struct VectorOf<acc_t, 0> {
+  using type = acc_t;
+};
+template <typename acc_t, int kBytes>
+using Vector = typename VectorOf<acc_t, kBytes>::type;
+
+#define IIRSNN_INLINE_LAMBDA __attribute__((always_inline))
+
+}  // namespace iirsnn
