@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from .convert import FUSE
 from .errors import RunError, UsageError
 from .models import Network, Readout, ResidualBlock, SharedDropout
 from .neuron import FusedLIF
+from .spike_layers import SpikeAvgPool2d, SpikeConv2d, SpikeLinear, use_plain_layers
 
 FORMAT = 2  # 2: residual blocks
 PRECISIONS = ("fp32", "bf16", "int8")
@@ -32,6 +34,7 @@ PRECISIONS = ("fp32", "bf16", "int8")
 DENSE_WINS = 1.2
 
 _IGNORED = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, SharedDropout)
+_SPIKE_LAYERS = (SpikeConv2d, SpikeLinear, SpikeAvgPool2d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
@@ -177,6 +180,8 @@ class EventNetwork:
                     f"timesteps: expected the T of the model, {model.timesteps}, got {timesteps}"
                 )
             image_shape = image_shape or model.image_shape  # type: ignore[assignment]
+        if any(isinstance(module, _SPIKE_LAYERS) for module in model.modules()):
+            model = use_plain_layers(copy.deepcopy(model))
         layers = _layers(model)
         for layer in layers[1:]:  # the first one sees the image
             _quantise(layer, precision)
@@ -221,6 +226,24 @@ class EventNetwork:
                 self.layers, self._dense, self._engine.report(), strict=True
             )
         ]
+
+    def spikes(self) -> list[Tensor]:
+        """Spikes of the last call: of each layer with neurons, bool [T, B, C, H, W].
+
+        Raises:
+            RunError: there was no call yet.
+        """
+        self.statistics()
+        found = []
+        for index, layer in enumerate(self.layers):
+            if layer.threshold is None:
+                continue
+            # little-endian words: byte k of a word holds channels 8k to 8k + 7
+            words = self._engine.bits(index + 1)
+            bits = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")
+            spikes = torch.from_numpy(bits[..., : len(layer.threshold)]).bool()
+            found.append(spikes.unflatten(0, (self._images, self.timesteps)).permute(1, 0, 4, 2, 3))
+        return found
 
     def density(self) -> float:
         """Additions of the last call over the operations of a dense network that runs once.

@@ -15,6 +15,7 @@ from iirsnn.convert import NeuronConfig, to_spiking
 from iirsnn.energy import OperationCounter
 from iirsnn.errors import RunError, UsageError
 from iirsnn.event import FORMAT, EventNetwork
+from iirsnn.event_flips import trace_flips
 from iirsnn.models import ModelConfig, build, resnet
 from iirsnn.models.resnet import Plan
 
@@ -88,34 +89,26 @@ def spikes_of(network, x):
     return spikes, logits
 
 
-def engine_spikes(net, batch):
-    """Spikes of each layer with neurons as the engine stored them, [T, B, C, H, W]."""
-    found = []
-    source = 0
-    for layer in net.layers:
-        source += 1
-        if layer.kind not in ("conv", "linear"):
-            continue
-        channels = net._engine.shape(source)[0]
-        bits = net._engine.bits(source)
-        # little-endian words: byte k of a word holds channels 8k to 8k + 7
-        unpacked = np.unpackbits(bits.view(np.uint8), axis=-1, bitorder="little")[..., :channels]
-        tensor = torch.from_numpy(unpacked).float().unflatten(0, (batch, net.timesteps))
-        found.append(tensor.permute(1, 0, 4, 2, 3))
-    return found
+def engine_spikes(net):
+    return [spikes.float() for spikes in net.spikes()]
 
 
 def assert_same(network, x, varied=True, **options):
     net = EventNetwork.from_model(network, network.timesteps, **options)
     expected, logits = spikes_of(network, x)
     assert torch.equal(net(x), logits)
-    found = engine_spikes(net, len(x))
+    found = engine_spikes(net)
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours.reshape(theirs.shape), theirs)
         assert not varied or 0 < theirs.mean() < 1, "the case says nothing"
     return net
 
+
+PLAN = {
+    "average pool before, flat end": Plan((20, 40), True, ((40, 1), (70, 2)), False, (30,)),
+    "global pool": Plan((70,), False, ((70, 2), (100, 1)), True),
+}
 
 CONVOLUTIONS = {
     "3x3": dict(kernel_size=3, padding=1),
@@ -311,10 +304,56 @@ def test_instruction_sets_give_the_same_bits(precision, pool, timesteps):
     results = []
     for name in levels():
         module.set_cpu_capability(name)
-        results.append((net(calibration[:20]), engine_spikes(net, 20)))
+        results.append((net(calibration[:20]), engine_spikes(net)))
     for logits, spikes in results[1:]:
         assert torch.equal(logits, results[0][0])
         assert all(torch.equal(a, b) for a, b in zip(spikes, results[0][1], strict=True))
+
+
+@pytest.mark.parametrize("name", ["vgg", "resnet"])
+def test_flips_are_traced_to_rounding(name):
+    """Thresholds set on a current: those neurons fire or not by the order of the additions."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(32, 3, 16, 16, generator=generator)
+    if name == "vgg":
+        config = ModelConfig("vgg", layers=[48, "A", 100, 70], hidden=[90], batch_norm=False)
+        ann = build(config, 10, (3, 16, 16))
+    else:
+        ann = resnet(PLAN["global pool"], 10, (3, 16, 16))
+    network = convert(ann, x, 85.0, timesteps=1).eval()
+    currents = []
+    neuron = [m for m in network.modules() if isinstance(m, FusedLIF)][1]
+    with torch.no_grad():
+        handle = neuron.register_forward_pre_hook(lambda m, inputs: currents.append(inputs[0]))
+        network(x)
+        handle.remove()
+        for value in currents[0].flatten().sort().values[-2000:-1980]:
+            neuron.threshold.fill_(float(value))
+            net = EventNetwork.from_model(network)
+            flips = trace_flips(net, network, x)
+            if flips:
+                break
+    roots = [flip for flip in flips if flip.root]
+    assert roots
+    assert {flip.layer for flip in roots} == {net.layers[2 if name == "vgg" else 1].name}
+    assert all(flip.explained for flip in flips)
+    assert max(flip.distance for flip in roots) < 20
+
+
+def test_flips_of_another_network_are_not_explained():
+    network = integers(
+        nn.Conv2d(1, 20, 3), FusedLIF(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(80, 40),
+        FusedLIF(), Readout(40, 3),
+    )  # fmt: skip
+    net = EventNetwork.from_model(network)
+    x = images(5, 1, 6, 6)
+    assert trace_flips(net, network, x) == []
+    network.layers[1].threshold.data += 0.5
+    flips = trace_flips(net, network, x)
+    assert any(flip.root for flip in flips)
+    assert not any(flip.explained for flip in flips if flip.root)
+    with pytest.raises(UsageError, match="fp32 weights, got T = 1, int8"):
+        trace_flips(EventNetwork.from_model(network, precision="int8"), network, x)
 
 
 @pytest.mark.parametrize("pool", ["average", "max"])
@@ -331,7 +370,7 @@ def test_real_weights_differ_within_rounding_only(pool, batch_norm):
     x = torch.randn(32, 3, 16, 16, generator=generator)
     net = EventNetwork.from_model(network)
     logits = net(x)
-    found = iter(engine_spikes(net, len(x)))
+    found = iter(engine_spikes(net))
     state, total, rounding = x.double(), 0, torch.zeros(())
     for module in network.layers:
         if isinstance(module, FusedLIF):
@@ -470,11 +509,6 @@ def test_a_network_too_dense_to_pay_says_so():
 
 # ---- Residual blocks ----
 
-PLAN = {
-    "average pool before, flat end": Plan((20, 40), True, ((40, 1), (70, 2)), False, (30,)),
-    "global pool": Plan((70,), False, ((70, 2), (100, 1)), True),
-}
-
 
 @pytest.mark.parametrize("plan", PLAN)
 @pytest.mark.parametrize("pool", [nn.AvgPool2d, nn.MaxPool2d])
@@ -522,7 +556,7 @@ def test_batch_norm_kept_in_the_snn_is_folded(name, per_channel):
     net = EventNetwork.from_model(network)
     expected, logits = spikes_of(network, x)
     found = net(x)
-    for ours, theirs in zip(engine_spikes(net, len(x)), expected, strict=True):
+    for ours, theirs in zip(engine_spikes(net), expected, strict=True):
         assert float((ours.reshape(theirs.shape) != theirs).float().mean()) < 1e-4
     same = (found - logits).abs().amax(1) < 1e-3 * logits.abs().max()
     assert same.float().mean() > 0.8  # the others hold a spike within rounding of its threshold
@@ -577,7 +611,7 @@ def test_int8_sums_do_not_overflow_in_the_worst_case():
         logits = net(x)
         expected, _ = spikes_of(network, x)
         assert expected[0].mean() == 1
-        for ours, theirs in zip(engine_spikes(net, 2)[:2], expected, strict=False):
+        for ours, theirs in zip(engine_spikes(net)[:2], expected, strict=False):
             assert torch.equal(ours.reshape(theirs.shape), theirs)
         assert logits.shape == (2, 3)
 
