@@ -253,7 +253,8 @@ def contenders(
     }
     made, missing = {}, {}
     for name, maker in makers.items():
-        if only and not any(word in name for word in only.split(",")):
+        words = only.split(",")  # a whole name stands for itself alone
+        if only and name not in words and not any(w in name for w in words if w not in makers):
             continue
         try:
             made[name] = maker()
@@ -380,7 +381,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--calls", type=int, default=3, help="a turn; the first is not counted")
     parser.add_argument("--ghz", type=float, default=clock_ghz(), help="of the processor")
-    parser.add_argument("--only", default="", help="words, separated by commas, of names to run")
+    parser.add_argument(
+        "--only", default="", help="names to run, or words of them, separated by commas"
+    )
     parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args()
     results: dict = {
