@@ -1,6 +1,7 @@
 """Spike layers against torch's own in float64, and what they keep for the backward pass."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import iirsnn
+import iirsnn.event
 from iirsnn import FusedLIF, SpikeAvgPool2d, SpikeConv2d, SpikeLinear, spike_cost, use_spike_layers
 from iirsnn.spike_layers import use_plain_layers
 
@@ -401,8 +403,8 @@ def test_training_uses_them(monkeypatch):
     seen = []
     recipe = load("digits")
     line = pipeline.Pipeline.__new__(pipeline.Pipeline)
-    line.recipe, line.folder, line.splits = recipe, None, None
-    line.accelerator = pipeline._accelerator(recipe)
+    line.recipe, line.folder, line.splits, line.processes = recipe, None, None, None
+    line.accelerator = SimpleNamespace(device=torch.device("cpu"))
     line.initial, line.teacher = lambda stage: network(), lambda stage: None
 
     def stop(given, *rest):
@@ -451,3 +453,10 @@ def test_built_in_costs_where_no_cache_can_be_written(monkeypatch, tmp_path):
     assert spike_cost.costs() is spike_cost.BUILT_IN
     monkeypatch.setenv("IIRSNN_CALIBRATE", "0")
     assert spike_cost.costs() is spike_cost.BUILT_IN
+
+
+def test_event_network_of_spike_layers():
+    images = torch.randn(4, 3, 8, 8)
+    plain = iirsnn.event.EventNetwork.from_model(network(), 3)
+    swapped = iirsnn.event.EventNetwork.from_model(use_spike_layers(network()), 3)
+    assert torch.equal(plain(images), swapped(images))
