@@ -13,9 +13,9 @@ from iirsnn import allocator
 applied = allocator.apply(sys.argv[1])
 def fill():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.empty(2**26, dtype=torch.uint8).fill_(1)
+    torch.empty(40 * 2**20, dtype=torch.uint8).fill_(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(applied, min(fill() for _ in range(8)))
+print(applied, min(fill() for _ in range(40)))
 """
 
 
@@ -27,7 +27,7 @@ def test_a_large_tensor_seldom_faults_where_freed_memory_is_retained():
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
         found[policy] = (shown[0] == "True", int(shown[1]))
     assert found["system"][0] is False
-    assert found["system"][1] >= 2**26 / 2**21  # one a 2 MiB page at the least
+    assert found["system"][1] >= 20  # one a 2 MiB page at the least
     if not found["retain"][0]:
         pytest.skip("this C library refuses mallopt; run with glibc 2.36 or later")
     assert found["retain"][1] < found["system"][1] / 2  # once the heap has settled
