@@ -125,8 +125,7 @@ def write(pipeline: Pipeline, path: Path) -> None:
         figure = Figure(figsize=size, layout="constrained")
         plot(activities, figure)
         figure.suptitle(f"{pipeline.recipe.name}: {figure.get_suptitle()}")
-        save = partial(figure.savefig, dpi=150, format="png")
-        checkpoint.write_atomically(path / f"{name}.png", save)
+        checkpoint.write_png(path / f"{name}.png", figure)
 
 
 def _histogram(values: Iterable[Tensor]) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import cycle
 from pathlib import Path
 from statistics import mean, stdev
@@ -116,8 +115,7 @@ def write(comparison: dict[str, Any], path: Path) -> None:
     ):
         figure = Figure(figsize=size, layout="constrained")
         plot(comparison, figure)
-        save = partial(figure.savefig, dpi=150, format="png")
-        checkpoint.write_atomically(path / f"{name}.png", save)
+        checkpoint.write_png(path / f"{name}.png", figure)
 
 
 def show(comparison: dict[str, Any], console: Console) -> None:

@@ -110,9 +110,7 @@ def energy(
     checkpoint.write_text(run / "energy.json", json.dumps(report, indent=2) + "\n")
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     _plot(report, figure)
-    checkpoint.write_atomically(
-        run / "energy.png", lambda file: figure.savefig(file, dpi=150, format="png")
-    )
+    checkpoint.write_png(run / "energy.png", figure)
     _show(report)
     console.print(f"Written: {run}/energy.json and energy.png", highlight=False, soft_wrap=True)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -76,8 +75,7 @@ def write(report: dict[str, Any], path: Path) -> None:
     ):
         figure = Figure(figsize=size, layout="constrained")
         plot(report, figure)
-        save = partial(figure.savefig, dpi=150, format="png")
-        checkpoint.write_atomically(path / f"{name}.png", save)
+        checkpoint.write_png(path / f"{name}.png", figure)
 
 
 def show(report: dict[str, Any], console: Console) -> None:

@@ -11,13 +11,7 @@ from iirsnn.convert import to_spiking
 from iirsnn.energy import OperationCounter
 from iirsnn.models import build
 
-SHAPES = {
-    "digits": (10, (1, 8, 8)),
-    "fashion-mnist": (10, (1, 28, 28)),
-    "cifar10": (10, (3, 32, 32)),
-    "cifar100": (100, (3, 32, 32)),
-    "imagenet": (1000, (3, 224, 224)),
-}
+from .test_recipe import SHAPES
 
 
 def conv(size, *channels):
