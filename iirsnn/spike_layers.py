@@ -58,6 +58,7 @@ class Decision:
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # kept for calls that need gradients
 def _table(unit: float, divisor: int, dtype: torch.dtype) -> Tensor:
     """float32 [256]: the value of a count: k / divisor where there is one, else k * unit."""
     counts = torch.arange(256, dtype=torch.float32)

@@ -157,6 +157,14 @@ def test_instruction_sets_give_the_same_bits(level):
         assert torch.equal(found[2], expected[2])
 
 
+def test_gradients_after_inference_mode():
+    layer, x = SpikeConv2d(4, 4, 3), 0.125 * (torch.rand(2, 4, 6, 6) < 0.2)
+    with torch.inference_mode():  # a unit that no other test has: its table is made here
+        layer(x)
+    layer(x).sum().backward()
+    assert layer.weight.grad.isfinite().all()
+
+
 def test_repeats_bit_for_bit():
     torch.manual_seed(0)
     layer = SpikeConv2d(64, 64, 3, padding=1)
