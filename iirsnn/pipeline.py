@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from rich.console import Console
 from torch import Tensor
 
@@ -232,7 +233,11 @@ def accelerator(recipe: Recipe) -> Accelerator:
     if cpu and runtime.precision == "fp16":  # which accelerate would ignore
         raise UsageError("runtime.precision: expected fp32 or bf16 on a CPU, got 'fp16'")
     precision = "no" if runtime.precision == "fp32" else runtime.precision
-    return Accelerator(mixed_precision=precision, cpu=cpu)
+    try:
+        return Accelerator(mixed_precision=precision, cpu=cpu)
+    except ValueError:  # it holds on to the settings of the first run; those of a table may differ
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return Accelerator(mixed_precision=precision, cpu=cpu)
 
 
 def _build(recipe: Recipe, splits: Splits) -> Network:
