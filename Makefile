@@ -35,7 +35,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(SOURCES)
 	@touch $@
 
 demo: $(VENV)/.installed
-	@rm -rf $(DEMO)
+	@if [ -f $(DEMO)/recipe.yaml ]; then rm -rf $(DEMO); fi
 	$(BIN)/iirsnn train digits --out $(DEMO) $(DEMO_FLAGS)
 
 test: $(VENV)/.installed
