@@ -41,7 +41,7 @@ from .fingerprint import digest, run_inputs, stage_inputs
 from .pipeline import Pipeline, open_data
 from .recipe import Recipe
 from .reduction import Stage, stages
-from .run_folder import RunFolder
+from .run_folder import InUse, RunFolder
 from .stopping import Stopped, StopRequest
 
 #: Seconds between two looks at work that another process does.
@@ -87,7 +87,7 @@ class Run:
 
 
 class Busy(Exception):
-    """Another process is training a stage with these inputs."""
+    """Another process is training a stage with these inputs, or has the run's folder."""
 
 
 def names() -> list[str]:
@@ -253,7 +253,7 @@ def _advance(
                     console.rule(f"{run.label}: {stage.name}")
                     splits = splits or open_data(run.recipe)
                     Pipeline(folder, splits).train_stage(stage, console, stop)
-        except Timeout:
+        except (Timeout, InUse):  # of a stage that has just ended, the folder is released last
             raise Busy from None
         except Stopped:
             raise Stopped(

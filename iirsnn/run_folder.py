@@ -28,6 +28,10 @@ _RESUME = ("last", "previous")
 _FREE = ("runtime.", "data.root", "data.download", "data.workers", "data.test_batch_size")
 
 
+class InUse(RunError):
+    """Another process has the run folder."""
+
+
 class RunFolder:
     """An open run folder; see `create`, `resume` and `read`.
 
@@ -46,7 +50,8 @@ class RunFolder:
 
         Raises:
             UsageError: the folder holds a run, or something else.
-            RunError: another process uses it, or it is not writable.
+            InUse: another process has it.
+            RunError: it is not writable.
         """
         try:
             if path.exists() and not path.is_dir():
@@ -82,7 +87,8 @@ class RunFolder:
 
         Raises:
             UsageError: no run there, or one of another recipe.
-            RunError: another process uses it, or it is not writable.
+            InUse: another process has it.
+            RunError: it is not writable.
         """
         stored = cls.read(path).recipe
         if expected is not None:
@@ -119,11 +125,9 @@ class RunFolder:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def stage_path(self, stage: str) -> Path:
-        """The folder of a stage, made when it is not there."""
-        path = self.path / "stages" / stage
-        path.mkdir(parents=True, exist_ok=True)
-        return path
+    def checkpoint_path(self, stage: str, name: str) -> Path:
+        """stages/STAGE/NAME.safetensors, whether or not it exists."""
+        return self.path / "stages" / stage / f"{name}.safetensors"
 
     def save_checkpoint(
         self, stage: str, name: str, tensors: dict[str, Tensor], header: dict[str, Any]
@@ -133,9 +137,10 @@ class RunFolder:
         Of the resume checkpoint, `last`, the one before is kept as `previous`.
         """
         header = {"recipe": self._recipe_text, "stage": stage, **header}
-        path = self.stage_path(stage)
-        previous = path / "previous.safetensors" if name == "last" else None
-        checkpoint.save(path / f"{name}.safetensors", tensors, header, previous=previous)
+        path = self.checkpoint_path(stage, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        previous = path.with_stem("previous") if name == "last" else None
+        checkpoint.save(path, tensors, header, previous=previous)
 
     def load_checkpoint(self, stage: str, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Read stages/STAGE/NAME.safetensors.
@@ -143,7 +148,7 @@ class RunFolder:
         Raises:
             RunError: missing or damaged, of another stage, or of another recipe than the run's.
         """
-        path = self.stage_path(stage) / f"{name}.safetensors"
+        path = self.checkpoint_path(stage, name)
         tensors, header = checkpoint.load(path)
         if header.get("stage") != stage:
             raise RunError(
@@ -182,18 +187,18 @@ class RunFolder:
 
     def has_checkpoint(self, stage: str, name: str) -> bool:
         """Whether stages/STAGE/NAME.safetensors exists."""
-        return (self.path / "stages" / stage / f"{name}.safetensors").exists()
+        return self.checkpoint_path(stage, name).exists()
 
     def finish_stage(self, stage: str, result: dict[str, Any]) -> None:
         """Record a stage's result; its resume checkpoints are no longer needed."""
-        path = self.stage_path(stage)
-        checkpoint.write_text(path / "result.json", json.dumps(result, indent=2) + "\n")
+        text = json.dumps(result, indent=2) + "\n"
+        checkpoint.write_text(self.path / "stages" / stage / "result.json", text)
         self.tidy(stage)
 
     def tidy(self, stage: str) -> None:
         """Remove the resume checkpoints of a finished stage."""
         for name in _RESUME:
-            (self.stage_path(stage) / f"{name}.safetensors").unlink(missing_ok=True)
+            self.checkpoint_path(stage, name).unlink(missing_ok=True)
 
     def result(self, stage: str) -> dict[str, Any] | None:
         """The result of a finished stage, else None."""
@@ -230,7 +235,7 @@ def _acquire(path: Path) -> FileLock:
     try:
         lock.acquire()
     except Timeout as error:
-        raise RunError(f"output folder {path}: in use by another run") from error
+        raise InUse(f"output folder {path}: in use by another run") from error
     except OSError as error:
         raise RunError(f"output folder {path}: cannot be locked ({error.strerror})") from error
     return lock

@@ -266,7 +266,7 @@ class StageTraining:
     def _require_finite(self, what: str, value: float, step: int) -> None:
         if math.isfinite(value):
             return
-        last = self.folder.stage_path(self.stage.name) / "last.safetensors"
+        last = self.folder.checkpoint_path(self.stage.name, "last")
         if last.exists():
             kept = f"the last good checkpoint is kept: {last}"
         elif self.stage.parent is not None:

@@ -120,6 +120,14 @@ def test_rows_share_the_stages_they_have_in_common(iirsnn, table, tmp_path, trai
     assert trained == []
 
 
+def test_rows_may_differ_in_precision(table, tmp_path):
+    """As those of the CIFAR tables do; accelerate has one precision for a whole process."""
+    for precision in ("fp32", "bf16", "fp32"):
+        (run,) = plan(table, tmp_path, only=["both"], overrides=[f"runtime.precision={precision}"])
+        found = pipeline.accelerator(run.recipe)
+        assert found.mixed_precision == precision.replace("fp32", "no")
+
+
 def test_a_stopped_table_goes_on(iirsnn, table, tmp_path, trained, monkeypatch):
     with monkeypatch.context() as patch:
         recorded = Pipeline.train_stage
@@ -200,6 +208,15 @@ def test_what_another_process_trains_is_waited_for(table, tmp_path, trained, mon
     # two looks in vain, then the work that is free, then a wait
     assert waits == [[("direct/seed1", "ann"), ("direct/seed1", "T1")]]
     assert trained[2:] == [("both/seed0", "T2"), ("both/seed0", "T1"), ("slow/seed0", "T1")]
+
+
+def test_a_folder_in_use_is_waited_for(table, tmp_path, trained, monkeypatch):
+    """As after the result of a stage, before its process has let go of the folder."""
+    (run, *_), out = plan(table, tmp_path), tmp_path / "out"
+    owner = RunFolder.create(run.path, run.recipe)
+    monkeypatch.setattr(reproduce.time, "sleep", lambda seconds: owner.close())
+    assert reproduce.train([run], out, quiet()) == []
+    assert trained == [("both/seed0", stage) for stage in ("ann", "T2", "T1")]
 
 
 def test_two_processes_share_a_table(table, tmp_path, trained):

@@ -187,6 +187,7 @@ def test_checkpoints_know_their_stage_and_recipe(tmp_path, quick):
             folder.load_checkpoint("T1", "last")
         with pytest.raises(RunError, match=r"ann/last\.safetensors: no such file"):
             folder.load_checkpoint("ann", "last")
+        assert not (stages / "ann").exists()  # to read is to make nothing
         save_file({"weight": torch.zeros(3)}, stages / "T2" / "last.safetensors")
         with pytest.raises(RunError, match="not one of iirsnn's"):
             folder.load_checkpoint("T2", "last")
