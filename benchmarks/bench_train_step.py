@@ -4,6 +4,8 @@
 
 All contenders have the same weights, and every layer the same density of spikes. Before it is
 timed, each has to give iirsnn's gradient for the first layer's weights (see networks.Sameness).
+Weights and images come in torch's own layout, those of the large batch in channels_last too, those
+of the sweep in that alone.
 """
 
 import pytest
@@ -14,6 +16,7 @@ from networks import Sameness, Step, batch_of, densities, makers, networks, neur
 ALL = torch.get_num_threads()
 DENSITY = 0.15
 SWEEP = (0.05, 0.10, 0.20, 0.30, 0.40)
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 #: In a sweep, and where a step takes seconds.
 STRONGEST = (
     "limit",
@@ -26,12 +29,13 @@ STRONGEST = (
 )
 
 
-def prepare(name, timesteps, batch, density, only):
+def prepare(name, timesteps, batch, density, only, layout):
     """(calls, rows, facts) of the contenders' training steps."""
     torch._dynamo.reset()
     torch.set_num_threads(ALL)
-    found, _ = networks(name, timesteps, density, only)
+    found, _ = networks(name, timesteps, density, only, LAYOUTS[layout])
     images, labels = batch_of(batch)
+    images = images.to(memory_format=LAYOUTS[layout])
     calls, rows = {}, {}
     elements = neurons(name) * timesteps * batch
 
@@ -62,8 +66,8 @@ def prepare(name, timesteps, batch, density, only):
     return calls, rows, facts
 
 
-def run(race, name, timesteps, batch, density, sweep, only=(), seconds=8.0, rounds=(3, 11)):
-    calls, rows, more = prepare(name, timesteps, batch, density, only)
+def run(race, name, timesteps, batch, density, sweep, layout, only=(), seconds=8.0, rounds=(3, 11)):
+    calls, rows, more = prepare(name, timesteps, batch, density, only, layout)
     facts = {
         "subject": "train_step",
         "network": name,
@@ -71,6 +75,7 @@ def run(race, name, timesteps, batch, density, sweep, only=(), seconds=8.0, roun
         "batch": batch,
         "density": density,
         "sweep": sweep,
+        "layout": layout,
         "threads": ALL,
         **more,
     }
@@ -80,21 +85,22 @@ def run(race, name, timesteps, batch, density, sweep, only=(), seconds=8.0, roun
 @pytest.mark.parametrize("timesteps", [pytest.param(1, marks=pytest.mark.quick), 2, 5])
 @pytest.mark.parametrize("name", ["vgg9", "vgg16"])
 def test_step(race, name, timesteps):
-    run(race, name, timesteps, 8, DENSITY, sweep=False)
+    run(race, name, timesteps, 8, DENSITY, sweep=False, layout="contiguous")
 
 
 @pytest.mark.parametrize("timesteps", [1, 5])
-def test_large_batch(race, timesteps):
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_large_batch(race, layout, timesteps):
     only, rounds = STRONGEST, (5, 5)
     if timesteps == 5:  # the slower torch.compile of the two is left out: a step takes seconds
         only, rounds = tuple(name for name in only if name != "torch.compile"), (3, 3)
-    run(race, "vgg16", timesteps, 64, DENSITY, sweep=False, only=only, rounds=rounds)
+    run(race, "vgg16", timesteps, 64, DENSITY, False, layout, only, rounds=rounds)
 
 
 @pytest.mark.parametrize("density", SWEEP)
 @pytest.mark.parametrize(("timesteps", "batch"), [(1, 64), (5, 16)])
 def test_density(race, timesteps, batch, density):
-    run(race, "vgg16", timesteps, batch, density, sweep=True, only=STRONGEST, rounds=(3, 3))
+    run(race, "vgg16", timesteps, batch, density, True, "channels_last", STRONGEST, rounds=(3, 3))
 
 
 @pytest.mark.parametrize("contender", list(makers()[0]))

@@ -168,11 +168,16 @@ def makers() -> tuple[dict[str, Callable[[str, int], nn.Module]], dict[str, str]
 
 
 def networks(
-    name: str, timesteps: int, density: float | None, only: tuple[str, ...] = ()
+    name: str,
+    timesteps: int,
+    density: float | None,
+    only: tuple[str, ...] = (),
+    layout: torch.memory_format = torch.contiguous_format,
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Every contender's network, all of them on one set of weights, in training mode.
+    """Every contender's network, all of them with the same weights, in training mode.
 
     density: forced on every layer at 16 images; None leaves BatchNorm as it is made.
+    layout: of the weights, before spike layers turn theirs into channels_last.
     Norse multiplies its input by 1 - leak: there BatchNorm's weight and bias are larger instead.
     """
     made, missing = makers()
@@ -190,15 +195,20 @@ def networks(
         network = make(name, timesteps)
         inner = getattr(network, "_orig_mod", network)
         own = dict(inner.named_parameters()) | dict(inner.named_buffers())
-        inner.load_state_dict(
-            {key: shared[key] for key in own if key in shared}, strict=False, assign=True
-        )
+        # statistics of BatchNorm stay shared; weights may change their layout, so they are copies
+        mine = {
+            key: value.detach().clone() if isinstance(value, nn.Parameter) else value
+            for key, value in shared.items()
+            if key in own
+        }
+        inner.load_state_dict(mine, strict=False, assign=True)
         scale = scales.get(contender, 1.0)
         if scale != 1:
             for module in inner.modules():
                 if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                     module.weight = nn.Parameter(module.weight.detach() * scale)
                     module.bias = nn.Parameter(module.bias.detach() * scale)
+        network.to(memory_format=layout)
         found[contender] = FINISH[contender](network) if contender in FINISH else network
     return found, missing
 

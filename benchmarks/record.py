@@ -199,13 +199,18 @@ def _lif_tables(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _layout(group: Group) -> str:
+    return ", channels_last" if group.get("layout") == "channels_last" else ""
+
+
 def _network_tables(results: dict[str, Any]) -> list[str]:
     lines = []
     for subject, title in (("train_step", "Training step"), ("inference", "Inference")):
         for group in chosen(results, subject=subject):
             lines += [
                 f"### {title}: {group['network']}, T = {group['timesteps']}, batch "
-                f"{group['batch']}, {group['density']:.0%} spikes, {group['threads']} threads",
+                f"{group['batch']}, {group['density']:.0%} spikes, {group['threads']} threads"
+                + _layout(group),
                 "",
             ]
             rows = [
@@ -280,6 +285,7 @@ def goals(results: dict[str, Any]) -> list[list[str]]:
     large = {"network": "vgg16", "batch": 64}
     for group in chosen(results, subject="train_step", sweep=False, **large):
         name = f"VGG16, T = {group['timesteps']}, batch 64, {group['density']:.0%} spikes"
+        name += _layout(group)
         ours = {n: c for n, c in group["contenders"].items() if n.startswith("iirsnn")}
         best = min(ours, key=lambda n: ours[n]["median_ms"])
         other = fastest_other(group)
@@ -411,13 +417,13 @@ def plot_steps(results: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     steps = chosen(results, subject="train_step", sweep=False)
-    cases = sorted({(g["network"], g["batch"]) for g in steps})
+    cases = sorted({(g["network"], g["batch"], _layout(g)) for g in steps})
     figure = Figure(figsize=(4.4 * len(cases), 8), layout="constrained")
     axes = figure.subplots(2, len(cases), squeeze=False)
-    for column, (network, batch) in enumerate(cases):
-        groups = [g for g in steps if (g["network"], g["batch"]) == (network, batch)]
+    for column, case in enumerate(cases):
+        groups = [g for g in steps if (g["network"], g["batch"], _layout(g)) == case]
         _lines(axes[0][column], groups, lambda g, own: own["ratio"], "linear")
-        axes[0][column].set_title(f"{network}, batch {batch}: step / limit")
+        axes[0][column].set_title(f"{case[0]}, batch {case[1]}{case[2]}: step / limit")
         _lines(axes[1][column], groups, lambda g, own: own.get("kept"), "linear")
         axes[1][column].set_title("bytes kept per neuron and timestep")
     _legend(figure)
@@ -456,7 +462,7 @@ def plot_density(results: dict[str, Any], path: Path) -> None:
         axis.axhline(1, color="black", lw=0.8)
         axis.set_xlabel("density: spikes per neuron and timestep")
         axis.set_ylabel("time / fastest other contender")
-        axis.set_title(f"{case[0]}, T = {case[1]}, batch {case[2]}: a training step")
+        axis.set_title(f"{case[0]}, T = {case[1]}, batch {case[2]}{_layout(groups[0])}: a step")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)

@@ -70,12 +70,8 @@ class Pipeline:
         Raises:
             RunError, Stopped: see `StageTraining.run`.
         """
-        network = self.initial(stage)
-        choice = self.recipe.runtime.spike_layers
-        if choice != "never" and self.accelerator.device.type == "cpu":
-            use_spike_layers(network, "events" if choice == "always" else "auto")
         training = StageTraining(
-            network,
+            self._by_events(self.initial(stage)),
             stage,
             self.folder,
             self.splits,
@@ -156,9 +152,9 @@ class Pipeline:
         Processes share the test set; operations and spikes are counted by the first one alone.
         """
         network = self.trained(stage.name)
-        networks = [network]
+        networks = [self._by_events(network)]
         if stage.timesteps is not None:
-            networks.append(self.converted(stage.timesteps))
+            networks.append(self._by_events(self.converted(stage.timesteps)))
         batches = data.eval_batches(self.splits.test, self.recipe.data, self.processes.share)
         accuracy, *without_retraining = accuracies(
             networks, batches, self.accelerator.device, self.processes
@@ -193,6 +189,13 @@ class Pipeline:
         ann = _build(self.recipe, self.splits)
         timesteps = {stage.name: stage.timesteps for stage in self.stages}[name]
         return ann if timesteps is None else to_spiking(ann, timesteps, self.recipe.neuron)
+
+    def _by_events(self, network: Network) -> Network:
+        """The network with spike layers, where the recipe wants them; of an ANN nothing changes."""
+        choice = self.recipe.runtime.spike_layers
+        if choice != "never" and self.accelerator.device.type == "cpu":
+            use_spike_layers(network, "events" if choice == "always" else "auto")
+        return network
 
     def _place(self, network: Network) -> Network:
         network.to(self.accelerator.device)

@@ -383,7 +383,9 @@ def use_spike_layers(network: nn.Module, mode: str = "auto") -> nn.Module:
     """Make the layers after a network's first neurons spike layers, in place.
 
     Parameters, their names and the optimiser's hold on them stay; `use_plain_layers` undoes it.
-    The first layer, which sees the image, stays as it is.
+    The first layer, which sees the image, stays as it is. On a CPU the parameters become
+    channels_last, the layout that events are computed in: otherwise each layer's input and output
+    would be turned from one into the other.
 
     Args:
         network: e.g. what `iirsnn.convert` returns.
@@ -397,18 +399,21 @@ def use_spike_layers(network: nn.Module, mode: str = "auto") -> nn.Module:
     """
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
-    spiking = False
+    spiking = changed = False
     for module in network.modules():
         spiking = spiking or isinstance(module, FusedLIF)
         if spiking and type(module) in _SPIKE_LAYERS:
             module.__class__ = _SPIKE_LAYERS[type(module)]
+            changed = True
             if isinstance(module, _SpikeLayer):
                 module.set_mode(mode)
+    if changed and all(parameter.device.type == "cpu" for parameter in network.parameters()):
+        network.to(memory_format=torch.channels_last)
     return network
 
 
 def use_plain_layers(network: nn.Module) -> nn.Module:
-    """Undo `use_spike_layers`, in place: the layers are torch's own again."""
+    """Undo `use_spike_layers`, in place: the layers are torch's own again, in the same layout."""
     plain = {spike: torch_layer for torch_layer, spike in _SPIKE_LAYERS.items()}
     for module in network.modules():
         if type(module) in plain:

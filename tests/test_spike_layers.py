@@ -307,8 +307,9 @@ def network():
 
 
 def test_network():
-    plain, swapped = network(), network()
+    plain, swapped = network().to(memory_format=torch.channels_last), network()  # same dropout
     use_spike_layers(swapped, "events")
+    assert swapped.layers[0].weight.is_contiguous(memory_format=torch.channels_last)
     kinds = [type(m) for m in swapped.layers]
     assert kinds.count(SpikeConv2d) == 2
     assert type(swapped.layers[0]) is nn.Conv2d
