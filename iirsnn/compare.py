@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 from statistics import mean, stdev
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import checkpoint, recipe
-from .energy import ADDITION_PJ, MULTIPLY_ACCUMULATE_PJ
+from .energy import microjoules
 from .errors import RunError
 from .fingerprint import digest, run_inputs
 from .reduction import stages
@@ -176,7 +176,7 @@ def _stages(folders: Sequence[RunFolder]) -> dict[str, dict[str, Any]]:
 
 def _measures(result: dict[str, Any], ann: dict[str, Any]) -> dict[str, Any]:
     multiplications, once = result["multiplications"], result["additions_pooled_once"]
-    energy_once = 1e-6 * (multiplications * MULTIPLY_ACCUMULATE_PJ + once * ADDITION_PJ)
+    energy_once = microjoules(multiplications, once)
     measures = {
         "test_accuracy": result["test_accuracy"],
         "validation_accuracy": result["validation_accuracy"],
@@ -275,7 +275,9 @@ def _recipe_rows(groups: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def _energy(stage: dict[str, Any]) -> list[str]:
-    times: Callable[[str], str] = lambda key: _spread(stage[key], "{:.1f}", 1) + "x"  # noqa: E731
+    def times(key: str) -> str:
+        return _spread(stage[key], "{:.1f}", 1) + "x"
+
     return [
         _spread(stage["test_accuracy"], "{:.2f}", 100),
         _spread(stage["below_ann"], "{:.2f}", 100),

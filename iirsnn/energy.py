@@ -26,6 +26,11 @@ MULTIPLY_ACCUMULATE_PJ = 4.6
 ADDITION_PJ = 0.9
 
 
+def microjoules(multiplications: float, additions: float) -> float:
+    """Energy of so many multiply-accumulates and additions."""
+    return 1e-6 * (multiplications * MULTIPLY_ACCUMULATE_PJ + additions * ADDITION_PJ)
+
+
 @dataclass
 class LayerOperations:
     """What one convolution, linear layer or identity shortcut did, summed over the images counted.
@@ -44,8 +49,7 @@ class LayerOperations:
 
     @property
     def energy_uj(self) -> float:
-        picojoules = self.multiplications * MULTIPLY_ACCUMULATE_PJ + self.additions * ADDITION_PJ
-        return picojoules * 1e-6
+        return microjoules(self.multiplications, self.additions)
 
 
 class _Observer:
@@ -71,7 +75,12 @@ class _Observer:
         """The identity shortcut of a residual block carried `x` [T, B, ...]."""
 
     @contextmanager
-    def _observing(self) -> Iterator[None]:
+    def watching(self) -> Iterator[None]:
+        """Watch every forward pass of the model inside the context.
+
+        Raises:
+            ValueError: a pool whose sub-spikes cannot be counted.
+        """
         hooks = [self.model.register_forward_pre_hook(self._start)]
         for name, module in self.model.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -116,7 +125,7 @@ class _Observer:
 
 
 class OperationCounter(_Observer):
-    """Counts operations and spikes of a model while `counting()`.
+    """Counts operations and spikes of all forward passes of a model while `watching()`.
 
     Attributes:
         images: images seen.
@@ -156,16 +165,6 @@ class OperationCounter(_Observer):
     def energy_uj(self) -> float:
         """Energy per image in microjoules."""
         return sum(layer.energy_uj for layer in self.layers.values()) / self.images
-
-    @contextmanager
-    def counting(self) -> Iterator[OperationCounter]:
-        """Count every forward pass of the model inside the context.
-
-        Raises:
-            ValueError: a pool whose sub-spikes cannot be counted.
-        """
-        with self._observing():
-            yield self
 
     def _start(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         super()._start(model, inputs)
@@ -211,18 +210,8 @@ class EnergyPenalty(_Observer):
         self._additions: Tensor | float = 0.0
         self._operations = 0
 
-    @contextmanager
-    def measured(self) -> Iterator[EnergyPenalty]:
-        """Watch the forward passes inside the context; `value` is that of the latest one.
-
-        Raises:
-            ValueError: a pool whose sub-spikes cannot be counted.
-        """
-        with self._observing():
-            yield self
-
     def value(self, timesteps: int) -> Tensor:
-        """The penalty of the latest forward pass, which ran `timesteps`: a scalar with gradient."""
+        """Of the latest forward pass while `watching()`, at `timesteps`: a scalar with gradient."""
         return torch.as_tensor(timesteps * self._additions / self._operations)
 
     def _start(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:

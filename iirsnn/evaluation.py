@@ -22,15 +22,15 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 @contextmanager
 def evaluating(*networks: nn.Module):
     """Networks in eval mode and no gradients; the modes they had come back afterwards."""
-    modes = [network.training for network in networks]
+    modes = {module: module.training for network in networks for module in network.modules()}
     for network in networks:
         network.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for network, mode in zip(networks, modes, strict=True):
-            network.train(mode)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def accuracies(
@@ -92,7 +92,7 @@ def count_operations(
 ) -> OperationCounter:
     """Operations and spikes on [B, C, H, W] images, `batch_size` of them at a time."""
     counter = OperationCounter(network)
-    with evaluating(network), counter.counting():
+    with evaluating(network), counter.watching():
         for part in images.split(batch_size):
             network(part)
     return counter

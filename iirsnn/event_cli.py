@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from matplotlib.figure import Figure
 from PIL import Image
@@ -21,7 +20,13 @@ from torchvision.transforms.v2 import functional as transforms
 from . import checkpoint
 from .convert import fold_batch_norm
 from .data import ImageFiles, ImageSet, MemoryImages
-from .energy import ADDITION_PJ, MULTIPLY_ACCUMULATE_PJ
+from .energy import (
+    ADDITION_PJ,
+    MULTIPLY_ACCUMULATE_PJ,
+    LayerOperations,
+    OperationCounter,
+    microjoules,
+)
 from .errors import RunError, UsageError
 from .evaluation import count_operations, evaluating
 from .event import EventNetwork
@@ -102,11 +107,7 @@ def energy(
 ) -> None:
     """What the engine really does to classify an image, beside the ANN; energy.json, energy.png."""
     pipeline = _open(run)
-    finished = [s.timesteps for s in pipeline.stages if pipeline.folder.result(s.name)]
-    spiking = [t for t in finished if t is not None]
-    if not spiking:
-        raise RunError(f"run {run}: no spiking stage is finished yet")
-    report = measure(pipeline, stage or spiking[-1], precision)
+    report = measure(pipeline, _finished(pipeline)[-1] if stage is None else stage, precision)
     checkpoint.write_text(run / "energy.json", json.dumps(report, indent=2) + "\n")
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     _plot(report, figure)
@@ -121,7 +122,7 @@ def measure(pipeline: Pipeline, timesteps: int, precision: str) -> dict[str, Any
     Returns:
         {"timesteps": T, "precision": s, "images": n, "layers": [...], "total": {...}}; each layer
         and the total hold the counts of `LayerStatistics`, "energy_uj", "ann_multiplications",
-        "ann_energy_uj".
+        "ann_energy_uj". A residual block's shortcut counts with the layer whose current it joins.
     """
     images = pipeline.test_images(COUNTED_IMAGES).cpu()
     net = _event_network(pipeline, timesteps, precision)
@@ -137,30 +138,39 @@ def measure(pipeline: Pipeline, timesteps: int, precision: str) -> dict[str, Any
                     if key not in ("name", "neurons"):
                         sums[index][key] += value
     ann = pipeline.trained("ann")
-    fold_batch_norm(ann)
-    dense = {
-        name: counted.multiplications / len(images)
-        for name, counted in count_operations(ann, images.to(_device(ann))).layers.items()
-    }
-    layers = []
+    if not pipeline.recipe.neuron.keep_batch_norm:  # modules are numbered as the network's
+        fold_batch_norm(ann)
+    counter = count_operations(ann, images.to(pipeline.accelerator.device))
+    dense = beside([entry["name"] for entry in sums], counter)
     for entry in sums:
         for key, value in entry.items():
             if key not in ("name", "neurons"):
                 entry[key] = value / len(images)
-        entry["energy_uj"] = 1e-6 * (
-            entry["additions"] * ADDITION_PJ + entry["multiplications"] * MULTIPLY_ACCUMULATE_PJ
-        )
-        entry["ann_multiplications"] = dense.get(entry["name"], 0.0)
-        entry["ann_energy_uj"] = 1e-6 * entry["ann_multiplications"] * MULTIPLY_ACCUMULATE_PJ
-        layers.append(entry)
-    total = {key: sum(layer[key] for layer in layers) for key in layers[0] if key != "name"}
+        entry["energy_uj"] = microjoules(entry["multiplications"], entry["additions"])
+        operations = dense.get(entry["name"], [])
+        entry["ann_multiplications"] = sum(o.multiplications for o in operations) / len(images)
+        entry["ann_energy_uj"] = sum(o.energy_uj for o in operations) / len(images)
+    total = {key: sum(layer[key] for layer in sums) for key in sums[0] if key != "name"}
     return {
         "timesteps": timesteps,
         "precision": precision,
         "images": len(images),
-        "layers": layers,
+        "layers": sums,
         "total": total,
     }
+
+
+def beside(names: list[str], counter: OperationCounter) -> dict[str, list[LayerOperations]]:
+    """What was counted in an ANN by the name of the engine's layer that does the same.
+
+    A shortcut is that of the last layer of its residual block, which `names` has in order.
+    """
+    last = {name.partition(".main.")[0]: name for name in names}
+    found: dict[str, list[LayerOperations]] = {}
+    for name, operations in counter.layers.items():
+        block, shortcut, _ = name.partition(".shortcut")
+        found.setdefault(last[block] if shortcut else name, []).append(operations)
+    return found
 
 
 def _open(run: Path) -> Pipeline:
@@ -169,14 +179,23 @@ def _open(run: Path) -> Pipeline:
 
 
 def _event_network(pipeline: Pipeline, timesteps: int, precision: str) -> EventNetwork:
-    names = {s.timesteps: s.name for s in pipeline.stages if s.timesteps is not None}
-    if timesteps not in names:
+    finished = _finished(pipeline)
+    if timesteps not in finished:
         raise UsageError(
-            f"stage: expected one of {', '.join(map(str, names))} timesteps, got {timesteps}"
+            f"stage: expected one of {', '.join(map(str, finished))} timesteps, got {timesteps}"
         )
     return EventNetwork.from_model(
-        pipeline.trained(names[timesteps]), timesteps, precision=precision
+        pipeline.trained(f"T{timesteps}"), timesteps, precision=precision
     )
+
+
+def _finished(pipeline: Pipeline) -> list[int]:
+    """T of the spiking stages that are finished, in order."""
+    folder = pipeline.folder
+    found = [s.timesteps for s in pipeline.stages if s.timesteps and folder.result(s.name)]
+    if not found:
+        raise RunError(f"run {folder.path}: no spiking stage is finished yet")
+    return found
 
 
 def _preparation(images: ImageSet) -> dict[str, Any]:
@@ -212,10 +231,6 @@ def _read(path: Path, network: EventNetwork) -> Tensor:
         got = " x ".join(map(str, pixels.shape[1:]))
         raise UsageError(f"image {path}: expected {height} x {width} pixels, got {got}")
     return transforms.normalize(pixels.float() / 255, wanted["mean"], wanted["std"])[None]
-
-
-def _device(model: torch.nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _show(report: dict[str, Any]) -> None:

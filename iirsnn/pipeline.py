@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from . import allocator, data
-from .convert import balance_thresholds, fold_batch_norm, to_spiking
+from .convert import balance_thresholds, to_spiking
 from .data import Splits
 from .errors import UsageError
 from .evaluation import accuracies, count_operations, evaluating
@@ -162,9 +162,7 @@ class Pipeline:
         result: dict[str, Any] = {"test_accuracy": accuracy}
         if not self.processes.main:
             return result
-        if stage.timesteps is None:
-            fold_batch_norm(network)
-        else:
+        if stage.timesteps is not None:
             result["timesteps"] = stage.timesteps
             result["converted_without_retraining_accuracy"] = without_retraining[0]
         counter = count_operations(network, self.test_images(COUNTED_IMAGES))

@@ -141,7 +141,7 @@ class StageTraining:
         if self.warning:
             console.print(f"warning: {self.warning}", markup=False, highlight=False, soft_wrap=True)
         started, before = time.monotonic(), progress.seconds
-        watched = self.penalty.measured() if config.energy_weight else nullcontext()
+        watched = self.penalty.watching() if config.energy_weight else nullcontext()
         board = Board(self.folder.path, self.stage.name, progress.step) if self._logs() else None
         with (
             watched,

@@ -296,7 +296,7 @@ def test_counting_stops_with_its_context_and_adds_up():
     network, image = hand_made(nn.AvgPool2d(2))
     counter = OperationCounter(network)
     for _ in range(2):
-        with counter.counting():
+        with counter.watching():
             network(image)
         network(image)
     assert counter.images == 2
@@ -319,7 +319,7 @@ def test_the_penalty_is_the_additions_counted(pool, timesteps):
     images = torch.rand(5, 1, 8, 8)
     counter = count_operations(network, images)
     penalty = EnergyPenalty(network)
-    with penalty.measured():
+    with penalty.watching():
         network(images)
     ann = 36 * 9 * 4 + 9 * 4 * 6 + 54 * 7 + 7 * 3
     # no padding: each spike reaches every output, and the penalty is exact

@@ -460,7 +460,7 @@ def test_statistics_count_what_energy_counts(timesteps):
     x = images(5, 2, 8, 8)
     net = assert_same(network, x)
     counter = OperationCounter(network)
-    with counter.counting(), torch.no_grad():
+    with counter.watching(), torch.no_grad():
         network(x)
     statistics = {layer.name: layer for layer in net.statistics()}
     for name, counted in counter.layers.items():
@@ -488,7 +488,7 @@ def test_pooled_counts_cost_fewer_additions_than_their_spikes():
     x = images(5, 2, 8, 8)
     net = assert_same(network, x)
     counter = OperationCounter(network)
-    with counter.counting(), torch.no_grad():
+    with counter.watching(), torch.no_grad():
         network(x)
     ours = net.statistics()[2].additions
     assert 0 < ours < counter.layers["layers.3"].additions
@@ -567,7 +567,7 @@ def test_residual_additions_are_those_of_its_spikes():
     network = integers(*to_spiking(ann, 1).layers, timesteps=1)
     net = assert_same(network, images(3, 2, 8, 8))
     counter = OperationCounter(network)
-    with counter.counting():
+    with counter.watching():
         network(images(3, 2, 8, 8))
     expected = sum(layer.additions for layer in counter.layers.values())
     *hidden, readout = net.statistics()  # whose counts of 16 cost fewer additions than spikes

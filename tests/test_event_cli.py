@@ -4,10 +4,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from iirsnn import data, recipe
+from iirsnn import convert, data, recipe
+from iirsnn.convert import NeuronConfig, fold_batch_norm
+from iirsnn.evaluation import count_operations
 from iirsnn.event import EventNetwork
+from iirsnn.event_cli import beside
+from iirsnn.models.resnet import Plan, resnet
 from iirsnn.run_folder import RunFolder
 
 
@@ -117,7 +122,33 @@ def test_bad_input(iirsnn, finished, deployed, tmp_path):
     assert_one_line(iirsnn("energy", finished, "--stage", 9), 2, "timesteps, got 9")
 
 
-def test_energy_before_any_spiking_stage(iirsnn, finished_copy):
+@pytest.mark.parametrize("keep_batch_norm", [True, False])
+def test_a_residual_anns_operations_stand_beside_the_engines(keep_batch_norm):
+    blocks = ((3, 1), (5, 1))  # an identity shortcut, then one with weights
+    ann = resnet(Plan((3,), True, blocks, False), 4, (1, 8, 8), batch_norm=True)
+    neuron = NeuronConfig(keep_batch_norm=keep_batch_norm)
+    net = EventNetwork.from_model(convert(ann, torch.rand(4, 1, 8, 8), timesteps=1, neuron=neuron))
+    if not keep_batch_norm:
+        fold_batch_norm(ann)
+    counter = count_operations(ann, torch.zeros(2, 1, 8, 8))
+    found = beside([layer.name for layer in net.layers], counter)
+    engine = {layer.name: layer.dense_operations for layer in statistics(net)}
+    products = {name: sum(o.multiplications for o in each) for name, each in found.items()}
+    assert products == {name: dense for name, dense in engine.items() if dense}
+    additions = [sum(o.additions for o in each) for each in found.values()]
+    assert sum(additions) == 2 * 3 * 4 * 4  # of the identity shortcut
+
+
+def statistics(net):
+    net(torch.zeros(2, 1, 8, 8))
+    return net.statistics()
+
+
+def test_only_finished_stages_are_used(iirsnn, finished_copy):
     for stage in ("T1", "T2"):
         (finished_copy / "stages" / stage / "result.json").unlink()
+        if stage == "T1":
+            assert_one_line(
+                iirsnn("deploy", finished_copy), 2, "expected one of 2 timesteps, got 1"
+            )
     assert_one_line(iirsnn("energy", finished_copy), 1, "no spiking stage is finished yet")
