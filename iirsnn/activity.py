@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import figures
 from .convert import neurons
 from .errors import RunError
 from .evaluation import evaluating
@@ -117,15 +117,12 @@ def write(pipeline: Pipeline, path: Path) -> None:
     count = len(activities[0].layers)
     columns = min(count, 4)
     rows = -(-count // columns)
-    for name, size, plot in (
-        ("raster", (9, 1.5 + 0.5 * count), _plot_rasters),
-        ("membranes", (2.6 * columns, 0.8 + 1.9 * rows), partial(_plot_membranes, rows, columns)),
-        ("thresholds", (8, 3.6), _plot_thresholds),
-    ):
-        figure = Figure(figsize=size, layout="constrained")
-        plot(activities, figure)
-        figure.suptitle(f"{pipeline.recipe.name}: {figure.get_suptitle()}")
-        checkpoint.write_png(path / f"{name}.png", figure)
+    plots: dict[str, figures.Plot] = {
+        "raster": ((9, 1.5 + 0.5 * count), _plot_rasters),
+        "membranes": ((2.6 * columns, 0.8 + 1.9 * rows), partial(_plot_membranes, rows, columns)),
+        "thresholds": ((8, 3.6), _plot_thresholds),
+    }
+    figures.write(path, plots, activities, run=pipeline.recipe.name)
 
 
 def _histogram(values: Iterable[Tensor]) -> np.ndarray:

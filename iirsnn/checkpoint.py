@@ -7,9 +7,8 @@ import os
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,9 +16,6 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from .errors import RunError
-
-if TYPE_CHECKING:  # a checkpoint is read and written without matplotlib
-    from matplotlib.figure import Figure
 
 FORMAT = 1
 _KEY = "iirsnn"
@@ -88,11 +84,6 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically; see `save`."""
     write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
-
-
-def write_png(path: Path, figure: Figure) -> None:
-    """Write a figure as a PNG of 150 dots an inch; see `write_atomically`."""
-    write_atomically(path, partial(figure.savefig, dpi=150, format="png"))
 
 
 def write_atomically(path: Path, write: Callable[[str], Any], previous: Path | None = None) -> None:

@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import checkpoint, recipe
+from . import checkpoint, figures, recipe
 from .energy import microjoules
 from .errors import RunError
 from .fingerprint import digest, run_inputs
@@ -109,13 +109,8 @@ def write(comparison: dict[str, Any], path: Path) -> None:
         raise RunError(f"output folder {path}: cannot be made ({error.strerror})") from error
     checkpoint.write_text(path / "compare.json", json.dumps(comparison, indent=2) + "\n")
     checkpoint.write_text(path / "compare.md", markdown(comparison))
-    for name, size, plot in (
-        ("accuracy", (9, 5), _plot_accuracy),
-        ("frontier", (12, 5), _plot_frontier),
-    ):
-        figure = Figure(figsize=size, layout="constrained")
-        plot(comparison, figure)
-        checkpoint.write_png(path / f"{name}.png", figure)
+    plots = {"accuracy": ((9, 5), _plot_accuracy), "frontier": ((12, 5), _plot_frontier)}
+    figures.write(path, plots, comparison)
 
 
 def show(comparison: dict[str, Any], console: Console) -> None:

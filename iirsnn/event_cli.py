@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from . import checkpoint
+from . import checkpoint, figures
 from .convert import fold_batch_norm
 from .data import ImageFiles, ImageSet, MemoryImages
 from .energy import (
@@ -109,9 +109,7 @@ def energy(
     pipeline = _open(run)
     report = measure(pipeline, _finished(pipeline)[-1] if stage is None else stage, precision)
     checkpoint.write_text(run / "energy.json", json.dumps(report, indent=2) + "\n")
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    _plot(report, figure)
-    checkpoint.write_png(run / "energy.png", figure)
+    figures.write(run, {"energy": ((8, 4.5), _plot)}, report)
     _show(report)
     console.print(f"Written: {run}/energy.json and energy.png", highlight=False, soft_wrap=True)
 

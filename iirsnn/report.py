@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import checkpoint
+from . import checkpoint, figures
 from .data import Splits
 from .errors import RunError
 from .evaluation import latencies
@@ -67,15 +67,9 @@ def write(report: dict[str, Any], path: Path) -> None:
         RunError: the folder cannot be written.
     """
     checkpoint.write_text(path / "report.json", json.dumps(report, indent=2) + "\n")
-    if not report["stages"]:
-        return
-    for name, size, plot in (
-        ("accuracy", (6.4, 4), _plot_accuracy),
-        ("spike_rates", (9.6, 4), _plot_spike_rates),
-    ):
-        figure = Figure(figsize=size, layout="constrained")
-        plot(report, figure)
-        checkpoint.write_png(path / f"{name}.png", figure)
+    if report["stages"]:
+        plots = {"accuracy": ((6.4, 4), _plot_accuracy), "spike_rates": ((9.6, 4), _plot_rates)}
+        figures.write(path, plots, report)
 
 
 def show(report: dict[str, Any], console: Console) -> None:
@@ -188,7 +182,7 @@ def _plot_accuracy(report: dict[str, Any], figure: Figure) -> None:
     axes.set_title(f"{report['recipe']}: accuracy and energy over T")
 
 
-def _plot_spike_rates(report: dict[str, Any], figure: Figure) -> None:
+def _plot_rates(report: dict[str, Any], figure: Figure) -> None:
     """By layer, all timesteps together; and over T, a timestep's mean, a line for each layer."""
     by_layer, over_time = figure.subplots(1, 2)
     stages = report["stages"]
