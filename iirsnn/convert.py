@@ -18,8 +18,7 @@ from .neuron import FusedLIF
 #: What a threshold becomes when the percentile of its layer's current is not positive.
 SILENT_THRESHOLD = 0.1
 
-#: How a BatchNorm is folded into the layer before it.
-FUSE: dict[tuple[type, type], Callable[..., nn.Module]] = {
+_FUSE: dict[tuple[type, type], Callable[..., nn.Module]] = {
     (nn.Conv2d, nn.BatchNorm2d): fuse_conv_bn_eval,
     (nn.Linear, nn.BatchNorm1d): fuse_linear_bn_eval,
 }
@@ -153,17 +152,32 @@ def fold_batch_norm(model: nn.Module) -> None:
     for parent in list(model.modules()):
         if not isinstance(parent, nn.Sequential):
             continue
-        folded: list[nn.Module] = []
+        kept: list[nn.Module] = []
         for module in parent:
-            fuse = FUSE.get((type(folded[-1]), type(module))) if folded else None
-            if fuse is None:
-                folded.append(module)
+            both = folded(kept[-1], module) if kept else None
+            if both is None:
+                kept.append(module)
             else:
-                training = module.training
-                folded[-1] = fuse(folded[-1].eval(), module.eval()).train(training)
-        if len(folded) < len(parent):
+                kept[-1] = both
+        if len(kept) < len(parent):
             del parent[:]
-            parent.extend(folded)
+            parent.extend(kept)
+
+
+def folded(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
+    """A copy of a Conv2d or Linear with the BatchNorm after it folded in; None for other pairs.
+
+    Raises:
+        ValueError: a BatchNorm without running statistics.
+    """
+    fuse = _FUSE.get((type(layer), type(norm)))
+    if fuse is None:
+        return None
+    if norm.running_mean is None:
+        raise ValueError(f"expected running statistics to fold, got {norm}")
+    # torch folds in eval mode alone
+    both = fuse(copy.deepcopy(layer).eval(), copy.deepcopy(norm).eval())
+    return both.train(norm.training)
 
 
 @torch.no_grad()

@@ -269,6 +269,13 @@ class Block(nn.Module):
             nn.Sequential(nn.Flatten(), nn.ReLU(), nn.BatchNorm1d(4), nn.Linear(4, 2)),
             "ann: expected each BatchNorm right after a Conv2d or Linear",
         ),
+        (
+            nn.Sequential(
+                *[nn.Flatten(), nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False)],
+                *[nn.ReLU(), nn.Linear(3, 2)],
+            ),
+            "expected running statistics to fold, got BatchNorm1d",
+        ),
     ],
 )
 def test_models_that_cannot_be_converted(ann, message):
