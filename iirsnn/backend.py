@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from . import _build, ops, reference  # noqa: F401  (ops defines the schemas)
+from .errors import check_choice
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,7 @@ def why_not(name: str, device: str) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _resolve(name: str, device: str) -> str:
-    if name not in NAMES:
-        raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
+    check_choice("backend", name, NAMES)
     if name != "auto":
         reason = why_not(name, device)
         if reason is not None:

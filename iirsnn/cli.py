@@ -14,7 +14,7 @@ from rich.table import Table
 
 from . import activity, compare, data, event_cli, parallel, recipe, report, reproduce
 from .env import env_report
-from .errors import IirsnnError, RunError, UsageError
+from .errors import IirsnnError, RunError, UsageError, check_choice
 from .evaluation import accuracies
 from .parallel import Lost, Processes
 from .pipeline import Pipeline, accelerator, open_data
@@ -83,8 +83,7 @@ def evaluate(
     if not names:
         raise RunError(f"run {run}: no stage is finished yet")
     if stage is not None:
-        if stage not in names:
-            raise UsageError(f"stage: expected one of {', '.join(names)}, got {stage!r}")
+        check_choice("stage", stage, names)
         names = [stage]
     networks = [pipeline.trained(name) for name in names]
     batches = data.eval_batches(pipeline.splits.test, folder.recipe.data)

@@ -25,7 +25,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, ImageFolder
 from torchvision.transforms import v2
 
-from .errors import RunError, UsageError
+from .errors import RunError, UsageError, check_choice, one_line
 
 Sample = tuple[Tensor, int]  # image float32 [C, H, W], label
 
@@ -273,8 +273,7 @@ def load(config: DataConfig, seed: int) -> Splits:
         UsageError: an unknown data set or a value out of range.
         RunError: the data is missing, damaged or could not be fetched.
     """
-    if config.name not in _SOURCES:
-        raise UsageError(f"data.name: expected one of {', '.join(_SOURCES)}, got {config.name!r}")
+    check_choice("data.name", config.name, _SOURCES)
     if not 0 < config.validation < 1:
         raise UsageError(f"data.validation: expected between 0 and 1, got {config.validation}")
     if min(config.batch_size, config.test_batch_size) < 1 or config.workers < 0:
@@ -412,7 +411,7 @@ def _reading(what: str, root: Path, cure: str, *, download: bool = False) -> Ite
     try:
         yield
     except Exception as error:  # from AssertionError over URLError to zlib.error
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         attempt = "fetched into" if download else "read from"
         raise RunError(f"{what}: cannot be {attempt} {root}: {reason}; {cure}") from error
 

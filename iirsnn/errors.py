@@ -1,5 +1,7 @@
 """The errors a user may see: each is one clear line, with the exit code of the command line."""
 
+from collections.abc import Collection
+
 
 class IirsnnError(Exception):
     """Base of all errors that are the user's to mend; the command line prints them as one line."""
@@ -15,3 +17,14 @@ class UsageError(IirsnnError, ValueError):
 
 class RunError(IirsnnError, RuntimeError):
     """What was asked for failed: a missing file, a damaged checkpoint, a loss not finite."""
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raises UsageError, naming the argument or key, unless `value` is one of `choices`."""
+    if value not in choices:
+        raise UsageError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error, whatever it looks like."""
+    return " ".join(str(error).split())

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from . import _build, checkpoint
-from .convert import FUSE
-from .errors import RunError, UsageError
+from .convert import folded
+from .errors import RunError, UsageError, check_choice
 from .models import Network, Readout, ResidualBlock, SharedDropout
 from .neuron import FusedLIF
 from .spike_layers import SpikeAvgPool2d, SpikeConv2d, SpikeLinear, use_plain_layers
@@ -171,8 +171,7 @@ class EventNetwork:
             UsageError: a module the engine does not have, by its name; a wrong T, precision or
                 shape; weights that are not finite.
         """
-        if precision not in PRECISIONS:
-            raise UsageError(f"precision: expected {', '.join(PRECISIONS)}, got {precision!r}")
+        check_choice("precision", precision, PRECISIONS)
         if isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1:
             raise UsageError(f"timesteps: expected an integer of at least 1, got {timesteps!r}")
         if isinstance(model, Network):
@@ -522,12 +521,13 @@ class _Reader:
 
 
 def _fold(layer: nn.Module, name: str, norm: nn.Module) -> nn.Module:
-    fuse = FUSE.get((type(layer), type(norm)))
-    if fuse is None:
+    try:
+        both = folded(layer, norm)
+    except ValueError as error:
+        raise _unsupported(name, norm, str(error)) from error
+    if both is None:
         raise _unsupported(name, norm, f"cannot follow {type(layer).__name__}")
-    if norm.running_mean is None:
-        raise _unsupported(name, norm, "expected running statistics")
-    return fuse(copy.deepcopy(layer).eval(), copy.deepcopy(norm).eval())
+    return both
 
 
 def _synapses(name: str, module: nn.Module, divisor: int) -> Layer:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .backend import choose
+from .errors import check_choice
 from .packed import PackedSpikes
 from .reference import RESETS, SURROGATES, acc_dtype
 
@@ -119,12 +120,6 @@ def _check_x(x: Tensor) -> torch.dtype:
     if x.dim() < 1 or x.shape[0] == 0:
         raise ValueError(f"x: expected shape [T, *neurons] with T >= 1, got {tuple(x.shape)}")
     return acc_dtype(x.dtype)
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises ValueError, naming the argument, unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
 def _parameter(name: str, value: float | Tensor, x: Tensor, acc: torch.dtype) -> Tensor:

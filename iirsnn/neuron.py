@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import check_choice, lif
+from .errors import check_choice
+from .functional import lif
 from .reference import RESETS, SURROGATES
 
 

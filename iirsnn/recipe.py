@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from . import allocator, models
 from .convert import NeuronConfig
 from .data import DataConfig
-from .errors import UsageError
+from .errors import UsageError, check_choice, one_line
 from .models import ModelConfig
 from .reduction import stages
 
@@ -140,11 +140,31 @@ class Recipe:
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
 
 
-def names() -> list[str]:
-    """The recipes that ship with the package."""
-    return sorted(
-        Path(f.name).stem for f in files("iirsnn.recipes").iterdir() if f.name.endswith(".yaml")
-    )
+def names(folder: str = "") -> list[str]:
+    """The recipes that ship with the package, or the tables, in its folder `tables`."""
+    found = files("iirsnn.recipes").joinpath(folder).iterdir()
+    return sorted(Path(f.name).stem for f in found if f.name.endswith(".yaml"))
+
+
+def read(kind: str, name_or_path: str, folder: str = "") -> str:
+    """The text of a YAML file: one of `names(folder)`, or by its path.
+
+    Raises:
+        UsageError: neither, or unreadable; says that a `kind` was expected.
+    """
+    path = Path(name_or_path)
+    if name_or_path in names(folder):
+        shipped = files("iirsnn.recipes").joinpath(folder, f"{name_or_path}.yaml")
+        return shipped.read_text(encoding="utf-8")
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        raise UsageError(
+            f"{kind}: expected one of {', '.join(names(folder))}, or a .yaml file, "
+            f"got {name_or_path!r}"
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{kind} {path}: cannot be read ({error})") from error
 
 
 def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -153,20 +173,9 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UsageError: unknown recipe or key, a value of the wrong type or out of range.
     """
-    path = Path(name_or_path)
-    if name_or_path in names():
-        text = files("iirsnn.recipes").joinpath(name_or_path + ".yaml").read_text()
-    elif path.suffix in (".yaml", ".yml") and path.is_file():
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"recipe {path}: cannot be read ({error})") from error
-    else:
-        raise UsageError(
-            f"recipe: expected one of {', '.join(names())}, or a .yaml file, got {name_or_path!r}"
-        )
+    text = read("recipe", name_or_path)
     loaded = parse(text, overrides, source=name_or_path)
-    loaded.name = loaded.name or path.stem
+    loaded.name = loaded.name or Path(name_or_path).stem
     return loaded
 
 
@@ -187,7 +196,7 @@ def parse(text: str, overrides: Sequence[str] = (), *, source: str) -> Recipe:
     except UsageError:
         raise
     except Exception as error:  # OmegaConf raises from IndexError to its own over odd input
-        reason = _one_line(error) or "expected keys and values"
+        reason = one_line(error) or "expected keys and values"
         raise UsageError(f"recipe {source}: {reason}") from error
     return recipe
 
@@ -216,15 +225,15 @@ def check(recipe: Recipe) -> None:
         UsageError: naming the key, what was expected and what came.
     """
     names = [stage.name for stage in stages(recipe.timesteps)]
-    _choice("model.name", recipe.model.name, models.NAMES)
+    check_choice("model.name", recipe.model.name, models.NAMES)
     try:
         recipe.neuron.build(channels=1)
     except ValueError as error:
         raise UsageError(f"neuron.{error}") from error
-    _choice("runtime.device", recipe.runtime.device, ("auto", "cpu"))
-    _choice("runtime.precision", recipe.runtime.precision, ("fp32", "bf16", "fp16"))
-    _choice("runtime.spike_layers", recipe.runtime.spike_layers, ("auto", "always", "never"))
-    _choice("runtime.allocator", recipe.runtime.allocator, allocator.POLICIES)
+    check_choice("runtime.device", recipe.runtime.device, ("auto", "cpu"))
+    check_choice("runtime.precision", recipe.runtime.precision, ("fp32", "bf16", "fp16"))
+    check_choice("runtime.spike_layers", recipe.runtime.spike_layers, ("auto", "always", "never"))
+    check_choice("runtime.allocator", recipe.runtime.allocator, allocator.POLICIES)
     _number("runtime.threads", recipe.runtime.threads, "at least 0", recipe.runtime.threads >= 0)
     minutes = recipe.runtime.checkpoint_minutes
     _number("runtime.checkpoint_minutes", minutes, "at least 0", minutes >= 0)
@@ -249,8 +258,8 @@ def check(recipe: Recipe) -> None:
 
 
 def _check_stage(name: str, stage: StageConfig) -> None:
-    _choice(f"{name}: optimizer", stage.optimizer, ("sgd", "adam"))
-    _choice(f"{name}: schedule", stage.schedule, ("step", "cosine"))
+    check_choice(f"{name}: optimizer", stage.optimizer, ("sgd", "adam"))
+    check_choice(f"{name}: schedule", stage.schedule, ("step", "cosine"))
     _number(f"{name}: epochs", stage.epochs, "at least 1", stage.epochs >= 1)
     _number(f"{name}: accumulate", stage.accumulate, "at least 1", stage.accumulate >= 1)
     rate = stage.learning_rate
@@ -264,7 +273,7 @@ def _check_stage(name: str, stage: StageConfig) -> None:
     for key in ("neuron_rate", "energy_weight", "energy_budget", "mixup"):
         value = getattr(stage, key)
         _number(f"{name}: {key}", value, "at least 0", 0 <= value < math.inf)
-    _choice(f"{name}: teacher", stage.teacher, ("none", "ann", "previous"))
+    check_choice(f"{name}: teacher", stage.teacher, ("none", "ann", "previous"))
     _number(
         f"{name}: teacher_weight", stage.teacher_weight, "in [0, 1]", 0 <= stage.teacher_weight <= 1
     )
@@ -278,15 +287,6 @@ def _check_stage(name: str, stage: StageConfig) -> None:
         _number(f"{name}: milestones", milestone, "in (0, 1)", 0 < milestone < 1)
 
 
-def _choice(key: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise UsageError(f"{key}: expected one of {', '.join(choices)}, got {value!r}")
-
-
 def _number(key: str, value: float, expected: str, holds: bool) -> None:
     if not holds:
         raise UsageError(f"{key}: expected a value {expected}, got {value}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

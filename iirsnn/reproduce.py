@@ -27,7 +27,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from . import recipe
-from .errors import IirsnnError, UsageError
+from .errors import IirsnnError, UsageError, one_line
 from .fingerprint import digest, run_inputs, stage_inputs
 from .pipeline import Pipeline, open_data
 from .recipe import Recipe
@@ -92,32 +91,23 @@ class Busy(Exception):
 
 def names() -> list[str]:
     """The tables that ship with the package."""
-    folder = files("iirsnn.recipes").joinpath("tables")
-    return sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".yaml"))
+    return recipe.names("tables")
 
 
 def load(name_or_path: str) -> TableConfig:
     """A table by name or from a YAML file.
 
     Raises:
-        UsageError: unknown, or not a table.
+        UsageError: unknown, unreadable, or not a table.
     """
-    path = Path(name_or_path)
-    if name_or_path in names():
-        text = files("iirsnn.recipes").joinpath(f"tables/{name_or_path}.yaml").read_text()
-    elif path.suffix in (".yaml", ".yml") and path.is_file():
-        text = path.read_text(encoding="utf-8")
-    else:
-        raise UsageError(
-            f"table: expected one of {', '.join(names())}, or a .yaml file, got {name_or_path!r}"
-        )
+    text = recipe.read("table", name_or_path, "tables")
     try:
         config = OmegaConf.merge(OmegaConf.structured(TableConfig), OmegaConf.create(text))
         table = OmegaConf.to_object(config)
         assert isinstance(table, TableConfig)
     except Exception as error:  # OmegaConf raises from IndexError to its own over odd input
-        raise UsageError(f"table {name_or_path}: {' '.join(str(error).split())}") from error
-    table.name = table.name or path.stem
+        raise UsageError(f"table {name_or_path}: {one_line(error)}") from error
+    table.name = table.name or Path(name_or_path).stem
     rows = [row.name for row in table.rows]
     if not rows or not table.seeds:
         raise UsageError(f"table {name_or_path}: expected at least one row and one seed")
@@ -260,9 +250,8 @@ def _advance(
                 f"{stop.signal}: stopped, {run.label} is saved; the same command goes on"
             ) from None
         except Exception as error:  # whatever it is, the other rows do not depend on it
-            reason = " ".join(str(error).split())
             kind = "" if isinstance(error, IirsnnError) else f"{type(error).__name__}: "
-            failures[key] = f"{run.label}, stage {stage.name}: {kind}{reason}"
+            failures[key] = f"{run.label}, stage {stage.name}: {kind}{one_line(error)}"
             console.print(f"error: {failures[key]}", style="bold", highlight=False)
             if kind:
                 console.print_exception()

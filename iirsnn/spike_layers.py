@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from . import spike_cost, spike_ops  # noqa: F401  (spike_ops defines the schemas)
 from .backend import why_not
+from .errors import check_choice
 from .neuron import FusedLIF
 
 #: How a layer chooses between events and dense products.
@@ -259,8 +260,7 @@ class _SpikeLayer:
         Raises:
             ValueError: another mode.
         """
-        if mode not in MODES:
-            raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+        check_choice("mode", mode, MODES)
         self.mode = mode
 
     def _plain(self, x: Tensor, dtype: torch.dtype) -> str | None:
@@ -397,8 +397,7 @@ def use_spike_layers(network: nn.Module, mode: str = "auto") -> nn.Module:
     Raises:
         ValueError: an unknown mode.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+    check_choice("mode", mode, MODES)
     spiking = changed = False
     for module in network.modules():
         spiking = spiking or isinstance(module, FusedLIF)

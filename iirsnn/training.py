@@ -27,7 +27,7 @@ from . import checkpoint, data
 from .convert import neurons
 from .data import Splits
 from .energy import EnergyPenalty
-from .errors import RunError
+from .errors import RunError, one_line
 from .evaluation import loss_and_accuracy
 from .models import Network, SharedDropout
 from .parallel import Processes
@@ -450,9 +450,7 @@ def load_weights(network: Network, weights: dict[str, Tensor]) -> None:
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        raise RunError(
-            f"checkpoint: of another network ({' '.join(str(error).split())})"
-        ) from error
+        raise RunError(f"checkpoint: of another network ({one_line(error)})") from error
 
 
 def make_optimizer(network: Network, config: StageConfig) -> torch.optim.Optimizer:

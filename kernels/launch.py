@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from iirsnn.errors import check_choice
 from iirsnn.reference import empty_spikes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -23,8 +24,7 @@ def check_current(x: Tensor) -> None:
 
 def code(table: dict[str, int], argument: str, name: str) -> int:
     """The number of a reset or a surrogate."""
-    if name not in table:
-        raise ValueError(f"{argument}: expected one of {', '.join(table)}, got {name!r}")
+    check_choice(argument, name, table)
     return table[name]
 
 

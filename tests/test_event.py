@@ -785,7 +785,7 @@ def test_wrong_arguments(small):
     network, x = small
     with pytest.raises(UsageError, match="expected the T of the model, 2, got 1"):
         EventNetwork.from_model(network)
-    with pytest.raises(UsageError, match="precision: expected fp32, bf16, int8, got 'fp8'"):
+    with pytest.raises(UsageError, match="precision: expected one of fp32, bf16, int8, got 'fp8'"):
         EventNetwork.from_model(network, 2, precision="fp8")
     with pytest.raises(UsageError, match="timesteps: expected an integer"):
         EventNetwork.from_model(network, 0)

@@ -232,7 +232,7 @@ def test_descriptions_that_give_no_network(change, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (ModelConfig(name="vgg7"), "model: expected one of vgg, vgg6, .*, got 'vgg7'"),
+        (ModelConfig(name="vgg7"), "model.name: expected one of vgg, vgg6, .*, got 'vgg7'"),
         (ModelConfig(name="vgg6", layers=[8]), "vgg6 has its own; use name=vgg"),
         (ModelConfig(name="vgg"), "expected a convolution's channels first"),
     ],

@@ -262,6 +262,13 @@ def test_tables_that_are_none(tmp_path, change, message):
         plan(tmp_path / "bad.yaml", tmp_path)
 
 
+def test_a_table_that_cannot_be_read(iirsnn, tmp_path):
+    (tmp_path / "binary.yaml").write_bytes(b"\x80\x81")
+    result = iirsnn("reproduce", "binary.yaml")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "table binary.yaml: cannot be read" in result.err
+
+
 def test_bad_arguments(iirsnn, table, monkeypatch):
     for arguments, part in (
         (["nowhere"], "table: expected one of "),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..errors import check_choice
 from .layers import Readout, SharedDropout, TimeSequential
 from .network import Network
 from .resnet import PLANS, ResidualBlock, resnet
@@ -55,13 +56,11 @@ def build(config: ModelConfig, classes: int, image_shape: tuple[int, int, int]) 
     Raises:
         ValueError: an unknown name, or a description that gives no network.
     """
-    if config.name not in NAMES:
-        raise ValueError(f"model: expected one of {', '.join(NAMES)}, got {config.name!r}")
+    check_choice("model.name", config.name, NAMES)
     if config.layers and config.name != "vgg":
         raise ValueError(f"model.layers: {config.name} has its own; use name=vgg to write them")
+    check_choice("model.pool", config.pool, POOLS)
     if config.name in PLANS:
-        if config.pool not in POOLS:
-            raise ValueError(f"pool: expected one of {', '.join(POOLS)}, got {config.pool!r}")
         plan = PLANS[config.name]
         pool, norm = POOLS[config.pool], config.batch_norm
         return resnet(plan, classes, image_shape, pool=pool, batch_norm=norm)

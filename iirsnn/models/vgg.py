@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from torch import nn
 
+from ..errors import check_choice
 from .layers import Readout, SharedDropout
 from .network import Network, initialise
 
@@ -84,8 +85,7 @@ def _check(
     height: int,
     width: int,
 ) -> None:
-    if pool not in POOLS:
-        raise ValueError(f"pool: expected one of {', '.join(POOLS)}, got {pool!r}")
+    check_choice("pool", pool, POOLS)
     if classes < 2:
         raise ValueError(f"classes: expected at least 2, got {classes}")
     for layer in [*layers, *hidden]:
