@@ -154,7 +154,7 @@ def read(kind: str, name_or_path: str, folder: str = "") -> str:
     """
     path = Path(name_or_path)
     if name_or_path in names(folder):
-        shipped = files("iirsnn.recipes").joinpath(folder, f"{name_or_path}.yaml")
+        shipped = files("iirsnn.recipes").joinpath(folder).joinpath(f"{name_or_path}.yaml")
         return shipped.read_text(encoding="utf-8")
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         raise UsageError(
