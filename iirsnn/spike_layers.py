@@ -162,7 +162,7 @@ class _Convolution(torch.autograd.Function):
                 kept, table, ctx.size, grad, weight.shape, *ctx.geometry
             )
         if need_bias:
-            grad_bias = grad.sum((0, 2, 3), dtype=torch.float32).to(weight.dtype)
+            grad_bias = grad.sum((0, 2, 3)).to(weight.dtype)  # sums of bfloat16 are float32 inside
         if need_x and _input_by_events(ctx, grad, weight):
             _, padding, dilation, groups = ctx.geometry
             grad_x = torch.ops.iirsnn.spike_conv2d_input(
@@ -344,6 +344,11 @@ class _AveragePool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        kernel, stride, padding, ceil_mode, _, divisor = ctx.options
+        height, width = (n * k for n, k in zip(grad.shape[2:], kernel, strict=True))
+        tiles = kernel == stride and not any(padding) and not ceil_mode and divisor is None
+        if tiles and (height, width) == tuple(ctx.size[2:]):  # the same, and faster
+            return F.interpolate(grad / (kernel[0] * kernel[1]), (height, width)), None
         # of x only size and layout are read
         x = torch.empty(ctx.size, dtype=grad.dtype, device=grad.device, memory_format=ctx.format)
         return torch.ops.aten.avg_pool2d_backward(grad, x, *ctx.options), None

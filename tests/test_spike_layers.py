@@ -234,16 +234,19 @@ def test_same_parameters_as_torch():
         assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
 
 
-def test_pool_keeps_nothing():
+@pytest.mark.parametrize(
+    "options", [{"kernel_size": 3}, {"kernel_size": 2}, {"kernel_size": 2, "padding": 1}]
+)
+def test_pool_keeps_nothing(options):
     x = spikes((2, 8, 9, 9)).to(memory_format=torch.channels_last).requires_grad_()
     kept = []
-    pool = SpikeAvgPool2d(2, stride=2, padding=1)
+    pool = SpikeAvgPool2d(**options)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         out = pool(x)
     assert kept == []
     grad = torch.randn_like(out)
     (found,) = torch.autograd.grad(out, x, grad)
-    (expected,) = torch.autograd.grad(nn.AvgPool2d(2, stride=2, padding=1)(x), x, grad)
+    (expected,) = torch.autograd.grad(nn.AvgPool2d(**options)(x), x, grad)
     assert torch.equal(found, expected)
 
 
