@@ -84,6 +84,16 @@ def iirsnn(capsys, tmp_path):
     return run
 
 
+def assert_one_line(result, code, *parts):
+    """What `iirsnn` returned is an error, one line with these parts in it."""
+    assert result.code == code
+    lines = (result.out + result.err).strip().splitlines()
+    assert len(lines) == 1, result.out + result.err
+    assert lines[0].startswith("error: ")
+    for part in parts:
+        assert part in lines[0]
+
+
 @pytest.fixture
 def quick():
     """The digits recipe, cut down to a run of seconds."""

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -357,31 +356,3 @@ def check_refused(ops: Implementation) -> None:
         except error:
             continue
         raise AssertionError(f"no {error.__name__} for {arguments[1:] or arguments[0].dtype}")
-
-
-def check_more_than_2_to_the_31_elements(implementation, timesteps):
-    """Offsets beyond 32 bits, in bf16; skips where the device has too little memory."""
-    neurons = 2**31 // timesteps + 1024
-    needed = 8 * timesteps * neurons + 2**30  # x, grad_s, the spikes or grad_x, and bits
-    if torch.cuda.mem_get_info()[0] < needed:
-        pytest.skip(f"needs {needed >> 30} GiB of free device memory")
-    x = torch.zeros(timesteps, neurons, dtype=torch.bfloat16, device="cuda")
-    x[:, -3:] = 2.0
-    parameters = (torch.ones(1, device="cuda"), torch.zeros(1, device="cuda"))
-    how = ("soft", 0.0, True, "boxcar", 1.5)
-    s, _ = implementation.forward(x, *parameters, None, *how, False)
-    assert s[:, -3:].eq(1).all()
-    assert s.count_nonzero() == 3 * timesteps
-    del s
-    bits, _ = implementation.packed(x, *parameters, None, "soft", 0.0, False)
-    assert bits.count_nonzero() == timesteps
-    assert bits[:, (neurons - 1) // 8].eq(0b11100000).all()
-    s = implementation.unpack(bits, list(x.shape), [neurons, 1], torch.bfloat16)
-    assert s[:, -3:].eq(1).all()
-    assert s.count_nonzero() == 3 * timesteps
-    del s, bits
-    grad_s = torch.zeros_like(x)
-    grad_s[:, -3:] = 3.0
-    grad_x, *_ = implementation.backward(grad_s, None, x, *parameters, None, *how, True)
-    assert grad_x.count_nonzero() == 3 * timesteps
-    assert grad_x[-1, -3:].eq(1).all()

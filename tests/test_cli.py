@@ -9,6 +9,8 @@ from safetensors.torch import save_file
 from iirsnn import recipe
 from iirsnn.run_folder import RunFolder
 
+from .conftest import assert_one_line
+
 
 def contents(folder):
     return {
@@ -16,15 +18,6 @@ def contents(folder):
         for file in folder.rglob("*")
         if file.is_file() and file.name != ".lock"
     }
-
-
-def assert_one_line(result, code, *parts):
-    assert result.code == code
-    lines = (result.out + result.err).strip().splitlines()
-    assert len(lines) == 1, result.out + result.err
-    assert lines[0].startswith("error: ")
-    for part in parts:
-        assert part in lines[0]
 
 
 def test_train_reports_what_it_did(finished):

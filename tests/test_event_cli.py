@@ -15,14 +15,7 @@ from iirsnn.event_cli import beside
 from iirsnn.models.resnet import Plan, resnet
 from iirsnn.run_folder import RunFolder
 
-
-def assert_one_line(result, code, *parts):
-    assert result.code == code
-    lines = (result.out + result.err).strip().splitlines()
-    assert len(lines) == 1, result.out + result.err
-    assert lines[0].startswith("error: ")
-    for part in parts:
-        assert part in lines[0]
+from .conftest import assert_one_line
 
 
 @pytest.fixture

@@ -12,11 +12,7 @@ from iirsnn.pipeline import Pipeline, accelerator
 from iirsnn.run_folder import RunFolder
 from iirsnn.training import StageTraining
 
-from .test_training import assert_same_outcome, outcome, tiny, train
-
-
-class Killed(BaseException):
-    pass
+from .test_training import Killed, assert_same_outcome, kill_after, outcome, tiny, train
 
 
 def test_fp16_needs_a_gpu(iirsnn, tmp_path):
@@ -61,21 +57,13 @@ def scale(path, stage):
 def test_the_scale_of_a_loss_is_a_stages_own_and_goes_on(tmp_path, with_scaler, monkeypatch):
     with_scaler += [("ann", 1), ("T2", 1), ("T2", 2)]
     train(tmp_path / "whole", tiny())
-    scales, step = {}, StageTraining._step
-
-    def step_or_die(stage, *arguments):
-        place = (stage.stage.name, stage.progress.step)
-        if place in (("ann", 3), ("T2", 3), ("T1", 1)) and place not in scales:
-            scales[place] = scale(tmp_path / "cut", stage.stage.name)
-            raise Killed
-        step(stage, *arguments)
-
-    monkeypatch.setattr(StageTraining, "_step", step_or_die)
-    for _ in range(3):
+    scales = {("ann", 3): 2.0**15, ("T2", 3): 2.0**14, ("T1", 1): 2.0**16}
+    kill_after(monkeypatch, *scales)
+    for (stage, _), expected in scales.items():
         with pytest.raises(Killed):
             train(tmp_path / "cut", tiny())
+        assert scale(tmp_path / "cut", stage) == expected
     train(tmp_path / "cut", tiny())
-    assert scales == {("ann", 3): 2.0**15, ("T2", 3): 2.0**14, ("T1", 1): 2.0**16}
     assert_same_outcome(tmp_path / "cut", tmp_path / "whole")
 
 
@@ -142,15 +130,8 @@ def curves(folder):
 
 
 def test_tensorboard_has_the_metrics_of_a_resumed_run_once(tmp_path, monkeypatch):
-    step = StageTraining._step
-
-    def step_or_die(stage, *arguments):
-        if stage.progress.step == 3:
-            raise Killed
-        step(stage, *arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(StageTraining, "_step", step_or_die)
+        kill_after(patch, ("ann", 3))
         with pytest.raises(Killed):
             train(tmp_path, tiny("runtime.tensorboard=true"))
     train(tmp_path)

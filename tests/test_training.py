@@ -105,6 +105,20 @@ class Killed(BaseException):
     """What no code of the package may catch."""
 
 
+def kill_after(patch, *places):
+    """Trainings die after these (stage, step), once after each."""
+    left, step = set(places), StageTraining._step
+
+    def step_or_die(stage, *arguments):
+        place = (stage.stage.name, stage.progress.step)
+        if place in left:
+            left.remove(place)
+            raise Killed
+        step(stage, *arguments)
+
+    patch.setattr(StageTraining, "_step", step_or_die)
+
+
 class Power:
     """Counts the writes of a run, and cuts it off in the middle of number `last`."""
 
@@ -342,15 +356,8 @@ def truncate(file):
 
 def half_way(with_ann, monkeypatch):
     """A run stopped in its second stage, after step 3 of 4."""
-    steps = StageTraining._step
-
-    def step(stage, *arguments):
-        if stage.progress.step == 3:
-            raise Killed
-        steps(stage, *arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(StageTraining, "_step", step)
+        kill_after(patch, ("T2", 3))
         with pytest.raises(Killed):
             stage_training(with_ann).run(Console(quiet=True))
     folder = with_ann.path / "stages" / "T2"
