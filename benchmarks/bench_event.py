@@ -33,7 +33,7 @@ from iirsnn.convert import fold_batch_norm
 from iirsnn.event import EventNetwork
 from iirsnn.models import ModelConfig, build
 from iirsnn.pipeline import Pipeline, open_data
-from iirsnn.provenance import machine
+from iirsnn.provenance import commit, machine
 from iirsnn.run_folder import RunFolder
 
 Contender = Callable[[Tensor], object]
@@ -388,6 +388,7 @@ def main() -> None:
     options = parser.parse_args()
     results: dict = {
         "machine": machine(),
+        "commit": commit(),
         "torch": torch.__version__,
         "ghz": options.ghz,
         "calls": options.calls,

@@ -3,7 +3,7 @@
     pytest benchmarks/bench_lif.py --benchmark-only -s
 
 Before it is timed, every contender has to give the spikes and the gradient of the reference: the
-same bits in fp32; in bf16, where libraries round membranes differently, at least 99 % of them.
+same bits in fp32; in bf16, where libraries round membranes differently, 99 % of the spikes.
 """
 
 from functools import lru_cache

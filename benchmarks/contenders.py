@@ -5,7 +5,7 @@
 
 Every contender is a module from x [T, B, ...] to spikes of the same shape. `current` draws x so
 that every operation of the recurrence is exact in fp32 and no h meets the threshold: there all
-libraries have to give the same bits, forward and backward, and `differences` says how they do.
+libraries have to give the same bits, forward and backward.
 """
 
 from __future__ import annotations
@@ -251,8 +251,3 @@ def prepared(contender: Contender, x: Tensor) -> Tensor:
     """x [T, B, ...] as the contender takes it: scaled, [B, T, ...] if it wants that."""
     x = x * contender.input_scale if contender.input_scale != 1 else x
     return x.transpose(0, 1).contiguous() if contender.batch_first else x
-
-
-def differences(s: Tensor, expected: Tensor) -> int:
-    """Number of elements that are not the same."""
-    return int((s != expected).sum())

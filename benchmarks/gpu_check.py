@@ -7,7 +7,6 @@ when a test fails: a time of a kernel that is wrong is worth nothing.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -25,25 +24,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import bench_gpu
 
 import iirsnn
+from iirsnn.env import installed
 from iirsnn.provenance import commit
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def output(*command: str) -> str:
-    """What a command prints, or why it does not."""
+def driver() -> str:
+    """The driver's version, or why it is not known."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    except OSError as error:
+        return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
         return f"unknown: {error}"
-    return run.stdout.strip() if run.returncode == 0 else f"unknown: {run.stderr.strip()}"
-
-
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def facts() -> dict[str, Any]:
@@ -54,12 +47,11 @@ def facts() -> dict[str, Any]:
         "compute_capability": f"{properties.major}.{properties.minor}",
         "device_memory": properties.total_memory,
         "multiprocessors": properties.multi_processor_count,
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": driver(),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "triton", "iirsnn", "spikingjelly")},
+        **{name: installed(name) for name in ("torch", "triton", "iirsnn", "spikingjelly")},
         "commit": commit(),
-        "uncommitted_changes": output("git", "status", "--porcelain", "--untracked-files=no"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

@@ -11,7 +11,8 @@ import torch
 from .backend import why_not
 
 
-def _version(package: str) -> str:
+def installed(package: str) -> str:
+    """The version of a package, or that it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -22,11 +23,11 @@ def env_report() -> str:
     """Versions, the backends with the reason where one cannot run, and what was compiled."""
     cuda = torch.cuda.is_available()
     rows = {
-        "iirsnn": _version("iirsnn"),
+        "iirsnn": installed("iirsnn"),
         "python": f"{platform.python_version()} on {platform.platform()}",
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'}), "
         f"{torch.get_num_threads()} CPU threads",
-        "triton": _version("triton"),
+        "triton": installed("triton"),
         "device": torch.cuda.get_device_name() if cuda else "no CUDA device",
     }
     for name, device in (("cpu", "cpu"), ("cuda", "cuda"), ("triton", "cuda")):

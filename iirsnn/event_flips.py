@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ class Flip:
         explained: root: the exact current lies within the bound of rounding; else: each network is
             right about its own input spikes, or within that bound.
         distance: |exact current - threshold| in roundings: multiples of 2^-24 * (|bias| + sum of
-            |weight| of the spikes); of the two networks' inputs, the nearer one.
+            |weight| of the spikes), infinite where there are none; of the two networks' inputs, the
+            nearer one.
         terms: additions of the neuron; rounding is below `terms` roundings.
     """
 
@@ -91,14 +93,14 @@ def trace_flips(net: EventNetwork, model: nn.Module, images: Tensor) -> list[Fli
             limit = float(threshold[at[1]])
             found = []
             for spike, exact, size in ((a, exact_a, size_a), (b, exact_b, size_b)):
-                distance = abs(float(exact[at]) - limit) / (2.0**-24 * float(size[at]))
+                distance = float((exact[at] - limit).abs() / (2.0**-24 * size[at]))
                 right = bool(spike[at]) == (float(exact[at]) > limit)
                 found.append((distance, right or distance <= terms))
             flips.append(
                 Flip(
                     image=int(chosen[at[0]]),
                     layer=layer.name,
-                    neuron=int(torch.tensor(at[1:]) @ torch.tensor([*_strides(a)])),
+                    neuron=int(np.ravel_multi_index(at[1:], a.shape[1:])),
                     root=bool(clean[at[0]]),
                     explained=all(fine for _, fine in found),
                     distance=min(distance for distance, _ in found),
@@ -107,11 +109,6 @@ def trace_flips(net: EventNetwork, model: nn.Module, images: Tensor) -> list[Fli
             )
         clean &= ~(a != b).flatten(1).any(1)
     return flips
-
-
-def _strides(spikes: Tensor) -> tuple[int, int, int]:
-    _, _, height, width = spikes.shape
-    return height * width, width, 1
 
 
 def _terms(layer: Layer) -> int:

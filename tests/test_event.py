@@ -352,6 +352,10 @@ def test_flips_of_another_network_are_not_explained():
     flips = trace_flips(net, network, x)
     assert any(flip.root for flip in flips)
     assert not any(flip.explained for flip in flips if flip.root)
+    network.layers[4].bias.data.zero_()
+    net = EventNetwork.from_model(network)
+    network.layers[1].threshold.data.fill_(1e6)  # nothing at all reaches the neurons after it
+    assert any(not flip.root for flip in trace_flips(net, network, x))
     with pytest.raises(UsageError, match="fp32 weights, got T = 1, int8"):
         trace_flips(EventNetwork.from_model(network, precision="int8"), network, x)
 
