@@ -86,6 +86,8 @@ def lif(
         threshold = threshold.expand(channels).contiguous()
         leak = leak.expand(channels).contiguous()
     if v0 is not None:
+        if not isinstance(v0, Tensor):
+            raise TypeError(f"v0: expected a tensor [*neurons], got {type(v0).__name__}")
         if v0.shape != x.shape[1:] or v0.device != x.device:
             raise ValueError(
                 f"v0: expected shape {tuple(x.shape[1:])} on {x.device}, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -51,8 +52,10 @@ class FusedLIF(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if not threshold > 0:
-            raise ValueError(f"threshold: expected a number > 0, got {threshold}")
+        if not 0 < threshold < math.inf:
+            raise ValueError(f"threshold: expected a finite number > 0, got {threshold}")
+        if not math.isfinite(leak):
+            raise ValueError(f"leak: expected a finite number, got {leak}")
         if channels is not None and channels < 1:
             raise ValueError(f"channels: expected None or a number >= 1, got {channels}")
         check_choice("reset", reset, RESETS)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 
 import pytest
 import torch
@@ -140,7 +141,9 @@ def test_compiles_whole():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"threshold": 0.0}, "threshold: expected a number > 0, got 0.0"),
+        ({"threshold": 0.0}, "threshold: expected a finite number > 0, got 0.0"),
+        ({"threshold": math.inf}, "threshold: expected a finite number > 0, got inf"),
+        ({"leak": math.nan}, "leak: expected a finite number, got nan"),
         ({"channels": 0}, "channels: expected None or a number >= 1, got 0"),
         ({"reset": "sharp"}, "reset: expected one of soft, .* got 'sharp'"),
         ({"surrogate": "spline"}, "surrogate: expected one of triangle, .* got 'spline'"),
