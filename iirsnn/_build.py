@@ -119,7 +119,8 @@ def load() -> str | None:
     try:
         return _compile_now()
     except (RuntimeError, OSError, ImportError) as error:
-        return f"{missing} and compiling it now failed: {str(error).strip().splitlines()[0]}"
+        first, *_ = str(error).strip().splitlines() or [type(error).__name__]
+        return f"{missing} and compiling it now failed: {first}"
 
 
 def _compile_now() -> str | None:

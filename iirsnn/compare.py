@@ -40,14 +40,14 @@ def find(paths: Sequence[Path]) -> list[Path]:
     Raises:
         RunError: no run in one of them.
     """
-    found: list[Path] = []
+    found: dict[Path, Path] = {}  # by the folder, however it is written
     for path in paths:
         runs = [path] if (path / "recipe.yaml").is_file() else []
         runs = runs or sorted(file.parent for file in path.rglob("recipe.yaml"))
         if not runs:
             raise RunError(f"run {path}: no run there, nor below it (no recipe.yaml)")
-        found += [run for run in runs if run not in found]
-    return found
+        found |= {run.resolve(): run for run in runs if run.resolve() not in found}
+    return list(found.values())
 
 
 def build(paths: Sequence[Path], reasons: dict[str, str] | None = None) -> dict[str, Any]:

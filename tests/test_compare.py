@@ -139,6 +139,8 @@ def test_frontier_has_what_nothing_beats():
 def test_runs_below_a_folder_are_found_once(finished, seeds, tmp_path):
     assert compare.find([tmp_path, seeds[0]]) == [tmp_path / "a", tmp_path / "b"]
     assert compare.find([finished]) == [finished]
+    again = tmp_path / "a" / ".." / "a"
+    assert compare.find([tmp_path / "a", again]) == [tmp_path / "a"]
     with pytest.raises(RunError, match="no run there, nor below it"):
         compare.find([tmp_path / "a" / "stages"])
 
