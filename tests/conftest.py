@@ -84,6 +84,15 @@ def iirsnn(capsys, tmp_path):
     return run
 
 
+def contents(folder):
+    """Every file of a run but its lock, and what is in it."""
+    return {
+        file.relative_to(folder): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file() and file.name != ".lock"
+    }
+
+
 def assert_one_line(result, code, *parts):
     """What `iirsnn` returned is an error, one line with these parts in it."""
     assert result.code == code

@@ -9,15 +9,7 @@ from safetensors.torch import save_file
 from iirsnn import recipe
 from iirsnn.run_folder import RunFolder
 
-from .conftest import assert_one_line
-
-
-def contents(folder):
-    return {
-        file.relative_to(folder): file.read_bytes()
-        for file in folder.rglob("*")
-        if file.is_file() and file.name != ".lock"
-    }
+from .conftest import assert_one_line, contents
 
 
 def test_train_reports_what_it_did(finished):

@@ -816,7 +816,7 @@ def test_images_too_small_for_the_model():
         net(torch.zeros(1, 1, 7, 7))
 
 
-# ---- The engine alone: what no model of this package has yet ----
+# ---- The engine alone ----
 
 
 def window(kernel=(1, 1), stride=(1, 1), padding=(0, 0)):
@@ -833,7 +833,6 @@ def test_residual_blocks(level, timesteps, precision):
     def weight(*shape):
         return torch.randint(-3, 4, shape, generator=generator).float()
 
-    none = np.zeros(0, np.float32)
     lif = FusedLIF(threshold=2.5, leak=0.5)
 
     def neurons(source_weights, outputs, skips=()):
@@ -857,7 +856,6 @@ def test_residual_blocks(level, timesteps, precision):
     scale, bias = np.ones(3, np.float32), np.zeros(3, np.float32)
     readout = last.view(3, 40, 3, 3).numpy()
     engine.add_readout((s4, readout, 1, window((3, 3))), precision, bias, scale)
-    assert none.size == 0
 
     x = images(4, 2, 6, 6)
     conv = nn.functional.conv2d

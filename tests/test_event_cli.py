@@ -49,7 +49,7 @@ def test_predict_names_the_class_of_each_file(iirsnn, finished, deployed, tmp_pa
     assert [row[0] for row in rows] == files
     agree = [row[1] == name for row, name in zip(rows, expected, strict=True)]
     assert sum(agree) >= 11  # 8-bit grey levels are not exactly the data set's 17
-    assert all(0 < float(row[-1]) < 1000 for row in rows)
+    assert all(float(row[-1]) >= 0 for row in rows)
 
 
 def test_deploy_takes_any_stage_and_precision(iirsnn, finished, tmp_path):

@@ -14,6 +14,8 @@ from iirsnn import recipe
 from iirsnn.errors import RunError, UsageError
 from iirsnn.run_folder import RunFolder
 
+from .conftest import contents
+
 HOLD = """
 import sys
 from filelock import FileLock
@@ -44,14 +46,6 @@ def other_process():
     for process in started:
         process.kill()
         process.communicate()
-
-
-def contents(folder):
-    return {
-        file.relative_to(folder): file.read_bytes()
-        for file in folder.rglob("*")
-        if file.is_file() and file.name != ".lock"
-    }
 
 
 def test_a_new_run_holds_its_complete_recipe(tmp_path, quick):
