@@ -86,6 +86,13 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a text file and make it durable; a crash may leave a part of the line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    _sync(path)
+
+
 def write_atomically(path: Path, write: Callable[[str], Any], previous: Path | None = None) -> None:
     """Call `write` with a temporary name in the same folder, make it durable, then rename it.
 

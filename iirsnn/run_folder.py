@@ -207,8 +207,7 @@ class RunFolder:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one record to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        checkpoint.append_line(self.path / "metrics.jsonl", json.dumps(record))
 
     def metrics(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl; a last line cut off by a crash is left out."""

@@ -65,6 +65,7 @@ def cache_path() -> Path:
     return Path(root) / "iirsnn" / f"spike-cost-{digest}.json"
 
 
+@functools.cache  # asked by every layer in every step, and slow where there are many cores
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
