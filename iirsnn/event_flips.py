@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .convert import neurons
 from .errors import UsageError
 from .event import EventNetwork, Layer, Window
-from .neuron import FusedLIF
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Flip:
 
 @torch.no_grad()
 def trace_flips(net: EventNetwork, model: nn.Module, images: Tensor) -> list[Flip]:
-    """Every spike of `images` [B, C, H, W] that `net` and the `model` it came from disagree on.
+    """Every spike of `images` [B, C, H, W] that `net` and its `model`, in eval mode, disagree on.
 
     Raises:
         UsageError: T > 1, or weights that are not fp32.
@@ -57,32 +57,21 @@ def trace_flips(net: EventNetwork, model: nn.Module, images: Tensor) -> list[Fli
         raise UsageError(
             f"net: expected T = 1 and fp32 weights, got T = {net.timesteps}, {net.precision}"
         )
-    theirs: list[Tensor] = []
-    hooks = [
-        module.register_forward_hook(lambda module, inputs, spikes: theirs.append(spikes[0]))
-        for module in model.modules()
-        if isinstance(module, FusedLIF)
-    ]
-    try:
-        model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
     net(images)
     ours = [spikes[0] for spikes in net.spikes()]
-    theirs = [b.reshape(a.shape) > 0 for a, b in zip(ours, theirs, strict=True)]
+    theirs = [b.reshape(a.shape) > 0 for a, b in zip(ours, _spikes(model, images), strict=True)]
     differ = torch.stack([(a != b).flatten(1).any(1) for a, b in zip(ours, theirs, strict=True)])
     chosen = differ.any(0).nonzero().flatten()
     if not len(chosen):
         return []
-    neurons = [layer for layer in net.layers if layer.threshold is not None]
+    firing = [layer for layer in net.layers if layer.threshold is not None]
     walks = [
         _currents(net.layers, images[chosen], [s[chosen] for s in each]) for each in (ours, theirs)
     ]
     flips: list[Flip] = []
     clean = torch.ones(len(chosen), dtype=torch.bool)
     for layer, a, b, (exact_a, size_a), (exact_b, size_b) in zip(
-        neurons, ours, theirs, *walks, strict=True
+        firing, ours, theirs, *walks, strict=True
     ):
         assert layer.threshold is not None
         threshold = layer.threshold.double().view(-1, 1, 1)
@@ -109,6 +98,21 @@ def trace_flips(net: EventNetwork, model: nn.Module, images: Tensor) -> list[Fli
             )
         clean &= ~(a != b).flatten(1).any(1)
     return flips
+
+
+def _spikes(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Of each neuron layer at the first timestep, in the order in which they fire: [B, ...]."""
+    found: list[Tensor] = []
+    hooks = [
+        module.register_forward_hook(lambda module, inputs, spikes: found.append(spikes[0]))
+        for module in neurons(model)
+    ]
+    try:
+        model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def _terms(layer: Layer) -> int:

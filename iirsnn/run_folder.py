@@ -57,8 +57,12 @@ class RunFolder:
             if path.exists() and not path.is_dir():
                 raise UsageError(f"output folder {path}: is a file")
             path.mkdir(parents=True, exist_ok=True)
+            there = {entry.name for entry in path.iterdir()}
         except OSError as error:
             raise RunError(f"output folder {path}: cannot be made ({error.strerror})") from error
+        # a run killed before it had a recipe leaves no more than these; a lock is left nowhere else
+        if "recipe.yaml" not in there and there - {".lock", ".recipe.yaml.tmp"}:
+            raise UsageError(f"output folder {path}: is not empty and holds no run")
         lock = _acquire(path)
         try:
             if (path / "recipe.yaml").exists():
@@ -66,9 +70,6 @@ class RunFolder:
                     f"output folder {path}: holds a run; continue it with --resume {path}, "
                     "or choose another --out"
                 )
-            # a run killed before it had a recipe leaves no more than these
-            if any(entry.name not in (".lock", ".recipe.yaml.tmp") for entry in path.iterdir()):
-                raise UsageError(f"output folder {path}: is not empty and holds no run")
             folder = cls(path, new, lock)
             checkpoint.write_text(path / "recipe.yaml", folder._recipe_text)
         except BaseException:
