@@ -16,6 +16,7 @@ from . import activity, compare, data, event_cli, parallel, recipe, report, repr
 from .env import env_report
 from .errors import IirsnnError, RunError, UsageError, check_choice
 from .evaluation import accuracies
+from .event_cli import Run, console
 from .parallel import Lost, Processes
 from .pipeline import Pipeline, accelerator, open_data
 from .progress import require_tensorboard
@@ -28,12 +29,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train spiking networks and shrink them in time to a single timestep.",
 )
-console = Console()
 
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's value.")
 ]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
 
 @app.command()
