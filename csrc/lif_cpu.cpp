@@ -13,7 +13,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu_channels.h"
+#include "cpu_lif.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -24,10 +24,7 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "packing reads eight by
 namespace iirsnn {
 namespace {
 
-constexpr int kHalfBlock = 256;          // neurons, of float16, whose float rows stay in the L1/L2 cache
-constexpr int kSegment = 16;             // timesteps between checkpoints
-constexpr int64_t kChunk = 16 * kBlock;  // neurons a thread takes at least
-constexpr int64_t kMaxChunks = 256;
+constexpr int kHalfBlock = 256;  // neurons, of float16, whose float rows stay in the L1/L2 cache
 
 // ---- Instruction sets ----
 
@@ -151,22 +148,7 @@ bool pack_row(const Spiked* marks, uint8_t* bits, int n) {
   return (seen & 0x0202020202020202u) != 0;
 }
 
-// ---- Chunks and blocks ----
-
-int64_t chunk_neurons(const LifShape& shape) {
-  const int64_t least = std::max(16 * shape.channels, (shape.neurons + kMaxChunks - 1) / kMaxChunks);
-  return std::max(kChunk, (least + kBlock - 1) / kBlock * kBlock);
-}
-
-// Calls f(begin, n, chunk) for the blocks of at most `block` neurons of a range of chunks.
-template <typename F>
-void for_each_block(const LifShape& shape, int64_t first_chunk, int64_t last_chunk, int block, F f) {
-  const int64_t chunk = chunk_neurons(shape);
-  const int64_t end = std::min(last_chunk * chunk, shape.neurons);
-  for (int64_t begin = first_chunk * chunk; begin < end; begin += block) {
-    f(begin, int(std::min<int64_t>(block, end - begin)), begin / chunk);
-  }
-}
+// ---- Parameters ----
 
 enum { kThreshold, kLeak, kInverse, kParameters };
 
@@ -391,23 +373,6 @@ IIRSNN_INLINE void add_to(acc_t* sum, const V& value) {
   store(sum, load<V>(sum) + value);
 }
 
-// The surrogate is chosen here, for a vector: a branch that is always predicted, and a fifth of the code.
-template <typename V>
-IIRSNN_INLINE V slope_at(Surrogate surrogate, const V& h, const Neuron<V>& p, const V& scale) {
-  switch (surrogate) {
-    case Surrogate::triangle:
-      return spike_slope<Surrogate::triangle>(h, p, scale);
-    case Surrogate::atan:
-      return spike_slope<Surrogate::atan>(h, p, scale);
-    case Surrogate::sigmoid:
-      return spike_slope<Surrogate::sigmoid>(h, p, scale);
-    case Surrogate::fast_sigmoid:
-      return spike_slope<Surrogate::fast_sigmoid>(h, p, scale);
-    default:
-      return spike_slope<Surrogate::boxcar>(h, p, scale);
-  }
-}
-
 template <typename scalar_t, Reset kReset>
 struct BackwardRow {
   using Block = BackwardBlock<scalar_t>;
@@ -592,10 +557,7 @@ auto dispatch(DType dtype, F f) {
 
 }  // namespace
 
-int64_t lif_chunks_cpu(const LifShape& shape) {
-  const int64_t chunk = chunk_neurons(shape);
-  return (shape.neurons + chunk - 1) / chunk;
-}
+int64_t lif_chunks_cpu(const LifShape& shape) { return chunks_of(shape); }
 
 int64_t lif_backward_workspace_cpu(const LifBackward& args) {
   return args.grad_threshold ? lif_chunks_cpu(args.shape) * kSums * args.shape.channels * int64_t(sizeof(double)) : 0;

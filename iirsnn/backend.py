@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import _build, ops, reference  # noqa: F401  (ops defines the schemas)
+from . import _build, batch_norm_ops, ops, reference  # noqa: F401  (they define the schemas)
 from .errors import check_choice
 
 
@@ -101,6 +101,11 @@ def _resolve(name: str, device: str) -> str:
             stacklevel=4,
         )
     return "reference"
+
+
+def is_compiled_cpu(name: str, device: torch.device) -> bool:
+    """Whether the backend `name` for tensors on `device` is `cpu`; raises what `choose` raises."""
+    return _resolve(name, device.type) == "cpu"
 
 
 def choose(name: str, device: torch.device) -> Backend:

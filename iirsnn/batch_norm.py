@@ -1,7 +1,8 @@
 """BatchNorm and LIF as one step of training that keeps its input alone.
 
 Two modules keep two tensors of that size for backward, the input of the BatchNorm and the current
-that it gives. Here the current is computed again from the input and the statistics.
+that it gives. Here the current is computed again from the input and the statistics: by one kernel
+on a CPU (float32 and bfloat16), by torch's ops everywhere else.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .functional import lif
+from .backend import is_compiled_cpu
+from .functional import check_options, is_dense, lif, parameter_like
 from .neuron import FusedLIF
 
 
@@ -43,12 +45,15 @@ class BatchNormLIF(nn.Module):
             raise ValueError(f"x: expected shape [T, B, C, ...], got {tuple(x.shape)}")
         norm, neuron = self.norm, self.neuron
         kept = torch.is_grad_enabled() and norm.training and norm.track_running_stats
-        if not kept or neuron.stateful or neuron.return_v or neuron.packed:
+        if not kept or x.numel() == 0 or neuron.stateful or neuron.return_v or neuron.packed:
             return neuron(norm(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
         if x[:, :, 0].numel() == 1:
             raise ValueError(
                 f"x: expected more than one value per channel in training, got {tuple(x.shape)}"
             )
+        fused = x.dtype in (torch.float32, torch.bfloat16)
+        if fused and is_compiled_cpu(neuron.backend, x.device):
+            return self._fused(x)
         with torch.no_grad():
             mean, var = torch.batch_norm_update_stats(
                 x.flatten(0, 1), norm.running_mean, norm.running_var, self._momentum()
@@ -57,6 +62,33 @@ class BatchNormLIF(nn.Module):
         return _Recomputed.apply(
             x, norm.weight, norm.bias, neuron.threshold, neuron.leak, mean, rstd, norm.eps, neuron
         )
+
+    def _fused(self, x: Tensor) -> Tensor:
+        norm, neuron = self.norm, self.neuron
+        scale = check_options(
+            neuron.reset, neuron.v_reset, neuron.surrogate, neuron.surrogate_scale
+        )
+        s, mean, var, _ = torch.ops.iirsnn.bn_lif_forward(
+            x if is_dense(x) else x.contiguous(),
+            None if norm.weight is None else norm.weight.float(),
+            None if norm.bias is None else norm.bias.float(),
+            parameter_like("threshold", neuron.threshold, x, torch.float32),
+            parameter_like("leak", neuron.leak, x, torch.float32),
+            norm.eps,
+            neuron.reset,
+            neuron.v_reset,
+            neuron.detach_reset,
+            neuron.surrogate,
+            scale,
+        )
+        count = x[:, :, 0].numel()
+        momentum = self._momentum()
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        with torch.no_grad():
+            norm.running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+            norm.running_var.mul_(1 - momentum).add_(var * (count / (count - 1)), alpha=momentum)
+        return s
 
     def _momentum(self) -> float:
         """Of this call, which is counted: a running mean where the norm has no momentum."""

@@ -72,15 +72,9 @@ def lif(
     RuntimeError for a backend that cannot run.
     """
     acc = _check_x(x)
-    check_choice("reset", reset, RESETS)
-    check_choice("surrogate", surrogate, tuple(SURROGATES))
-    scale = SURROGATES[surrogate][1] if surrogate_scale is None else float(surrogate_scale)
-    if not 0 < scale < math.inf:
-        raise ValueError(f"surrogate_scale: expected a finite number > 0, got {surrogate_scale}")
-    if not -math.inf < v_reset < math.inf:
-        raise ValueError(f"v_reset: expected a finite number, got {v_reset}")
-    threshold = _parameter("threshold", threshold, x, acc)
-    leak = _parameter("leak", leak, x, acc)
+    scale = check_options(reset, v_reset, surrogate, surrogate_scale)
+    threshold = parameter_like("threshold", threshold, x, acc)
+    leak = parameter_like("leak", leak, x, acc)
     if threshold.numel() != leak.numel():
         channels = max(threshold.numel(), leak.numel())
         threshold = threshold.expand(channels).contiguous()
@@ -94,7 +88,7 @@ def lif(
                 f"got {tuple(v0.shape)} on {v0.device}"
             )
         v0 = v0.to(acc)
-    if not _dense(x):
+    if not is_dense(x):
         x = x.contiguous()
 
     run = choose(backend, x.device)
@@ -124,7 +118,21 @@ def _check_x(x: Tensor) -> torch.dtype:
     return acc_dtype(x.dtype)
 
 
-def _parameter(name: str, value: float | Tensor, x: Tensor, acc: torch.dtype) -> Tensor:
+def check_options(
+    reset: str, v_reset: float, surrogate: str, surrogate_scale: float | None
+) -> float:
+    """The scale of the surrogate. Raises ValueError for what `lif` says it raises it for."""
+    check_choice("reset", reset, RESETS)
+    check_choice("surrogate", surrogate, tuple(SURROGATES))
+    scale = SURROGATES[surrogate][1] if surrogate_scale is None else float(surrogate_scale)
+    if not 0 < scale < math.inf:
+        raise ValueError(f"surrogate_scale: expected a finite number > 0, got {surrogate_scale}")
+    if not -math.inf < v_reset < math.inf:
+        raise ValueError(f"v_reset: expected a finite number, got {v_reset}")
+    return scale
+
+
+def parameter_like(name: str, value: float | Tensor, x: Tensor, acc: torch.dtype) -> Tensor:
     """threshold or leak as the ops want it: 1-D, 1 or C elements, acc."""
     if not isinstance(value, Tensor):
         number = float(value)
@@ -150,7 +158,7 @@ def _any_requires_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def _dense(x: Tensor) -> bool:
+def is_dense(x: Tensor) -> bool:
     """Whether every timestep fills its memory without holes, and timesteps do not overlap."""
     if x.is_contiguous():
         return True

@@ -89,7 +89,8 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor) -> Any:
+def no_double_backward(ctx: Any, *grads: Tensor) -> Any:
+    """The gradient of a backward op: RuntimeError."""
     raise RuntimeError(
         "iirsnn: expected one backward pass through lif, got a second one through its gradient "
         "(create_graph=True); a surrogate gradient has no second derivative worth having"
@@ -125,7 +126,7 @@ def register(forward_op: Any, backward_op: Any) -> None:
         )
 
     torch.library.register_autograd(forward_op, backward, setup_context=_setup)
-    torch.library.register_autograd(backward_op, _no_double_backward)
+    torch.library.register_autograd(backward_op, no_double_backward)
 
 
 register("iirsnn::lif_forward", "iirsnn::lif_backward")

@@ -1,0 +1,50 @@
+// BatchNorm, with the statistics of its input, and LIF in one: CPU kernels over a range of chunks (cpu_lif.h).
+//
+//   forward:   the sums of the statistics, one pass over x; then spikes, one pass that reads x and writes s
+//   backward:  the LIF backward on the normalised current, one pass that reads x and grad_s and writes its gradient;
+//              then grad_x in its place, one pass that reads x again
+//
+// The normalised current is computed in registers, from x, whenever it is needed. x is float32 or bfloat16; parameters
+// are float32.
+#pragma once
+
+#include "lif.h"
+
+namespace iirsnn {
+
+struct BnLif {
+  LifShape shape;  // channels: C, or 1 where x has one channel
+  Reset reset;
+  double v_reset;
+  bool detach_reset;
+  Surrogate surrogate;
+  double surrogate_scale;
+  const void* x;
+  const float* mean;    // [C], as all parameters
+  const float* rstd;    // 1 / sqrt(variance + eps)
+  const float* weight;  // or null: 1
+  const float* bias;    // or null: 0
+  const float* threshold;
+  const float* leak;
+  void* s;  // forward: [T, N] like x
+  // backward
+  const void* grad_s;       // like x
+  int64_t grad_s_stride_t;  // N, or 0: the same gradient at every timestep
+  void* grad_x;             // [T, N] like x; first the gradient of the current
+  double* sums;             // [chunks, kBnLifSums, C]
+};
+
+// grad_current; grad_current (x - mean); the gradients of threshold and leak. Summed over neurons and time.
+enum BnLifSum { kGradSum, kDotSum, kThresholdSum, kLeakSum, kBnLifSums };
+
+// x and its square, summed over neurons and time, in double, where the square is exact: sums [chunks, kMoments, C].
+constexpr int kMoments = 2;
+void moments_cpu(const LifShape& shape, const void* x, double* sums, int64_t first_chunk, int64_t last_chunk);
+// sums, of all chunks, into those of the first.
+void add_chunks_cpu(const LifShape& shape, int count, double* sums);
+void bn_lif_forward_cpu(const BnLif& args, int64_t first_chunk, int64_t last_chunk);
+void bn_lif_backward_cpu(const BnLif& args, int64_t first_chunk, int64_t last_chunk);
+// After add_chunks_cpu.
+void bn_lif_grad_x_cpu(const BnLif& args, int64_t first_chunk, int64_t last_chunk);
+
+}  // namespace iirsnn

@@ -1,0 +1,165 @@
+// Names, layouts and checks that the ops on torch's tensors share.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_strided.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "lif.h"
+
+namespace iirsnn {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// ---- Names ----
+
+inline Reset parse_reset(const std::string& name) {
+  if (name == "soft") return Reset::soft;
+  if (name == "hard") return Reset::hard;
+  if (name == "none") return Reset::none;
+  TORCH_CHECK_VALUE(name == "soft_delayed", "reset: expected soft, hard, none or soft_delayed, got '", name, "'");
+  return Reset::soft_delayed;
+}
+
+inline Surrogate parse_surrogate(const std::string& name) {
+  if (name == "triangle") return Surrogate::triangle;
+  if (name == "atan") return Surrogate::atan;
+  if (name == "sigmoid") return Surrogate::sigmoid;
+  if (name == "fast_sigmoid") return Surrogate::fast_sigmoid;
+  TORCH_CHECK_VALUE(name == "boxcar", "surrogate: expected triangle, atan, sigmoid, fast_sigmoid or boxcar, got '",
+                    name, "'");
+  return Surrogate::boxcar;
+}
+
+inline DType parse_dtype(const char* argument, at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return DType::float32;
+    case at::kDouble:
+      return DType::float64;
+    case at::kHalf:
+      return DType::float16;
+    case at::kBFloat16:
+      return DType::bfloat16;
+    default:
+      TORCH_CHECK_TYPE(false, argument, ": expected float32, float64, float16 or bfloat16, got ", dtype);
+  }
+}
+
+inline at::ScalarType acc_type(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+// ---- Layout: neurons lie in memory as those of x[0] do, timesteps one after the other ----
+
+inline std::vector<int64_t> spike_strides(const Tensor& x, int64_t neurons) {
+  std::vector<int64_t> strides = x.strides().vec();
+  strides[0] = neurons;
+  return strides;
+}
+
+// Most of the time of writing a large fresh tensor is page faults: ask for 2 MiB pages, 512 times fewer.
+inline Tensor with_huge_pages(Tensor t) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = uintptr_t(2) << 20;
+  if (t.is_cpu() && t.nbytes() >= 2 * kPage) {
+    const uintptr_t start = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+    const uintptr_t first = (start + kPage - 1) / kPage * kPage, last = (start + t.nbytes()) / kPage * kPage;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: failing changes nothing
+  }
+#endif
+  return t;
+}
+
+inline Tensor empty_spikes(const Tensor& x, int64_t neurons) {
+  return with_huge_pages(at::empty_strided(x.sizes(), spike_strides(x, neurons), x.options()));
+}
+
+// t, or one copy of it, with the given strides; the stride of a dimension of one element says nothing.
+inline Tensor with_strides(const Tensor& t, at::IntArrayRef strides) {
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) != 1 && t.stride(d) != strides[d]) {
+      return at::empty_strided(t.sizes(), strides, t.options()).copy_(t);
+    }
+  }
+  return t;
+}
+
+// ---- Checks ----
+
+inline LifShape check_x(const Tensor& x) {
+  LifShape shape{};
+  shape.dtype = parse_dtype("x", x.scalar_type());
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(0) >= 1, "x: expected shape [T, *neurons] with T >= 1, got ", x.sizes());
+  const Tensor first = x.select(0, 0);
+  shape.timesteps = x.size(0);
+  shape.neurons = first.numel();
+  shape.x_stride_t = x.stride(0);
+  const bool apart = shape.timesteps == 1 || shape.x_stride_t == 0 || shape.x_stride_t >= shape.neurons;
+  TORCH_CHECK_VALUE(shape.neurons == 0 || (first.is_non_overlapping_and_dense() && apart),
+                    "x: expected x[0] dense and timesteps that do not overlap, got sizes ", x.sizes(), " strides ",
+                    x.strides());
+  shape.channels = 1;
+  shape.inner = std::max<int64_t>(shape.neurons, 1);
+  return shape;
+}
+
+inline void check_parameter(const char* name, const Tensor& value, const Tensor& x, LifShape& shape) {
+  TORCH_CHECK_VALUE(value.device() == x.device(), name, ": expected device ", x.device(), ", got ", value.device());
+  TORCH_CHECK_TYPE(value.scalar_type() == acc_type(x), name, ": expected ", acc_type(x), " for x of ", x.scalar_type(),
+                   ", got ", value.scalar_type());
+  const bool per_channel = value.dim() == 1 && x.dim() >= 3 && value.numel() == x.size(2);
+  TORCH_CHECK_VALUE(value.dim() == 1 && (value.numel() == 1 || per_channel), name,
+                    ": expected 1-D with 1 element, or C for x [T, B, C, ...], got ", value.sizes(), " for x ",
+                    x.sizes());
+  if (value.numel() > 1) {
+    shape.channels = x.size(2);
+    shape.inner = x.stride(2);
+  }
+}
+
+template <typename F>
+void check_each(const char* name, const Tensor& value, const char* expected, F good) {
+  for (int64_t i = 0; i < value.numel(); ++i) {
+    const double number = value.scalar_type() == at::kDouble ? value.const_data_ptr<double>()[i]
+                                                             : double(value.const_data_ptr<float>()[i]);
+    TORCH_CHECK_VALUE(good(number), name, ": expected ", expected, ", got ", number, " at element ", i);
+  }
+}
+
+// threshold and leak as the kernels read them, both [channels], after their checks.
+inline std::pair<Tensor, Tensor> check_parameters(const Tensor& threshold, const Tensor& leak, const Tensor& x,
+                                                  LifShape& shape) {
+  check_parameter("threshold", threshold, x, shape);
+  check_parameter("leak", leak, x, shape);
+  const auto spread = [&](const Tensor& value) { return value.expand({shape.channels}).contiguous(); };
+  std::pair<Tensor, Tensor> both{spread(threshold), spread(leak)};
+  if (x.is_cpu()) {  // on a GPU, looking at values would wait for it
+    check_each("threshold", both.first, "finite values > 0", [](double n) { return n > 0 && std::isfinite(n); });
+    check_each("leak", both.second, "finite values", [](double n) { return std::isfinite(n); });
+  }
+  return both;
+}
+
+// grad_s in the layout of the spikes; timestep stride N, or 0 where every timestep has the same gradient.
+inline Tensor check_grad_s(const Tensor& grad_s, const Tensor& x, int64_t neurons) {
+  TORCH_CHECK_VALUE(grad_s.device() == x.device(), "grad_s: expected device ", x.device(), ", got ", grad_s.device());
+  TORCH_CHECK_TYPE(grad_s.scalar_type() == x.scalar_type(), "grad_s: expected ", x.scalar_type(), ", got ",
+                   grad_s.scalar_type());
+  TORCH_CHECK_VALUE(grad_s.sizes() == x.sizes(), "grad_s: expected shape ", x.sizes(), ", got ", grad_s.sizes());
+  if (grad_s.size(0) > 1 && grad_s.stride(0) == 0) {
+    return with_strides(grad_s.select(0, 0), x.strides().slice(1)).unsqueeze(0).expand(x.sizes());
+  }
+  return with_strides(grad_s, spike_strides(x, neurons));
+}
+
+}  // namespace iirsnn
