@@ -88,8 +88,13 @@ def costs() -> dict[Key, Cost]:
 @functools.lru_cache(maxsize=8)
 def _costs(path: str) -> dict[Key, Cost]:
     file, damaged = Path(path), (OSError, ValueError, TypeError, KeyError)
-    with contextlib.suppress(*damaged):
+    try:
         return _decode(json.loads(file.read_text()))
+    except FileNotFoundError:
+        pass
+    except damaged:
+        with contextlib.suppress(OSError):
+            file.unlink()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:

@@ -447,15 +447,18 @@ def test_costs_are_measured_once(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"a": 1}', "[1]"])
-def test_a_damaged_cache_is_not_used(monkeypatch, tmp_path, text):
+def test_a_damaged_cache_is_replaced(monkeypatch, tmp_path, text):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("IIRSNN_CALIBRATE", "1")
     path = spike_cost.cache_path()
     path.parent.mkdir()
     path.write_text(text)
-    monkeypatch.setattr(spike_cost, "calibrate", lambda: dict(spike_cost.BUILT_IN))
-    spike_cost._costs.cache_clear()
-    assert spike_cost.costs() == spike_cost.BUILT_IN
+    measured = dict.fromkeys(spike_cost.BUILT_IN, spike_cost.Cost(0.5, 2.0))
+    monkeypatch.setattr(spike_cost, "calibrate", lambda: measured)
+    for _ in range(2):  # measured, and then read
+        spike_cost._costs.cache_clear()
+        assert spike_cost.costs() == measured
+        monkeypatch.setattr(spike_cost, "calibrate", lambda: pytest.fail("measured twice"))
 
 
 def test_built_in_costs_where_no_cache_can_be_written(monkeypatch, tmp_path):
