@@ -86,8 +86,9 @@ class BatchNormLIF(nn.Module):
         assert norm.running_mean is not None
         assert norm.running_var is not None
         with torch.no_grad():
-            norm.running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-            norm.running_var.mul_(1 - momentum).add_(var * (count / (count - 1)), alpha=momentum)
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+            unbiased = var * (count / (count - 1))
+            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
         return s
 
     def _momentum(self) -> float:
