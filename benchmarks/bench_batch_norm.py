@@ -41,7 +41,7 @@ def test_step(benchmark, in_turns, shape, layout, dtype):
     parts = nn.BatchNorm2d(channels), FusedLIF(1.0, 0.9)
     two, fused = Two(*copy.deepcopy(parts)), BatchNormLIF(*parts)
     different = (two(x) != fused(x)).double().mean().item()
-    assert different < 1e-5  # currents within rounding of the threshold
+    assert different < 1e-4  # torch sums channels_last in float32: currents near the threshold
 
     def step(module):
         def run():

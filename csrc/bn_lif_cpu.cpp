@@ -4,6 +4,7 @@
 // threads.
 #include "bn_lif_cpu.h"
 
+#include <limits>
 #include <memory>
 
 #include "cpu_lif.h"
@@ -200,13 +201,15 @@ class BnLifChannels {
 
  private:
   using Values = std::array<const float*, kParameters>;
+  // A NaN that `rounded` leaves one: its lower half is 0, as in every product with a bfloat16 that is NaN.
+  static float quiet(float value) { return value == value ? value : std::numeric_limits<float>::quiet_NaN(); }
   static std::vector<float> derived(const BnLif& args) {  // gain, shift, 1 / threshold
     const int64_t channels = args.shape.channels;
     std::vector<float> table(3 * channels);
     for (int64_t c = 0; c < channels; ++c) {
       const float gain = args.weight ? args.rstd[c] * args.weight[c] : args.rstd[c];
-      table[c] = gain;
-      table[channels + c] = (args.bias ? args.bias[c] : 0.0f) - args.mean[c] * gain;
+      table[c] = quiet(gain);
+      table[channels + c] = quiet((args.bias ? args.bias[c] : 0.0f) - args.mean[c] * gain);
       table[2 * channels + c] = 1.0f / args.threshold[c];
     }
     return table;
@@ -222,14 +225,13 @@ class BnLifChannels {
   const Channels<float, kParameters> pieces;
 };
 
-// Rounded to scalar_t, as a current in memory would be.
+// Rounded to scalar_t, as a current in memory would be; of a NaN, its lower half is 0.
 template <typename scalar_t, typename V>
 IIRSNN_INLINE V rounded(const V& value) {
   if constexpr (std::is_same_v<scalar_t, BFloat16>) {
     using Bits = typename Number<V>::bits_t;
     const Bits bits = bit_cast<Bits>(value);
-    const Bits nearest = (bits + Bits(0x7fffu) + ((bits >> 16) & Bits(1u))) & Bits(0xffff0000u);
-    return select(value == value, bit_cast<V>(nearest), value);
+    return bit_cast<V>((bits + Bits(0x7fffu) + ((bits >> 16) & Bits(1u))) & Bits(0xffff0000u));
   } else {
     return value;
   }

@@ -47,7 +47,7 @@ class BatchNormLIF(nn.Module):
         kept = torch.is_grad_enabled() and norm.training and norm.track_running_stats
         if not kept or x.numel() == 0 or neuron.stateful or neuron.return_v or neuron.packed:
             return neuron(norm(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
-        if x[:, :, 0].numel() == 1:
+        if x.numel() == x.shape[2]:
             raise ValueError(
                 f"x: expected more than one value per channel in training, got {tuple(x.shape)}"
             )
@@ -81,7 +81,7 @@ class BatchNormLIF(nn.Module):
             neuron.surrogate,
             scale,
         )
-        count = x[:, :, 0].numel()
+        count = x.numel() // x.shape[2]
         momentum = self._momentum()
         assert norm.running_mean is not None
         assert norm.running_var is not None

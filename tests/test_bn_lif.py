@@ -326,13 +326,27 @@ def test_bits_do_not_depend_on_the_number_of_threads():
         torch.set_num_threads(before)
 
 
-def test_nan_reaches_every_spike_of_its_channel():
-    x, *rest, _ = make((2, 3, 4, 4), 2)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_reaches_every_spike_of_its_channel(dtype):
+    x, *rest, _ = make((2, 3, 4, 4), 2, dtype)
     x[0, 1, 2, 3, 1] = math.nan
     s, mean, *_ = forward(x, *rest, 1e-5, *how())
     assert mean.isnan().tolist() == [False, False, True]
     assert s[:, :, 2].isnan().all()
     assert not s[:, :, :2].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_parameter_may_be_any_nan(dtype):
+    x, weight, bias, *rest, _ = make((2, 4, 4, 4), 2, dtype)
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32)
+    for parameter in (weight, bias):
+        kept = parameter.clone()
+        parameter[:3] = bits.view(torch.float32)
+        s, *_ = forward(x, weight, bias, *rest, 1e-5, *how())
+        assert s[:, :, :3].isnan().all()
+        assert not s[:, :, 3].isnan().any()
+        parameter.copy_(kept)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
