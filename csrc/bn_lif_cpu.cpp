@@ -16,7 +16,7 @@ constexpr int kLanes = 16;
 constexpr int kHeldBlocks = 8;  // whose sums over columns are floats
 
 bool in_columns(const LifShape& shape) {
-  return shape.inner == 1 && shape.channels % kLanes == 0 && shape.channels <= kBlock;
+  return shape.inner == 1 && shape.channels % (kVectorBytes / sizeof(float)) == 0 && shape.channels <= kBlock;
 }
 
 template <typename F>
@@ -337,7 +337,7 @@ struct BackwardRow {  // kSingle: T = 1, without membrane, reset, carry and leak
                             if (channel >= 0) {
                               for (int k = 0; k < kSums; ++k) b->totals[k * channels + channel] += double(sum(sums[k]));
                             } else if (!b->columns) {
-                              pieces.template add_up<V>(b->begin, start, end, channel, kSums, b->held, b->totals);
+                              pieces.template add_up<V>(b->begin, start, end, kSums, b->held, b->totals);
                             }
                           });
   }
@@ -481,7 +481,7 @@ void bn_lif_forward_cpu(const BnLif& args, int64_t first_chunk, int64_t last_chu
 void bn_lif_backward_cpu(const BnLif& args, int64_t first_chunk, int64_t last_chunk) {
   const LifShape& shape = args.shape;
   const BnLifChannels channels(args);
-  std::vector<float> checkpoints((shape.timesteps - 1) / kSegment * kLanes);
+  std::vector<float> checkpoints((shape.timesteps - 1) / kSegment * (kVectorBytes / sizeof(float)));
   const auto held = std::make_unique<float[][kBlock]>(kBnLifSums);
   const bool columns = in_columns(shape);
   const auto let_go = [&](double* totals) {

@@ -39,7 +39,7 @@ struct Parameters {
 template <typename acc_t, int kCount>
 class Channels {
  public:
-  static constexpr int kLanes = 64 / sizeof(acc_t);
+  static constexpr int kLanes = kVectorBytes / sizeof(acc_t);
 
   // parameters: [channels] each, or null
   Channels(const LifShape& shape, const std::array<const acc_t*, kCount>& parameters)
@@ -64,41 +64,36 @@ class Channels {
   template <typename F>
   IIRSNN_INLINE void for_each_piece(int64_t begin, int first, int last, F f) const {
     Parameters<acc_t, kCount> parameters;
-    alignas(64) acc_t broadcast[kCount][kLanes];
+    alignas(kVectorBytes) acc_t broadcast[kCount][kLanes];
     const int64_t offset = rows_ ? 0 : begin % period_;
     for (int k = 0; k < kCount; ++k) {
       parameters.at[k] = rows_ || !values_[k] ? broadcast[k] : values_[k] + offset;
     }
     parameters.step = rows_ ? 0 : 1;
+    int64_t channel = rows_ ? (begin + first) / shape_.inner % shape_.channels : -1;
+    int64_t left = rows_ ? shape_.inner - (begin + first) % shape_.inner : last - first;
     while (first < last) {
-      int64_t channel = -1;
-      int end = last;
-      if (rows_) {
-        const int64_t neuron = begin + first, left = shape_.inner - neuron % shape_.inner;
-        channel = neuron / shape_.inner % shape_.channels;
-        if (left < last - first) end = first + int(left);
-        for (int k = 0; k < kCount; ++k) {
-          const acc_t value = values_[k] ? values_[k][channel] : acc_t(0);
-          for (int i = 0; i < kLanes; ++i) broadcast[k][i] = value;
-        }
+      const int end = left < last - first ? first + int(left) : last;
+      for (int k = 0; rows_ && k < kCount; ++k) {
+        const acc_t value = values_[k] ? values_[k][channel] : acc_t(0);
+        for (int i = 0; i < kLanes; ++i) broadcast[k][i] = value;
       }
       f(first, end, parameters, channel);
       first = end;
+      left = shape_.inner;
+      if (++channel == shape_.channels) channel = 0;
     }
   }
 
-  // For each of `count` sums: what the neurons of a piece owe, summed over channels into totals[k][channel].
-  // rows[k] holds one element a neuron where channel is -1, else one vector.
+  // For each of `count` rows of one element a neuron: the sums over channels, added to totals[k][channel].
   template <typename V>
-  IIRSNN_INLINE void add_up(int64_t begin, int first, int last, int64_t channel, int count, const acc_t (*rows)[kBlock],
+  IIRSNN_INLINE void add_up(int64_t begin, int first, int last, int count, const acc_t (*rows)[kBlock],
                             double* totals) const {
     constexpr int kSize = sizeof(V) / sizeof(acc_t);
     for (int k = 0; k < count; ++k) {
       double* total = totals + k * shape_.channels;
       const acc_t* row = rows[k];
-      if (channel >= 0) {
-        total[channel] += double(sum(load<V>(row)));
-      } else if (shape_.inner == 1) {
+      if (shape_.inner == 1) {
         for_each_pass(begin, first, last, [&](int i, int end, int64_t c) IIRSNN_INLINE_LAMBDA {
           for (; i < end; ++i, ++c) total[c] += double(row[i]);
         });
@@ -117,6 +112,8 @@ class Channels {
       }
     }
   }
+
+  int64_t count() const { return shape_.channels; }
 
  private:
   // With one neuron a channel: calls f(first, last, channel of the first) for each pass over the channels.

@@ -65,7 +65,7 @@ template <typename Row>
 Kernel<typename Row::Block> kernel() {
   using Block = typename Row::Block;
   const auto rest = [](const Block* block, int first, int last) { Row::template run<0>(block, first, last); };
-  return {version<Row>(), rest, 64 / int(sizeof(typename Row::acc_t))};
+  return {version<Row>(), rest, kVectorBytes / int(sizeof(typename Row::acc_t))};
 }
 
 // What a kernel computes with: vectors in registers of kBytes; numbers for 0.

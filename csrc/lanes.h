@@ -1,28 +1,45 @@
-// 64 bytes of numbers at once: 16 floats or 8 doubles, held in registers of kBytes. The instruction set decides kBytes
-// alone, never how many numbers go together: sums come in one order everywhere. The arithmetic of lif_step.h takes a
-// Lanes where it takes a number.
+// 128 bytes of numbers at once: 32 floats or 16 doubles, held in registers of kBytes. The instruction set decides
+// kBytes alone, never how many numbers go together: sums come in one order everywhere. At least two registers, because
+// the second one's arithmetic fills the time the first one's waits. The arithmetic of lif_step.h takes a Lanes where it
+// takes a number.
 #pragma once
+
+#include <type_traits>
+#include <utility>
 
 #include "half.h"
 
 namespace iirsnn {
 
+constexpr int kVectorBytes = 128;
+
+// For loops over registers: unrolled early, so that GCC keeps a Lanes of many registers in registers.
+#if defined(__clang__)
+#define IIRSNN_REGISTERS _Pragma("unroll")
+#else
+#define IIRSNN_REGISTERS _Pragma("GCC unroll 8")
+#endif
+
 // What a comparison of two Lanes gives: all bits of a lane, or none.
 template <typename number_t, int kBytes>
 struct Mask {
   typedef number_t Register __attribute__((vector_size(kBytes)));
-  decltype(Register() > Register()) r[64 / kBytes];
+  decltype(Register() > Register()) r[kVectorBytes / kBytes];
 };
 
 template <typename number_t, int kBytes>
 struct Lanes {
   typedef number_t Register __attribute__((vector_size(kBytes)));
-  static constexpr int kRegisters = 64 / kBytes, kSize = 64 / sizeof(number_t);
+  static constexpr int kRegisters = kVectorBytes / kBytes, kSize = kVectorBytes / sizeof(number_t);
   Register r[kRegisters];
 
   Lanes() = default;
+  // Spread as an integer: a float GCC fills in lane by lane, inlined into functions for a wider instruction set.
   IIRSNN_INLINE Lanes(number_t number) {
-    for (int k = 0; k < kRegisters; ++k) r[k] = number - Register();
+    using bits_t = std::conditional_t<sizeof(number_t) == 4, uint32_t, uint64_t>;
+    typedef bits_t Bits __attribute__((vector_size(kBytes)));
+    IIRSNN_REGISTERS
+    for (int k = 0; k < kRegisters; ++k) r[k] = (Register)(bit_cast<bits_t>(number) - Bits());
   }
 };
 
@@ -31,6 +48,7 @@ struct Lanes {
   IIRSNN_INLINE Lanes<number_t, kBytes> operator op(const Lanes<number_t, kBytes>& a,             \
                                                     const Lanes<number_t, kBytes>& b) {           \
     Lanes<number_t, kBytes> result;                                                               \
+    IIRSNN_REGISTERS                                                                              \
     for (int k = 0; k < Lanes<number_t, kBytes>::kRegisters; ++k) result.r[k] = a.r[k] op b.r[k]; \
     return result;                                                                                \
   }
@@ -47,6 +65,7 @@ IIRSNN_LANES_OPERATOR(|)
   IIRSNN_INLINE Mask<number_t, kBytes> operator op(const Lanes<number_t, kBytes>& a,              \
                                                    const Lanes<number_t, kBytes>& b) {            \
     Mask<number_t, kBytes> result;                                                                \
+    IIRSNN_REGISTERS                                                                              \
     for (int k = 0; k < Lanes<number_t, kBytes>::kRegisters; ++k) result.r[k] = a.r[k] op b.r[k]; \
     return result;                                                                                \
   }
@@ -59,6 +78,7 @@ IIRSNN_LANES_COMPARISON(==)
 template <typename number_t, int kBytes>
 IIRSNN_INLINE Lanes<number_t, kBytes> operator-(const Lanes<number_t, kBytes>& a) {
   Lanes<number_t, kBytes> result;
+  IIRSNN_REGISTERS
   for (int k = 0; k < Lanes<number_t, kBytes>::kRegisters; ++k) result.r[k] = -a.r[k];
   return result;
 }
@@ -66,6 +86,7 @@ IIRSNN_INLINE Lanes<number_t, kBytes> operator-(const Lanes<number_t, kBytes>& a
 template <typename number_t, int kBytes>
 IIRSNN_INLINE Lanes<number_t, kBytes> operator<<(const Lanes<number_t, kBytes>& a, int bits) {
   Lanes<number_t, kBytes> result;
+  IIRSNN_REGISTERS
   for (int k = 0; k < Lanes<number_t, kBytes>::kRegisters; ++k) result.r[k] = a.r[k] << bits;
   return result;
 }
@@ -73,6 +94,7 @@ IIRSNN_INLINE Lanes<number_t, kBytes> operator<<(const Lanes<number_t, kBytes>& 
 template <typename number_t, int kBytes>
 IIRSNN_INLINE Lanes<number_t, kBytes> operator>>(const Lanes<number_t, kBytes>& a, int bits) {
   Lanes<number_t, kBytes> result;
+  IIRSNN_REGISTERS
   for (int k = 0; k < Lanes<number_t, kBytes>::kRegisters; ++k) result.r[k] = a.r[k] >> bits;
   return result;
 }
@@ -82,6 +104,7 @@ template <typename mask_t, typename number_t, int kBytes>
 IIRSNN_INLINE Lanes<number_t, kBytes> select(const Mask<mask_t, kBytes>& mask, const Lanes<number_t, kBytes>& a,
                                              const Lanes<number_t, kBytes>& b) {
   Lanes<number_t, kBytes> result;
+  IIRSNN_REGISTERS
   for (int k = 0; k < Lanes<number_t, kBytes>::kRegisters; ++k) result.r[k] = mask.r[k] ? a.r[k] : b.r[k];
   return result;
 }
@@ -91,6 +114,15 @@ struct Number<Lanes<number_t, kBytes>> {
   using type = number_t;
   using bits_t = Lanes<typename Number<number_t>::bits_t, kBytes>;
 };
+
+// Register by register: GCC moves a whole of several through memory.
+template <typename to_t, typename number_t, int kBytes>
+IIRSNN_INLINE to_t bit_cast(const Lanes<number_t, kBytes>& a) {
+  to_t result;
+  IIRSNN_REGISTERS
+  for (int k = 0; k < to_t::kRegisters; ++k) result.r[k] = (typename to_t::Register)(a.r[k]);
+  return result;
+}
 
 template <int kBytes>
 IIRSNN_INLINE Lanes<float, kBytes> magnitude(const Lanes<float, kBytes>& z) {
@@ -103,19 +135,39 @@ IIRSNN_INLINE Lanes<double, kBytes> magnitude(const Lanes<double, kBytes>& z) {
   return bit_cast<Lanes<double, kBytes>>(bit_cast<Bits>(z) & Bits(~uint64_t(0) >> 1));
 }
 
+// To lane i is added lane i + half, then lane i + half / 2, ...
+template <int half, typename register_t, int... i>
+IIRSNN_INLINE void fold(register_t& r, std::integer_sequence<int, i...> lanes) {
+  r = r + __builtin_shufflevector(r, r, ((i + half) % int(sizeof...(i)))...);
+  if constexpr (half > 1) fold<half / 2>(r, lanes);
+}
+
 // The sum of the lanes, halving them: one order, on every instruction set.
 template <typename number_t, int kBytes>
-IIRSNN_INLINE number_t sum(const Lanes<number_t, kBytes>& a) {
-  number_t lane[Lanes<number_t, kBytes>::kSize];
-  memcpy(lane, &a, sizeof(a));
-  for (int half = Lanes<number_t, kBytes>::kSize / 2; half > 0; half /= 2) {
-    for (int k = 0; k < half; ++k) lane[k] += lane[k + half];
+IIRSNN_INLINE number_t sum(Lanes<number_t, kBytes> a) {
+  constexpr int kLanes = kBytes / sizeof(number_t);
+  for (int half = a.kRegisters / 2; half > 0; half /= 2) {
+    for (int k = 0; k < half; ++k) a.r[k] = a.r[k] + a.r[k + half];
   }
-  return lane[0];
+  fold<kLanes / 2>(a.r[0], std::make_integer_sequence<int, kLanes>());
+  return a.r[0][0];
 }
 
 IIRSNN_INLINE float sum(float a) { return a; }
 IIRSNN_INLINE double sum(double a) { return a; }
+
+// The lower and the upper halves, each above 16 bits of zero.
+template <typename halves_t, typename word_t, int... i>
+IIRSNN_INLINE void widen(const halves_t& halves, word_t& low, word_t& high, std::integer_sequence<int, i...>) {
+  const halves_t zero = {};
+  low = (word_t)__builtin_shufflevector(zero, halves, (i % 2 * int(sizeof...(i)) + i / 2)...);
+  high = (word_t)__builtin_shufflevector(zero, halves, (i % 2 * int(sizeof...(i)) + int(sizeof...(i)) / 2 + i / 2)...);
+}
+// The upper 16 bits of words.
+template <typename halves_t, typename word_t, int... i>
+IIRSNN_INLINE void narrow(const word_t& low, const word_t& high, halves_t& halves, std::integer_sequence<int, i...>) {
+  halves = __builtin_shufflevector((halves_t)low, (halves_t)high, (2 * i + 1)...);
+}
 
 // ---- Memory: load<V>(p) and store(p, v) for V a number or its Lanes ----
 
@@ -139,29 +191,39 @@ template <typename number_t, int kBytes>
 struct Memory<Lanes<number_t, kBytes>> {
   using V = Lanes<number_t, kBytes>;
   using Bits = Lanes<uint32_t, kBytes>;
-  typedef uint16_t Halves __attribute__((vector_size(kBytes / 2)));
+  typedef uint16_t Halves __attribute__((vector_size(kBytes)));
+  static constexpr int kLanes = kBytes / sizeof(number_t);  // of a register
+  static_assert(V::kRegisters % 2 == 0, "halves are widened to two registers at once");
 
   static IIRSNN_INLINE V load(const number_t* from) {
     V value;
-    memcpy(&value, from, sizeof(value));
+    IIRSNN_REGISTERS
+    for (int k = 0; k < V::kRegisters; ++k) memcpy(&value.r[k], from + k * kLanes, kBytes);
     return value;
   }
-  static IIRSNN_INLINE void store(number_t* to, const V& value) { memcpy(to, &value, sizeof(value)); }
+  static IIRSNN_INLINE void store(number_t* to, const V& value) {
+    IIRSNN_REGISTERS
+    for (int k = 0; k < V::kRegisters; ++k) memcpy(to + k * kLanes, &value.r[k], kBytes);
+  }
   static IIRSNN_INLINE void store_spike(number_t* to, const V& s) { store(to, s); }
 
+  // A register of halves is two of floats.
   static IIRSNN_INLINE V load(const BFloat16* from) {
     Bits bits;
-    for (int k = 0; k < V::kRegisters; ++k) {
+    IIRSNN_REGISTERS
+    for (int k = 0; k < V::kRegisters; k += 2) {
       Halves halves;
-      memcpy(&halves, from + k * (kBytes / 4), sizeof(halves));
-      bits.r[k] = __builtin_convertvector(halves, typename Bits::Register) << 16;
+      memcpy(&halves, from + k * kLanes, kBytes);
+      widen(halves, bits.r[k], bits.r[k + 1], std::make_integer_sequence<int, 2 * kLanes>());
     }
     return bit_cast<V>(bits);
   }
   static IIRSNN_INLINE void store_high(BFloat16* to, const Bits& bits) {
-    for (int k = 0; k < V::kRegisters; ++k) {
-      const Halves halves = __builtin_convertvector(bits.r[k] >> 16, Halves);
-      memcpy(to + k * (kBytes / 4), &halves, sizeof(halves));
+    IIRSNN_REGISTERS
+    for (int k = 0; k < V::kRegisters; k += 2) {
+      Halves halves;
+      narrow(bits.r[k], bits.r[k + 1], halves, std::make_integer_sequence<int, 2 * kLanes>());
+      memcpy(to + k * kLanes, &halves, kBytes);
     }
   }
   static IIRSNN_INLINE void store(BFloat16* to, const V& value) {  // as Convert<BFloat16>::round

@@ -349,28 +349,34 @@ struct BackwardBlock {
   double* totals;         // [kSums, C] of this chunk, added to
 };
 
-// Runs neurons(i, parameters) over [first, last) and adds what it put into the sums to the totals.
-template <typename V, typename Block, typename F>
-IIRSNN_INLINE void backward_pieces(const Block* b, int first, int last, int count, F neurons) {
-  using acc_t = typename Block::acc_t;
-  constexpr int kSize = sizeof(V) / sizeof(acc_t);
+// Runs neurons(i, parameters, sums) over [first, last), which adds what neurons owe to kCount vectors of sums.
+template <typename V, int kCount, typename Block, typename F>
+IIRSNN_INLINE void backward_pieces(const Block* b, int first, int last, F neurons) {
+  constexpr int kSize = sizeof(V) / sizeof(typename Block::acc_t);
   b->channels->for_each_piece(
       b->begin, first, last, [&](int i, int end, const auto& p, int64_t channel) IIRSNN_INLINE_LAMBDA {
         const int start = i;
-        if (b->sums) {
-          const int from = channel < 0 ? start : 0, to = channel < 0 ? end : kSize;
-          for (int k = 0; k < count; ++k) {
-            for (int j = from; j < to; ++j) b->sums[k][j] = acc_t(0);
+        V sums[kCount];
+        for (V& sum : sums) sum = V(0);
+        for (; i < end; i += kSize) {
+          neurons(i, p, sums);
+          if (!b->sums || channel >= 0) continue;
+          for (int k = 0; k < kCount; ++k) {
+            store(b->sums[k] + i, sums[k]);
+            sums[k] = V(0);
           }
         }
-        for (; i < end; i += kSize) neurons(i, p);
-        if (b->sums) b->channels->template add_up<V>(b->begin, start, end, channel, count, b->sums, b->totals);
+        if (!b->sums) return;
+        if (channel < 0) return b->channels->template add_up<V>(b->begin, start, end, kCount, b->sums, b->totals);
+        for (int k = 0; k < kCount; ++k) b->totals[k * b->channels->count() + channel] += double(sum(sums[k]));
       });
 }
 
-template <typename V, typename acc_t>
-IIRSNN_INLINE void add_to(acc_t* sum, const V& value) {
-  store(sum, load<V>(sum) + value);
+// Asks for what the vector after the next will load: 3 T streams may be more than the processor follows by itself.
+template <typename V, typename scalar_t>
+IIRSNN_INLINE void prefetch(const scalar_t* from) {
+  constexpr int kSize = sizeof(V) / sizeof(typename Convert<scalar_t>::acc_t), kLine = 64 / sizeof(scalar_t);
+  for (int i = 0; i < kSize; i += kLine) __builtin_prefetch(from + 2 * kSize + i);
 }
 
 template <typename scalar_t, Reset kReset>
@@ -381,12 +387,13 @@ struct BackwardRow {
   template <int kBytes>
   static IIRSNN_INLINE void run(const Block* b, int first, int last) {
     using V = Vector<acc_t, kBytes>;
-    backward_pieces<V>(b, first, last, kSums, [&](int i, const auto& p) IIRSNN_INLINE_LAMBDA { neurons<V>(*b, i, p); });
+    backward_pieces<V, kSums>(b, first, last,
+                              [&](int i, const auto& p, V* sums) IIRSNN_INLINE_LAMBDA { neurons<V>(*b, i, p, sums); });
   }
 
  private:
   template <typename V>
-  static IIRSNN_INLINE void neurons(const Block& b, int i, const Parameters<acc_t, kParameters>& p) {
+  static IIRSNN_INLINE void neurons(const Block& b, int i, const Parameters<acc_t, kParameters>& p, V* sums) {
     const V zero = V(acc_t(0));
     constexpr int kSize = sizeof(V) / sizeof(acc_t);
     const Neuron<V> neuron = neuron_at<V>(p, i, b.v_reset);
@@ -401,22 +408,25 @@ struct BackwardRow {
     const scalar_t* grad_s = b.grad_s + (b.timesteps - 1) * b.grad_s_stride + i;
     scalar_t* grad_x = b.grad_x + (b.timesteps - 1) * b.grad_x_stride + i;
     Carry<V> carry{b.grad_v ? load<V>(b.grad_v + i) : zero, zero};
-    V sum_threshold = zero, sum_leak = zero;
     V start[kSegment], membrane[kSegment];
     for (int64_t segment = last_segment;;) {
       const int length = int(std::min<int64_t>(kSegment, b.timesteps - segment * kSegment));
       for (int t = 0; t < length; ++t, x += b.x_stride) {
+        prefetch<V>(x);
         start[t] = v;
         membrane[t] = charge<kReset>(load<V>(x), v, neuron);
         v = discharge<kReset>(membrane[t], neuron);
       }
       for (int t = length - 1; t >= 0; --t, grad_s -= b.grad_s_stride, grad_x -= b.grad_x_stride) {
+        prefetch<V>(grad_s);
         const V slope = slope_at(b.surrogate, membrane[t], neuron, scale);
         const StepGrad<V> grad =
             backward_step<kReset>(load<V>(grad_s), membrane[t], start[t], slope, neuron, b.detach_reset, carry);
         store(grad_x, grad.x);
-        sum_threshold = sum_threshold + grad.threshold;
-        sum_leak = sum_leak + grad.leak;
+        if (b.sums) {
+          sums[kThresholdSum] = sums[kThresholdSum] + grad.threshold;
+          sums[kLeakSum] = sums[kLeakSum] + grad.leak;
+        }
       }
       if (segment-- == 0) break;
       v = load<V>(b.checkpoints + segment * kSize);
@@ -425,13 +435,9 @@ struct BackwardRow {
     if (b.v0) {
       if (kReset == Reset::soft_delayed && !b.detach_reset) {
         const V v0 = load<V>(b.v0 + i), slope = slope_at(b.surrogate, v0, neuron, scale);
-        sum_threshold = sum_threshold + backward_v0_delayed(v0, slope, neuron, carry);
+        sums[kThresholdSum] = sums[kThresholdSum] + backward_v0_delayed(v0, slope, neuron, carry);
       }
       store(b.grad_v0 + i, carry.grad_v);
-    }
-    if (b.sums) {
-      add_to(b.sums[kThresholdSum] + p.step * i, sum_threshold);
-      add_to(b.sums[kLeakSum] + p.step * i, sum_leak);
     }
   }
 };
@@ -445,12 +451,13 @@ struct SingleBackwardRow {
   template <int kBytes>
   static IIRSNN_INLINE void run(const Block* b, int first, int last) {
     using V = Vector<acc_t, kBytes>;
-    backward_pieces<V>(b, first, last, 1, [&](int i, const auto& p) IIRSNN_INLINE_LAMBDA { neurons<V>(*b, i, p); });
+    backward_pieces<V, 1>(b, first, last,
+                          [&](int i, const auto& p, V* sums) IIRSNN_INLINE_LAMBDA { neurons<V>(*b, i, p, sums); });
   }
 
  private:
   template <typename V>
-  static IIRSNN_INLINE void neurons(const Block& b, int i, const Parameters<acc_t, kParameters>& p) {
+  static IIRSNN_INLINE void neurons(const Block& b, int i, const Parameters<acc_t, kParameters>& p, V* sums) {
     const V zero = V(acc_t(0));
     const int k = p.step * i;
     const Neuron<V> neuron{zero, load<V>(p.at[kInverse] + k), zero, zero};
@@ -458,7 +465,7 @@ struct SingleBackwardRow {
     const V h = load<V>(b.x + i), slope = slope_at(b.surrogate, h, neuron, V(b.scale));
     const StepGrad<V> grad = backward_step<Reset::none>(load<V>(b.grad_s + i), h, zero, slope, neuron, true, carry);
     store(b.grad_x + i, grad.x);
-    if (b.sums) add_to(b.sums[kThresholdSum] + k, grad.threshold);
+    if (b.sums) sums[kThresholdSum] = sums[kThresholdSum] + grad.threshold;
   }
 };
 
@@ -487,7 +494,7 @@ void backward(const LifBackward& args, int64_t first_chunk, int64_t last_chunk) 
   const int64_t steps = shape.timesteps;
   const LifChannels<acc_t> channels(shape, args.threshold, args.leak, true);
   const auto row = backward_row<x_t>(args.reset, steps == 1 && !args.v0 && !args.grad_v);
-  std::vector<acc_t> checkpoints((steps - 1) / kSegment * (64 / sizeof(acc_t)));
+  std::vector<acc_t> checkpoints((steps - 1) / kSegment * (kVectorBytes / sizeof(acc_t)));
   std::vector<x_t> x_rows(kHalf ? steps * kSize : 0), grad_s_rows(x_rows.size()), grad_x_rows(x_rows.size());
   const auto sums = std::make_unique<acc_t[][kBlock]>(kSums);
   int64_t current = -1;
