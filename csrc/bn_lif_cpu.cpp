@@ -12,11 +12,12 @@
 namespace iirsnn {
 namespace {
 
-constexpr int kLanes = 16;
+constexpr int kLanes = kVectorBytes / sizeof(float);
+constexpr int kDoubles = kVectorBytes / sizeof(double);
 constexpr int kHeldBlocks = 8;  // whose sums over columns are floats
 
 bool in_columns(const LifShape& shape) {
-  return shape.inner == 1 && shape.channels % (kVectorBytes / sizeof(float)) == 0 && shape.channels <= kBlock;
+  return shape.inner == 1 && shape.channels % kLanes == 0 && shape.channels <= kBlock;
 }
 
 template <typename F>
@@ -27,7 +28,7 @@ void dispatch(DType dtype, F f) {
 
 // ---- Statistics ----
 
-// Eight numbers as doubles.
+// kDoubles numbers as doubles.
 template <int kBytes>
 struct Doubles {
   using V = Lanes<double, kBytes>;
@@ -74,17 +75,15 @@ struct RowMoments {  // of one channel
   template <int kBytes>
   static IIRSNN_INLINE void run(const Moments<scalar_t>* b) {
     using V = Lanes<double, kBytes>;
-    V total[2] = {V(0.0), V(0.0)}, square[2] = {V(0.0), V(0.0)};
+    V total = V(0.0), square = V(0.0);
     double rest_total = 0, rest_square = 0;
     for (int64_t t = 0; t < b->timesteps; ++t) {
       const scalar_t* x = b->x + t * b->x_stride;
       int i = 0;
-      for (; i + kLanes <= b->n; i += kLanes) {
-        for (int k = 0; k < 2; ++k) {
-          const V value = Doubles<kBytes>::load(x + i + 8 * k);
-          total[k] = total[k] + value;
-          square[k] = square[k] + value * value;
-        }
+      for (; i + kDoubles <= b->n; i += kDoubles) {
+        const V value = Doubles<kBytes>::load(x + i);
+        total = total + value;
+        square = square + value * value;
       }
       for (; i < b->n; ++i) {
         const double value = to_acc(x[i]);
@@ -92,33 +91,28 @@ struct RowMoments {  // of one channel
         rest_square += value * value;
       }
     }
-    *b->totals += sum(total[0] + total[1]) + rest_total;
-    *b->squares += sum(square[0] + square[1]) + rest_square;
+    *b->totals += sum(total) + rest_total;
+    *b->squares += sum(square) + rest_square;
   }
 };
 
 template <typename scalar_t>
-struct ColumnMoments {  // of kLanes channels
+struct ColumnMoments {  // of kDoubles channels
   template <int kBytes>
   static IIRSNN_INLINE void run(const Moments<scalar_t>* b) {
     using V = Lanes<double, kBytes>;
-    V total[2] = {load<V>(b->totals), load<V>(b->totals + 8)},
-      square[2] = {load<V>(b->squares), load<V>(b->squares + 8)};
+    V total = load<V>(b->totals), square = load<V>(b->squares);
     for (int64_t t = 0; t < b->timesteps; ++t) {
       const scalar_t* x = b->x + t * b->x_stride;
       for (int i = 0; i < b->n; i += b->channels) {
         __builtin_prefetch(x + i + kBlock);  // of the next block: a column is no stream that a processor sees
-        for (int k = 0; k < 2; ++k) {
-          const V value = Doubles<kBytes>::load(x + i + 8 * k);
-          total[k] = total[k] + value;
-          square[k] = square[k] + value * value;
-        }
+        const V value = Doubles<kBytes>::load(x + i);
+        total = total + value;
+        square = square + value * value;
       }
     }
-    for (int k = 0; k < 2; ++k) {
-      store(b->totals + 8 * k, total[k]);
-      store(b->squares + 8 * k, square[k]);
-    }
+    store(b->totals, total);
+    store(b->squares, square);
   }
 };
 
@@ -145,7 +139,7 @@ void moments(const LifShape& shape, const scalar_t* x, double* sums, int64_t fir
   const auto column = version<ColumnMoments<scalar_t>>();
   const auto positions = version<PositionMoments<scalar_t>>();
   const int64_t channels = shape.channels, inner = shape.inner;
-  const bool columns = in_columns(shape), rows = channels == 1 || inner >= kLanes;
+  const bool columns = in_columns(shape), rows = channels == 1 || inner >= kDoubles;
   // positions repeat after a number of neurons that holds every channel and is long enough for vectors
   const int64_t period = channels * inner, repeat = period * std::max<int64_t>(1, kBlock / period);
   std::vector<double> table(columns || rows ? 0 : kMoments * repeat);
@@ -155,7 +149,7 @@ void moments(const LifShape& shape, const scalar_t* x, double* sums, int64_t fir
     for_each_block(shape, chunk, chunk + 1, kBlock, [&](int64_t begin, int n, int64_t) {
       Moments<scalar_t> block{x + begin, shape.x_stride_t, shape.timesteps, n, int(channels), totals, squares};
       if (columns) {
-        for (int i = 0; i < n && i < channels; i += kLanes) {
+        for (int i = 0; i < n && i < channels; i += kDoubles) {
           const int64_t channel = (begin + i) % channels;
           block.x = x + begin + i;
           block.n = n - i;
@@ -481,7 +475,7 @@ void bn_lif_forward_cpu(const BnLif& args, int64_t first_chunk, int64_t last_chu
 void bn_lif_backward_cpu(const BnLif& args, int64_t first_chunk, int64_t last_chunk) {
   const LifShape& shape = args.shape;
   const BnLifChannels channels(args);
-  std::vector<float> checkpoints((shape.timesteps - 1) / kSegment * (kVectorBytes / sizeof(float)));
+  std::vector<float> checkpoints((shape.timesteps - 1) / kSegment * kLanes);
   const auto held = std::make_unique<float[][kBlock]>(kBnLifSums);
   const bool columns = in_columns(shape);
   const auto let_go = [&](double* totals) {

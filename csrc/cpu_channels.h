@@ -1,7 +1,8 @@
 // Parameters of one element a channel, as a kernel over neurons in memory order meets them; sums over channels.
 //
-// Long rows of one channel, of whole vectors, go one by one, each with its parameters broadcast. Shorter ones go
-// together, with tables of one element a neuron that repeat after C * inner neurons.
+// Long rows of one channel, of whole vectors, go one by one, each with its parameters broadcast. With many channels
+// innermost, in whole vectors, each pass over them is a piece. All others go together, with tables of one element a
+// neuron that repeat after C * inner neurons.
 #pragma once
 
 #include <algorithm>
@@ -45,7 +46,8 @@ class Channels {
   Channels(const LifShape& shape, const std::array<const acc_t*, kCount>& parameters)
       : shape_(shape), values_(parameters), period_(shape.channels * shape.inner) {
     rows_ = shape.channels == 1 || (shape.inner >= 64 && shape.inner % kLanes == 0);
-    if (rows_) return;
+    passes_ = !rows_ && shape.inner == 1 && shape.channels >= 64 && shape.channels % kLanes == 0;
+    if (rows_ || passes_) return;
     tables_.reserve(kCount);
     for (auto& values : values_) {
       if (!values) continue;  // no kernel reads it
@@ -65,23 +67,26 @@ class Channels {
   IIRSNN_INLINE void for_each_piece(int64_t begin, int first, int last, F f) const {
     Parameters<acc_t, kCount> parameters;
     alignas(kVectorBytes) acc_t broadcast[kCount][kLanes];
-    const int64_t offset = rows_ ? 0 : begin % period_;
-    for (int k = 0; k < kCount; ++k) {
-      parameters.at[k] = rows_ || !values_[k] ? broadcast[k] : values_[k] + offset;
-    }
-    parameters.step = rows_ ? 0 : 1;
+    const int64_t piece = rows_ ? shape_.inner : period_;  // at most
     int64_t channel = rows_ ? (begin + first) / shape_.inner % shape_.channels : -1;
-    int64_t left = rows_ ? shape_.inner - (begin + first) % shape_.inner : last - first;
+    int64_t at = rows_ || passes_ ? (begin + first) % piece : begin % period_ + first;
+    parameters.step = rows_ ? 0 : 1;
     while (first < last) {
-      const int end = left < last - first ? first + int(left) : last;
-      for (int k = 0; rows_ && k < kCount; ++k) {
-        const acc_t value = values_[k] ? values_[k][channel] : acc_t(0);
-        for (int i = 0; i < kLanes; ++i) broadcast[k][i] = value;
+      const bool whole = !(rows_ || passes_) || piece - at >= last - first;
+      const int end = whole ? last : first + int(piece - at);
+      for (int k = 0; k < kCount; ++k) {
+        if (rows_ || !values_[k]) {
+          const acc_t value = values_[k] ? values_[k][channel] : acc_t(0);
+          for (int i = 0; i < kLanes; ++i) broadcast[k][i] = value;
+          parameters.at[k] = broadcast[k];
+        } else {
+          parameters.at[k] = values_[k] + (at - first);
+        }
       }
       f(first, end, parameters, channel);
       first = end;
-      left = shape_.inner;
-      if (++channel == shape_.channels) channel = 0;
+      at = 0;
+      if (rows_ && ++channel == shape_.channels) channel = 0;
     }
   }
 
@@ -132,7 +137,7 @@ class Channels {
   const LifShape shape_;
   std::array<const acc_t*, kCount> values_;
   const int64_t period_;
-  bool rows_;
+  bool rows_, passes_;
   std::vector<std::vector<acc_t>> tables_;
 };
 

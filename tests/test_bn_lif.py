@@ -31,7 +31,7 @@ SHAPES = {
 }
 LAST = {
     "columns": (2, 32, 12, 12),
-    "columns, several chunks": (5, 48, 20, 20),
+    "columns, several chunks": (5, 64, 20, 20),
     "columns, odd": (3, 21, 5, 5),
 }
 
