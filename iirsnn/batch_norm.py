@@ -22,8 +22,12 @@ class BatchNormLIF(nn.Module):
     """norm, then neuron, on x [T, B, C, ...]: the same spikes, statistics and gradients.
 
     The statistics are those of `norm` on the merged T*B axis. In training, where the neuron keeps
-    no state and returns spikes alone, half the memory is kept for backward, for one more pass of
-    normalisation and LIF; everywhere else it is `norm` and `neuron`, one after the other.
+    no state and returns spikes alone, half the memory is kept for backward: by one kernel in
+    float32 and bfloat16 on a CPU, else by torch's ops, for one more pass of normalisation and LIF.
+    Everywhere else it is `norm` and `neuron`, one after the other.
+
+    "The same" is to within rounding: the kernel sums the statistics in double. Its gradients repeat
+    bit for bit, whatever the number of threads and the instruction set.
 
     norm: nn.BatchNorm1d, 2d or 3d. neuron: a FusedLIF. Both stay what they are, with their
     parameters and buffers.
