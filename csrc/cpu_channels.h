@@ -92,14 +92,20 @@ class Channels {
 
   // For each of `count` rows of one element a neuron: the sums over channels, added to totals[k][channel].
   template <typename V>
-  IIRSNN_INLINE void add_up(int64_t begin, int first, int last, int count, const acc_t (*rows)[kBlock],
+  IIRSNN_INLINE void add_up(int64_t begin, int first, int last, int count, acc_t (*rows)[kBlock],
                             double* totals) const {
     constexpr int kSize = sizeof(V) / sizeof(acc_t);
     for (int k = 0; k < count; ++k) {
       double* total = totals + k * shape_.channels;
-      const acc_t* row = rows[k];
+      acc_t* row = rows[k];
       if (shape_.inner == 1) {
-        for_each_pass(begin, first, last, [&](int i, int end, int64_t c) IIRSNN_INLINE_LAMBDA {
+        const int end = int(std::min<int64_t>(last, first + shape_.channels));
+        for (int j = end; j < last; j += end - first) {  // the first pass takes in the others
+          const int n = std::min(end - first, last - j);
+          IIRSNN_VECTORIZE
+          for (int i = 0; i < n; ++i) row[first + i] += row[j + i];
+        }
+        for_each_pass(begin, first, end, [&](int i, int end, int64_t c) IIRSNN_INLINE_LAMBDA {
           for (; i < end; ++i, ++c) total[c] += double(row[i]);
         });
       } else {

@@ -156,6 +156,20 @@ IIRSNN_INLINE number_t sum(Lanes<number_t, kBytes> a) {
 IIRSNN_INLINE float sum(float a) { return a; }
 IIRSNN_INLINE double sum(double a) { return a; }
 
+// Past the caches, to an address that registers may be aligned to: where nobody will read it before it has left them.
+template <typename register_t>
+IIRSNN_INLINE void stream(void* to, const register_t& r) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(r) == 16) {
+    asm("movntps %1, %0" : "=m"(*static_cast<register_t*>(to)) : "x"(r));
+  } else {
+    asm("vmovntps %1, %0" : "=m"(*static_cast<register_t*>(to)) : "v"(r));
+  }
+#else
+  memcpy(to, &r, sizeof(r));
+#endif
+}
+
 // The lower and the upper halves, each above 16 bits of zero.
 template <typename halves_t, typename word_t, int... i>
 IIRSNN_INLINE void widen(const halves_t& halves, word_t& low, word_t& high, std::integer_sequence<int, i...>) {
@@ -178,11 +192,15 @@ struct Memory {  // V is float or double
     return to_acc(*from);
   }
   template <typename scalar_t>
-  static IIRSNN_INLINE void store(scalar_t* to, V value) {
+  static IIRSNN_INLINE void store(scalar_t* to, V value, bool = false) {
     *to = Convert<scalar_t>::round(value);
   }
   template <typename scalar_t>
-  static IIRSNN_INLINE void store_spike(scalar_t* to, V s) {
+  static IIRSNN_INLINE void copy_past_caches(scalar_t* to, const scalar_t* from) {
+    *to = *from;
+  }
+  template <typename scalar_t>
+  static IIRSNN_INLINE void store_spike(scalar_t* to, V s, bool = false) {
     *to = Convert<scalar_t>::spike(s);
   }
 };
@@ -195,17 +213,35 @@ struct Memory<Lanes<number_t, kBytes>> {
   static constexpr int kLanes = kBytes / sizeof(number_t);  // of a register
   static_assert(V::kRegisters % 2 == 0, "halves are widened to two registers at once");
 
+  // As many scalars as there are lanes.
+  template <typename scalar_t>
+  static IIRSNN_INLINE void copy_past_caches(scalar_t* to, const scalar_t* from) {
+    IIRSNN_REGISTERS
+    for (int i = 0; i < V::kSize * int(sizeof(scalar_t)); i += kBytes) {
+      typename Bits::Register r;
+      memcpy(&r, reinterpret_cast<const char*>(from) + i, kBytes);
+      stream(reinterpret_cast<char*>(to) + i, r);
+    }
+  }
+
   static IIRSNN_INLINE V load(const number_t* from) {
     V value;
     IIRSNN_REGISTERS
     for (int k = 0; k < V::kRegisters; ++k) memcpy(&value.r[k], from + k * kLanes, kBytes);
     return value;
   }
-  static IIRSNN_INLINE void store(number_t* to, const V& value) {
-    IIRSNN_REGISTERS
-    for (int k = 0; k < V::kRegisters; ++k) memcpy(to + k * kLanes, &value.r[k], kBytes);
+  static IIRSNN_INLINE void store(number_t* to, const V& value, bool past_caches = false) {
+    if (__builtin_expect(past_caches, false)) {
+      IIRSNN_REGISTERS
+      for (int k = 0; k < V::kRegisters; ++k) stream(to + k * kLanes, value.r[k]);
+    } else {
+      IIRSNN_REGISTERS
+      for (int k = 0; k < V::kRegisters; ++k) memcpy(to + k * kLanes, &value.r[k], kBytes);
+    }
   }
-  static IIRSNN_INLINE void store_spike(number_t* to, const V& s) { store(to, s); }
+  static IIRSNN_INLINE void store_spike(number_t* to, const V& s, bool past_caches = false) {
+    store(to, s, past_caches);
+  }
 
   // A register of halves is two of floats.
   static IIRSNN_INLINE V load(const BFloat16* from) {
@@ -218,20 +254,29 @@ struct Memory<Lanes<number_t, kBytes>> {
     }
     return bit_cast<V>(bits);
   }
-  static IIRSNN_INLINE void store_high(BFloat16* to, const Bits& bits) {
+  static IIRSNN_INLINE void store_high(BFloat16* to, const Bits& bits, bool past_caches) {
+    Halves halves[V::kRegisters / 2];
     IIRSNN_REGISTERS
     for (int k = 0; k < V::kRegisters; k += 2) {
-      Halves halves;
-      narrow(bits.r[k], bits.r[k + 1], halves, std::make_integer_sequence<int, 2 * kLanes>());
-      memcpy(to + k * kLanes, &halves, kBytes);
+      narrow(bits.r[k], bits.r[k + 1], halves[k / 2], std::make_integer_sequence<int, 2 * kLanes>());
+    }
+    if (__builtin_expect(past_caches, false)) {
+      IIRSNN_REGISTERS
+      for (int k = 0; k < V::kRegisters; k += 2) stream(to + k * kLanes, halves[k / 2]);
+    } else {
+      IIRSNN_REGISTERS
+      for (int k = 0; k < V::kRegisters; k += 2) memcpy(to + k * kLanes, &halves[k / 2], kBytes);
     }
   }
-  static IIRSNN_INLINE void store(BFloat16* to, const V& value) {  // as Convert<BFloat16>::round
+  static IIRSNN_INLINE void store(BFloat16* to, const V& value,
+                                  bool past_caches = false) {  // as Convert<BFloat16>::round
     const Bits bits = bit_cast<Bits>(value);
     const Bits rounded = bits + Bits(0x7fffu) + ((bits >> 16) & Bits(1u));
-    store_high(to, select(value == value, rounded, Bits(0x7fc00000u)));
+    store_high(to, select(value == value, rounded, Bits(0x7fc00000u)), past_caches);
   }
-  static IIRSNN_INLINE void store_spike(BFloat16* to, const V& s) { store_high(to, bit_cast<Bits>(s)); }
+  static IIRSNN_INLINE void store_spike(BFloat16* to, const V& s, bool past_caches = false) {
+    store_high(to, bit_cast<Bits>(s), past_caches);
+  }
 };
 
 template <typename V, typename scalar_t>
@@ -239,8 +284,8 @@ IIRSNN_INLINE V load(const scalar_t* from) {
   return Memory<V>::load(from);
 }
 template <typename V, typename scalar_t>
-IIRSNN_INLINE void store(scalar_t* to, const V& value) {
-  Memory<V>::store(to, value);
+IIRSNN_INLINE void store(scalar_t* to, const V& value, bool past_caches = false) {
+  Memory<V>::store(to, value, past_caches);
 }
 
 }  // namespace iirsnn

@@ -177,6 +177,21 @@ IIRSNN_INLINE Neuron<V> neuron_at(const Parameters<acc_t, kParameters>& p, int i
   return {load<V>(p.at[kThreshold] + k), load<V>(p.at[kInverse] + k), load<V>(p.at[kLeak] + k), V(v_reset)};
 }
 
+// Whether what a kernel writes, [T, N], would push all else out of the caches, and lies as streams want it.
+template <typename scalar_t>
+bool past_caches(const LifShape& shape, const void* to) {
+  constexpr int64_t kLarge = int64_t(32) << 20;
+  return shape.timesteps * shape.neurons * int64_t(sizeof(scalar_t)) >= kLarge &&
+         reinterpret_cast<uintptr_t>(to) % 64 == 0 && shape.neurons * sizeof(scalar_t) % 64 == 0;
+}
+
+// What was written past the caches is there for whoever comes to know that the kernel is done.
+void settle() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // ---- Forward ----
 
 // Neurons [begin, begin + n): pointers to the first of them at t = 0; strides in elements from timestep to timestep.
@@ -192,18 +207,19 @@ struct ForwardBlock {
   const acc_t* v0;  // or null
   acc_t* v;         // or null
   acc_t v_reset;
+  bool past_caches;  // write s so
 };
 
 template <typename V, typename scalar_t>
-IIRSNN_INLINE void emit(scalar_t* s, const V& h, const V& threshold) {
-  Memory<V>::store_spike(s, spike(h, threshold));
+IIRSNN_INLINE void emit(scalar_t* s, const V& h, const V& threshold, bool past_caches) {
+  Memory<V>::store_spike(s, spike(h, threshold), past_caches);
 }
 template <typename acc_t>
-IIRSNN_INLINE void emit(Spiked* s, acc_t h, acc_t threshold) {
+IIRSNN_INLINE void emit(Spiked* s, acc_t h, acc_t threshold, bool) {
   s->bits = uint8_t((h > threshold ? 1u : 0u) | (h == h ? 0u : 2u));
 }
 template <typename acc_t, int kBytes>
-IIRSNN_INLINE void emit(Spiked* s, const Lanes<acc_t, kBytes>& h, const Lanes<acc_t, kBytes>& threshold) {
+IIRSNN_INLINE void emit(Spiked* s, const Lanes<acc_t, kBytes>& h, const Lanes<acc_t, kBytes>& threshold, bool) {
   using Bits = typename Number<Lanes<acc_t, kBytes>>::bits_t;
   typedef uint8_t Bytes __attribute__((vector_size(kBytes / sizeof(acc_t))));
   const Bits bits = select(h > threshold, Bits(1), Bits(0)) | select(h == h, Bits(0), Bits(2));
@@ -233,17 +249,17 @@ struct ForwardRow {  // kSingle: T = 1 from v = 0, v not wanted
     const scalar_t* x = b.x + i;
     out_t* s = b.s + i;
     V h = load<V>(x);
-    if constexpr (kSingle) return emit(s, h, load<V>(p.at[kThreshold] + p.step * i));
+    if constexpr (kSingle) return emit(s, h, load<V>(p.at[kThreshold] + p.step * i), b.past_caches);
     const Neuron<V> neuron{load<V>(p.at[kThreshold] + p.step * i), V(acc_t(0)), load<V>(p.at[kLeak] + p.step * i),
                            V(b.v_reset)};
     if (b.v0) h = charge<kReset>(h, load<V>(b.v0 + i), neuron);
-    emit(s, h, neuron.threshold);
+    emit(s, h, neuron.threshold, b.past_caches);
     V v = discharge<kReset>(h, neuron);
     for (int64_t t = 1; t < b.timesteps; ++t) {
       x += b.x_stride;
       s += b.s_stride;
       h = charge<kReset>(load<V>(x), v, neuron);
-      emit(s, h, neuron.threshold);
+      emit(s, h, neuron.threshold, b.past_caches);
       v = discharge<kReset>(h, neuron);
     }
     if (b.v) store(b.v + i, v);
@@ -301,6 +317,7 @@ bool forward(const LifForward& args, int64_t first_chunk, int64_t last_chunk) {
       if constexpr (!kPacked) {
         block.s = s;
         block.s_stride = shape.neurons;
+        block.past_caches = past_caches<scalar_t>(shape, args.s);
       }
     }
     if (args.v0) block.v0 = static_cast<const acc_t*>(args.v0) + begin;
@@ -344,6 +361,7 @@ struct BackwardBlock {
   bool detach_reset;
   Surrogate surrogate;
   acc_t scale;
+  bool past_caches;       // write grad_x so
   acc_t* checkpoints;     // one vector in kSegment timesteps, but for the first
   acc_t (*sums)[kBlock];  // [kSums], or null: not wanted
   double* totals;         // [kSums, C] of this chunk, added to
@@ -409,6 +427,8 @@ struct BackwardRow {
     scalar_t* grad_x = b.grad_x + (b.timesteps - 1) * b.grad_x_stride + i;
     Carry<V> carry{b.grad_v ? load<V>(b.grad_v + i) : zero, zero};
     V start[kSegment], membrane[kSegment];
+    alignas(64) scalar_t rows[kSegment][kSize];  // of grad_x on their way past the caches
+    const int64_t to_stride = b.past_caches ? kSize : b.grad_x_stride;
     for (int64_t segment = last_segment;;) {
       const int length = int(std::min<int64_t>(kSegment, b.timesteps - segment * kSegment));
       for (int t = 0; t < length; ++t, x += b.x_stride) {
@@ -417,16 +437,20 @@ struct BackwardRow {
         membrane[t] = charge<kReset>(load<V>(x), v, neuron);
         v = discharge<kReset>(membrane[t], neuron);
       }
-      for (int t = length - 1; t >= 0; --t, grad_s -= b.grad_s_stride, grad_x -= b.grad_x_stride) {
+      scalar_t* to = b.past_caches ? rows[length - 1] : grad_x;
+      for (int t = length - 1; t >= 0; --t, grad_s -= b.grad_s_stride, to -= to_stride) {
         prefetch<V>(grad_s);
         const V slope = slope_at(b.surrogate, membrane[t], neuron, scale);
         const StepGrad<V> grad =
             backward_step<kReset>(load<V>(grad_s), membrane[t], start[t], slope, neuron, b.detach_reset, carry);
-        store(grad_x, grad.x);
+        store(to, grad.x);
         if (b.sums) {
           sums[kThresholdSum] = sums[kThresholdSum] + grad.threshold;
           sums[kLeakSum] = sums[kLeakSum] + grad.leak;
         }
+      }
+      for (int t = length - 1; t >= 0; --t, grad_x -= b.grad_x_stride) {
+        if (b.past_caches) Memory<V>::copy_past_caches(grad_x, rows[t]);
       }
       if (segment-- == 0) break;
       v = load<V>(b.checkpoints + segment * kSize);
@@ -464,7 +488,7 @@ struct SingleBackwardRow {
     Carry<V> carry{zero, zero};
     const V h = load<V>(b.x + i), slope = slope_at(b.surrogate, h, neuron, V(b.scale));
     const StepGrad<V> grad = backward_step<Reset::none>(load<V>(b.grad_s + i), h, zero, slope, neuron, true, carry);
-    store(b.grad_x + i, grad.x);
+    store(b.grad_x + i, grad.x, b.past_caches);
     if (b.sums) sums[kThresholdSum] = sums[kThresholdSum] + grad.threshold;
   }
 };
@@ -522,6 +546,7 @@ void backward(const LifBackward& args, int64_t first_chunk, int64_t last_chunk) 
       block.grad_s_stride = args.grad_s_stride_t;
       block.grad_x = grad_x;
       block.grad_x_stride = shape.neurons;
+      block.past_caches = past_caches<scalar_t>(shape, args.grad_x);
     }
     if (args.v0) {
       block.v0 = static_cast<const acc_t*>(args.v0) + begin;
@@ -573,13 +598,16 @@ int64_t lif_backward_workspace_cpu(const LifBackward& args) {
 bool lif_forward_cpu(const LifForward& args, int64_t first_chunk, int64_t last_chunk) {
   return dispatch(args.shape.dtype, [&](auto scalar) {
     using scalar_t = decltype(scalar);
-    return args.bits ? forward<scalar_t, true>(args, first_chunk, last_chunk)
-                     : forward<scalar_t, false>(args, first_chunk, last_chunk);
+    const bool nan = args.bits ? forward<scalar_t, true>(args, first_chunk, last_chunk)
+                               : forward<scalar_t, false>(args, first_chunk, last_chunk);
+    settle();
+    return nan;
   });
 }
 
 void lif_backward_cpu(const LifBackward& args, int64_t first_chunk, int64_t last_chunk) {
   dispatch(args.shape.dtype, [&](auto scalar) { backward<decltype(scalar)>(args, first_chunk, last_chunk); });
+  settle();
 }
 
 void lif_backward_finish_cpu(const LifBackward& args) {

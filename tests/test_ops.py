@@ -112,6 +112,26 @@ def test_the_kernels_bits_do_not_depend_on_the_instruction_set():
             assert torch.equal(got, wanted), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("timesteps", [1, 17])
+def test_results_of_32_mib_are_those_of_their_parts(level, timesteps, dtype):
+    """From there on kernels write past the caches, parts of them do not."""
+    neurons = 2**25 // dtype.itemsize // timesteps // 64 * 64 + 64
+    rng = torch.Generator().manual_seed(0)
+    both = torch.randn(2, 4099, generator=rng).repeat(1, timesteps * neurons // 4099 + 1)
+    both = both[:, : timesteps * neurons].to(dtype).view(2, timesteps, neurons)
+    parameters = (torch.ones(1), torch.tensor([0.5]), None, "soft", 0.0, False, "triangle", 0.3)
+
+    def results(x, grad_s):
+        s = OPS.forward(x, *parameters, False)[0]
+        return s, OPS.backward(grad_s, None, x, *parameters, False)[0]
+
+    whole = results(*both)
+    for part in (slice(0, neurons // 2), slice(neurons // 2, None)):
+        for got, wanted in zip(whole, results(*both[..., part].contiguous()), strict=True):
+            assert torch.equal(got[:, part], wanted)
+
+
 # Relative, of an element or of the largest one: the roundings of up to 35 timesteps. fast_sigmoid
 # is so steep (its slope changes by 2 a = 50 in one threshold) that it makes five times as much of
 # them.
