@@ -52,10 +52,13 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(BENCH_FLAGS)
 	$(BIN)/python benchmarks/record.py report
 
+# A loss has to show twice: on a shared machine a busy minute looks like one.
+QUICK := $(BIN)/python -m pytest benchmarks --benchmark-only --quick --results build/bench-check
 bench-check: $(VENV)/.bench
-	@rm -f build/bench-check.json
-	$(BIN)/python -m pytest benchmarks --benchmark-only --quick --results build/bench-check.json
-	$(BIN)/python benchmarks/record.py check build/bench-check.json
+	@rm -f build/bench-check*.json
+	$(QUICK).json
+	$(BIN)/python benchmarks/record.py check build/bench-check.json || \
+	    { $(QUICK)-again.json && $(BIN)/python benchmarks/record.py check build/bench-check*.json; }
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """The results file: one JSON of groups, its table and plots, and the comparison of two of them.
 
     python benchmarks/record.py report FILE.json        FILE.md and FILE-*.png beside it
-    python benchmarks/record.py check NEW.json           exit code 1 where iirsnn lost
+    python benchmarks/record.py check NEW.json ...       exit code 1 where iirsnn lost in each
 
 A group is what was timed in turns: {"subject", "what", "timesteps", ..., "commit", "contenders":
 {name: {"median_ms", "p20_ms", "p80_ms", "ratio", ...}}}. Its ratios are to the contender "limit".
@@ -118,10 +118,21 @@ def compare(
     return lost, unknown
 
 
-def check(committed: Path, new: Path) -> int:
-    measured = load(new)
+def least(runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Runs as one: of each group and contender the row with the smallest ratio to the limit."""
+    groups: dict[str, Group] = {}
+    for run in runs:
+        for key, group in run["groups"].items():
+            contenders = groups.setdefault(key, {**group, "contenders": {}})["contenders"]
+            for name, row in group["contenders"].items():
+                contenders[name] = min(contenders.get(name, row), row, key=lambda r: r["ratio"])
+    return {"groups": groups}
+
+
+def check(committed: Path, *new: Path) -> int:
+    measured = least(map(load, new))
     if not measured["groups"]:
-        print(f"bench-check: {new} holds no group", file=sys.stderr)
+        print(f"bench-check: {', '.join(map(str, new))} holds no group", file=sys.stderr)
         return 2
     lost, unknown = compare(load(committed), measured)
     for line in unknown:
@@ -491,13 +502,13 @@ def main() -> int:
     reporting = commands.add_parser("report", help="write FILE.md and plots")
     reporting.add_argument("file", type=Path, nargs="?", help="default: this machine's")
     checking = commands.add_parser("check", help="compare ratios; exit code 1 on a loss")
-    checking.add_argument("file", type=Path, help="of the new run")
+    checking.add_argument("file", type=Path, nargs="+", help="of new runs; the least ratio counts")
     checking.add_argument("--committed", type=Path, help="default: this machine's")
     options = parser.parse_args()
     from iirsnn.provenance import machine
 
     if options.command == "check":
-        return check(options.committed or default_file(machine()), options.file)
+        return check(options.committed or default_file(machine()), *options.file)
     for written in report(options.file or default_file(machine())):
         print(f"wrote {written}")
     return 0

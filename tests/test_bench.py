@@ -252,6 +252,15 @@ def test_check_says_it_with_its_exit_code(tmp_path, capsys, ratio, code):
     assert "1 groups compared" in capsys.readouterr().out
 
 
+def test_a_loss_has_to_show_in_every_run(tmp_path):
+    files = [tmp_path / f"{name}.json" for name in ("committed", "slow", "slower", "quick")]
+    for file, value in zip(files, (1.0, 1.3, 1.4, 1.2), strict=True):
+        file.write_text(json.dumps(results_of(value)))
+    committed, slow, slower, quick = files
+    assert record.check(committed, slow, slower) == 1
+    assert record.check(committed, slow, quick) == 0
+
+
 def test_check_of_nothing_fails(tmp_path):
     committed = tmp_path / "committed.json"
     committed.write_text(json.dumps(results_of(1.0)))
