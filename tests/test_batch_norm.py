@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from iirsnn import BatchNormLIF, FusedLIF
+from tests.composed import Composed
 
 SHAPE = (3, 4, 6, 5, 5)
 
@@ -26,15 +27,6 @@ def run(module, x, grad_s):
     s = module(x)
     s.backward(grad_s)
     return s.detach(), x.grad, [p.grad for p in module.parameters()]
-
-
-class Composed(nn.Module):
-    def __init__(self, norm, neuron):
-        super().__init__()
-        self.norm, self.neuron = norm, neuron
-
-    def forward(self, x):
-        return self.neuron(self.norm(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
 
 
 @pytest.mark.parametrize(

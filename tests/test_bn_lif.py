@@ -12,6 +12,7 @@ from torch import nn
 from torch.library import opcheck
 
 from iirsnn import BatchNormLIF, FusedLIF, reference
+from tests.composed import Composed
 
 forward = torch.ops.iirsnn.bn_lif_forward
 backward = torch.ops.iirsnn.bn_lif_backward
@@ -166,15 +167,6 @@ def check_gradients(inputs, options, tolerance):
             largest = max(1.0, w.abs().max().item())
             torch.testing.assert_close(g.double(), w, rtol=tolerance, atol=tolerance * largest)
     assert got[0].stride() == reference.empty_spikes(tensors[0]).stride()
-
-
-class Composed(nn.Module):
-    def __init__(self, norm, neuron):
-        super().__init__()
-        self.norm, self.neuron = norm, neuron
-
-    def forward(self, x):
-        return self.neuron(self.norm(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
 
 
 def modules(shape, **options):
