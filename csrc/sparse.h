@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <string>
 
 #include "lif_cpu.h"
@@ -27,6 +28,18 @@ typedef float LooseFloats __attribute__((vector_size(64), aligned(4), may_alias)
 typedef int32_t Ints __attribute__((vector_size(64), may_alias));
 typedef uint32_t Words __attribute__((vector_size(64), may_alias));
 typedef int8_t Bytes16 __attribute__((vector_size(16), may_alias));
+
+// Bit i of the result is lane i, each 0 or -1.
+IIRSNN_INLINE uint64_t lanes16(Ints lanes) {
+  const Bytes16 bytes = __builtin_convertvector(lanes, Bytes16);
+  uint64_t halves[2];
+  std::memcpy(halves, &bytes, sizeof(halves));
+  uint64_t bits = 0;
+  for (int i = 0; i < 2; ++i) {  // byte k keeps its bit k; the product adds all bytes up in the highest one
+    bits |= (((halves[i] & 0x8040201008040201u) * 0x0101010101010101u) >> 56) << (8 * i);
+  }
+  return bits;
+}
 
 template <typename Loop, typename Signature>
 struct Versions;

@@ -423,17 +423,6 @@ struct ProductLoop {
 
 // ---- Neurons ----
 
-IIRSNN_INLINE uint64_t spikes16(Ints above) {  // lanes of 0 or -1
-  const Bytes16 bytes = __builtin_convertvector(above, Bytes16);
-  uint64_t halves[2];
-  std::memcpy(halves, &bytes, sizeof(halves));
-  uint64_t bits = 0;
-  for (int i = 0; i < 2; ++i) {  // byte k keeps its bit k; the product adds all bytes up in the highest one
-    bits |= (((halves[i] & 0x8040201008040201u) * 0x0101010101010101u) >> 56) << (8 * i);
-  }
-  return bits;
-}
-
 template <bool kInteger>
 IIRSNN_INLINE Floats current16(const Neurons& work, const char* sums, int output, const uint64_t* skip) {
   Floats h;
@@ -481,7 +470,7 @@ struct FireOnce {
           for (int i = 0; i < outputs; i += 16) {
             const int output = word * kWord + i;
             const Floats h = current16<kInteger>(work, sums + output * 4, output, skip);
-            bits |= spikes16(h > *reinterpret_cast<const LooseFloats*>(work.threshold + output)) << i;
+            bits |= lanes16(h > *reinterpret_cast<const LooseFloats*>(work.threshold + output)) << i;
           }
           if (outputs < kWord) bits &= (uint64_t(1) << outputs) - 1;
           work.spikes[at + word] = bits;

@@ -1,8 +1,6 @@
 // Vectors of 16 floats read from and written to what the spike layers keep.
 #pragma once
 
-#include <cstring>
-
 #include "../half.h"
 #include "../sparse.h"
 
@@ -40,18 +38,6 @@ IIRSNN_INLINE void store_up_to(Floats v, scalar_t* to, int64_t count) {
   alignas(64) float values[16];
   *reinterpret_cast<Floats*>(values) = v;
   for (int i = 0; i < count; ++i) to[i] = Convert<scalar_t>::round(values[i]);
-}
-
-// Bit i of the result is lane i, each 0 or -1.
-IIRSNN_INLINE uint64_t lanes16(Ints lanes) {
-  const Bytes16 bytes = __builtin_convertvector(lanes, Bytes16);
-  uint64_t halves[2];
-  std::memcpy(halves, &bytes, sizeof(halves));
-  uint64_t bits = 0;
-  for (int i = 0; i < 2; ++i) {  // byte k keeps its bit k; the product adds all bytes up in the highest one
-    bits |= (((halves[i] & 0x8040201008040201u) * 0x0101010101010101u) >> 56) << (8 * i);
-  }
-  return bits;
 }
 
 // rows[i][j] <-> rows[j][i]: four times, the upper and the lower half are interleaved.
