@@ -429,16 +429,7 @@ struct GradRow {
 template <template <typename, Reset, bool> class Row, typename scalar_t>
 auto choose(const BnLif& args) {
   if (args.shape.timesteps == 1) return kernel<Row<scalar_t, Reset::none, true>>();
-  switch (args.reset) {
-    case Reset::soft:
-      return kernel<Row<scalar_t, Reset::soft, false>>();
-    case Reset::hard:
-      return kernel<Row<scalar_t, Reset::hard, false>>();
-    case Reset::none:
-      return kernel<Row<scalar_t, Reset::none, false>>();
-    default:
-      return kernel<Row<scalar_t, Reset::soft_delayed, false>>();
-  }
+  return with_reset(args.reset, [](auto chosen) { return kernel<Row<scalar_t, decltype(chosen)::value, false>>(); });
 }
 
 }  // namespace

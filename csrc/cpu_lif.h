@@ -1,7 +1,8 @@
-// What CPU kernels with LIF in them share: chunks and blocks of neurons, the choice of a surrogate.
+// What CPU kernels with LIF in them share: chunks and blocks of neurons, the choice of a reset and of a surrogate.
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu_channels.h"
 
@@ -28,6 +29,21 @@ void for_each_block(const LifShape& shape, int64_t first_chunk, int64_t last_chu
   const int64_t end = std::min(last_chunk * chunk, shape.neurons);
   for (int64_t begin = first_chunk * chunk; begin < end; begin += block) {
     f(begin, int(std::min<int64_t>(block, end - begin)), begin / chunk);
+  }
+}
+
+// f(std::integral_constant<Reset, ...>()) for the reset: the kernels are compiled for each.
+template <typename F>
+auto with_reset(Reset reset, F f) {
+  switch (reset) {
+    case Reset::soft:
+      return f(std::integral_constant<Reset, Reset::soft>());
+    case Reset::hard:
+      return f(std::integral_constant<Reset, Reset::hard>());
+    case Reset::none:
+      return f(std::integral_constant<Reset, Reset::none>());
+    default:
+      return f(std::integral_constant<Reset, Reset::soft_delayed>());
   }
 }
 

@@ -269,16 +269,8 @@ struct ForwardRow {  // kSingle: T = 1 from v = 0, v not wanted
 template <typename scalar_t, typename out_t>
 auto forward_row(Reset reset, bool single) {
   if (single) return kernel<ForwardRow<scalar_t, out_t, Reset::none, true>>();
-  switch (reset) {
-    case Reset::soft:
-      return kernel<ForwardRow<scalar_t, out_t, Reset::soft, false>>();
-    case Reset::hard:
-      return kernel<ForwardRow<scalar_t, out_t, Reset::hard, false>>();
-    case Reset::none:
-      return kernel<ForwardRow<scalar_t, out_t, Reset::none, false>>();
-    default:
-      return kernel<ForwardRow<scalar_t, out_t, Reset::soft_delayed, false>>();
-  }
+  return with_reset(reset,
+                    [](auto chosen) { return kernel<ForwardRow<scalar_t, out_t, decltype(chosen)::value, false>>(); });
 }
 
 // float16 goes through rows of floats, which the processor converts; the other types are read and written in place.
@@ -496,16 +488,7 @@ struct SingleBackwardRow {
 template <typename scalar_t>
 auto backward_row(Reset reset, bool single) {
   if (single) return kernel<SingleBackwardRow<scalar_t>>();
-  switch (reset) {
-    case Reset::soft:
-      return kernel<BackwardRow<scalar_t, Reset::soft>>();
-    case Reset::hard:
-      return kernel<BackwardRow<scalar_t, Reset::hard>>();
-    case Reset::none:
-      return kernel<BackwardRow<scalar_t, Reset::none>>();
-    default:
-      return kernel<BackwardRow<scalar_t, Reset::soft_delayed>>();
-  }
+  return with_reset(reset, [](auto chosen) { return kernel<BackwardRow<scalar_t, decltype(chosen)::value>>(); });
 }
 
 template <typename scalar_t>
