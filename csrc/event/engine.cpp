@@ -1,4 +1,4 @@
-#include "engine.h"
+#include "event/engine.h"
 
 #include <algorithm>
 #include <chrono>

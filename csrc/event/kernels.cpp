@@ -1,12 +1,12 @@
-#include "kernels.h"
+#include "event/kernels.h"
 
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
 #include <vector>
 
-#include "../lif_step.h"
-#include "../sparse.h"
+#include "lif/lif_step.h"
+#include "simd/sparse.h"
 
 // Lambdas are inlined into the loop that they are written in, so that they have its instruction set.
 #define IIRSNN_LAMBDA __attribute__((always_inline))

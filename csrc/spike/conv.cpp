@@ -14,8 +14,8 @@
 #include <new>
 #include <type_traits>
 
-#include "spike.h"
-#include "versions.h"
+#include "spike/spike.h"
+#include "spike/versions.h"
 
 namespace iirsnn::sparse {
 namespace {

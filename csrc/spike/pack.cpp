@@ -1,6 +1,6 @@
 // Spikes and average-pooled spikes to bits and counts, with the proof that they are such, and back.
-#include "spike.h"
-#include "versions.h"
+#include "spike/spike.h"
+#include "spike/versions.h"
 
 namespace iirsnn::sparse {
 namespace {

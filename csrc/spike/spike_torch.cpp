@@ -8,7 +8,7 @@
 #include <optional>
 #include <tuple>
 
-#include "spike.h"
+#include "spike/spike.h"
 
 namespace iirsnn::sparse {
 namespace {

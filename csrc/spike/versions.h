@@ -1,8 +1,8 @@
 // Vectors of 16 floats read from and written to what the spike layers keep.
 #pragma once
 
-#include "../half.h"
-#include "../sparse.h"
+#include "simd/half.h"
+#include "simd/sparse.h"
 
 namespace iirsnn::sparse {
 

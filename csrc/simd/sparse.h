@@ -5,7 +5,7 @@
 #include <cstring>
 #include <string>
 
-#include "lif_cpu.h"
+#include "lif/cpu/lif_cpu.h"
 
 #if defined(__x86_64__)
 #define IIRSNN_AVX2 __attribute__((target("avx2,bmi")))

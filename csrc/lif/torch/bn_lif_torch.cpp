@@ -9,9 +9,9 @@
 #include <tuple>
 #include <vector>
 
-#include "bn_lif_cpu.h"
-#include "lif_checks.h"
-#include "lif_cpu.h"
+#include "lif/cpu/bn_lif_cpu.h"
+#include "lif/cpu/lif_cpu.h"
+#include "lif/lif_checks.h"
 
 namespace iirsnn {
 namespace {

@@ -7,7 +7,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "half.h"
+#include "simd/half.h"
 
 namespace iirsnn {
 

@@ -4,7 +4,7 @@
 //
 // Kernels are written once, for a number or a vector of them (lanes.h), and compiled for several instruction sets;
 // without contraction all of them give the same bits.
-#include "lif_cpu.h"
+#include "lif/cpu/lif_cpu.h"
 
 #include <algorithm>
 #include <atomic>
@@ -13,7 +13,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu_lif.h"
+#include "lif/cpu/cpu_lif.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

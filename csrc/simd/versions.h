@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "lanes.h"
+#include "simd/lanes.h"
 
 #if defined(__clang__)
 #define IIRSNN_VECTORIZE _Pragma("clang loop vectorize(assume_safety)")

@@ -2,7 +2,7 @@
 // number of threads: threads take chunks, and every chunk writes its own partial sums.
 #pragma once
 
-#include "lif.h"
+#include "lif/lif.h"
 
 namespace iirsnn {
 
