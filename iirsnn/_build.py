@@ -103,10 +103,12 @@ def load() -> str | None:
     """Import iirsnn._C, compiling it first where it is missing and a compiler is at hand.
 
     Returns None when its ops are registered, else the reason why not. IIRSNN_JIT=0 never compiles.
-    The result of a compilation is cached by torch.utils.cpp_extension.
+    The result of a compilation is cached by torch.utils.cpp_extension. Raises ValueError where
+    IIRSNN_CPU_CAPABILITY asks for what this processor lacks.
     """
     try:
-        importlib.import_module("iirsnn._C")
+        # reads IIRSNN_CPU_CAPABILITY: a wrong one is a ValueError here, not inside a parallel region
+        importlib.import_module("iirsnn._C").build_info()
         return None
     except ModuleNotFoundError:
         missing = "iirsnn._C is not compiled"
@@ -145,4 +147,5 @@ def _compile_now() -> str | None:
         with_cuda=plan["cuda"],
     )
     sys.modules["iirsnn._C"] = module
+    module.build_info()
     return None
