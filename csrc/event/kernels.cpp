@@ -106,7 +106,7 @@ struct Integer {
     IIRSNN_INLINE void add(const int8_t* row) {
       IIRSNN_REGISTERS
       for (int i = 0; i < kRegisters; ++i) {
-        v[i] += __builtin_convertvector(load_register<Bytes>(row + i * kLanes), Shorts);
+        v[i] += widened<Shorts>(load_register<Bytes>(row + i * kLanes));
       }
     }
     IIRSNN_INLINE void add(const int16_t* row) {
@@ -139,7 +139,7 @@ IIRSNN_INLINE void carry_over(const Additions& work, int digit) {
     IIRSNN_REGISTERS
     for (int k = 0; k < 2; ++k) {
       const int64_t at = i + k * kLanes;
-      const Ints part = __builtin_convertvector(load_register<Half>(sums + at), Ints);
+      const Ints part = widened<Ints>(load_register<Half>(sums + at));
       store_register(totals + at, load_register<Ints>(totals + at) + (part << digit));
     }
     store_register(sums + i, Register<int16_t, kBytes>{});
