@@ -9,35 +9,29 @@ import platform
 import re
 import subprocess
 from functools import cache
-from pathlib import Path
 
 import pytest
 
-from tests.native.toolchain import ARM, CSRC, HOST, compile_object
+from tests.native.toolchain import ARM, CSRC, HOST, compile_object, sources
 
 INSTRUCTION = re.compile(r"\s*([0-9a-f]+):\s+(.+)")
 # Loops end in a conditional branch; blocks moved out of the way come back by others.
 BRANCH = re.compile(r"(?:b\.\w+|cbn?z|tbn?z|j(?!mp)\w+)\s+(?:.*,\s*)?([0-9a-f]+) <")
 
 
-def source_of(launcher: str) -> Path:
-    """The file of csrc that defines it."""
-    definition = re.compile(rf"^\w+ {launcher}\(.*{{$", re.MULTILINE)
-    [path] = [path for path in CSRC.rglob("*.cpp") if definition.search(path.read_text())]
-    return path
-
-
 @cache
-def functions(toolchain, source: Path) -> dict[str, list[tuple[int, str]]]:
+def functions(toolchain, folder: str) -> dict[str, list[tuple[int, str]]]:
     """Address and text of each instruction, by the function's name."""
     toolchain.require()
-    path = compile_object(toolchain, source)
-    command = [toolchain.objdump, "-dC", "--no-show-raw-insn", path]
-    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return {
-        name: [(int(at, 16), text) for at, text in INSTRUCTION.findall(code)]
-        for name, code in re.findall(r"^[0-9a-f]+ <(.+)>:\n((?:.+\n)*)", listing, re.MULTILINE)
-    }
+    found = {}
+    for source in sources():
+        if CSRC / folder in source.parents:
+            path = compile_object(toolchain, source)
+            command = [toolchain.objdump, "-dC", "--no-show-raw-insn", path]
+            listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            for name, code in re.findall(r"^[0-9a-f]+ <(.+)>:\n((?:.+\n)*)", listing, re.MULTILINE):
+                found[name] = [(int(at, 16), text) for at, text in INSTRUCTION.findall(code)]
+    return found
 
 
 def inner_loops(code: list[tuple[int, str]]) -> list[list[str]]:
@@ -56,12 +50,12 @@ def inner_loops(code: list[tuple[int, str]]) -> list[list[str]]:
     ]
 
 
-def loops(toolchain, launcher: str, loop: str, version: str, having: str) -> list[list[str]]:
-    """The inner loops, with an instruction like `having`, of a launcher's loop."""
+def loops(toolchain, folder: str, loop: str, version: str, having: str) -> list[list[str]]:
+    """The inner loops, with an instruction like `having`, of a version of a loop."""
     found = [
         inner
-        for name, code in functions(toolchain, source_of(launcher)).items()
-        if re.search(rf"Versions<.*{loop}.*::{version}\(", name)
+        for name, code in functions(toolchain, folder).items()
+        if re.search(rf"Versions<.*\b{loop}.*::{version}\(", name)
         for inner in inner_loops(code)
         if any(re.match(having, text) for text in inner)
     ]
@@ -83,7 +77,7 @@ needs_x86 = pytest.mark.skipif(
 @pytest.mark.parametrize("tile", TILES)
 def test_arm_adds_an_event(tile):
     add = r"(add|ssra)\s+v\d+\.8h" if tile.startswith("Integer") else r"fadd\s+v\d+\.4s"
-    for loop in loops(ARM, "add_tile", f"TileLoop<.*{tile},", "portable", "rbit"):
+    for loop in loops(ARM, "event", f"TileLoop<.*{tile},", "portable", "rbit"):
         assert len(matching(loop, add)) == 16, loop
         assert not matching(loop, r"st[rpu]\s|ld[rp]\s+q.*\[sp"), loop  # sums stay in registers
 
@@ -92,7 +86,7 @@ def test_arm_adds_an_event(tile):
 @pytest.mark.parametrize("tile", TILES)
 def test_avx2_adds_an_event(tile):
     add = r"vpaddw.*%ymm" if tile.startswith("Integer") else r"vaddps.*%ymm"
-    for loop in loops(HOST, "add_tile", f"TileLoop<.*{tile},", "avx2", r"tzcnt|(rep )?bsf"):
+    for loop in loops(HOST, "event", f"TileLoop<.*{tile},", "avx2", r"tzcnt|(rep )?bsf"):
         assert len(matching(loop, add)) == 8, loop
         assert not matching(loop, r"v?mov\S*\s+%\S+,.*\(|v.*\(%rsp\)"), loop
 
@@ -101,13 +95,13 @@ FORWARD = r"ForwardRow<float, float, \(iirsnn::Reset\)0, false>"
 
 
 def test_arm_lif_forward():
-    for loop in loops(ARM, "lif_forward_cpu", FORWARD, "portable", r"fmul\s+v\d+\.4s"):
+    for loop in loops(ARM, "lif", FORWARD, "portable", r"fmul\s+v\d+\.4s"):
         assert len(matching(loop, r"fadd\s+v\d+\.4s")) == len(matching(loop, "fmul")), loop
         assert not matching(loop, r"f(add|sub|mul)\s+[sd]\d|st[rpu]\s+q.*\[sp"), loop
 
 
 @needs_x86
 def test_avx2_lif_forward():
-    for loop in loops(HOST, "lif_forward_cpu", FORWARD, "avx2", r"vmulps.*%ymm"):
+    for loop in loops(HOST, "lif", FORWARD, "avx2", r"vmulps.*%ymm"):
         assert len(matching(loop, r"vaddps.*%ymm")) == len(matching(loop, "vmul")), loop
         assert not matching(loop, r"v(add|sub|mul)s[sd]|vmov\S*\s+%ymm\d+,.*\(%rsp"), loop
