@@ -91,7 +91,7 @@ def test_avx2_adds_an_event(tile):
         assert not matching(loop, r"v?mov\S*\s+%\S+,.*\(|v.*\(%rsp\)"), loop
 
 
-FORWARD = r"ForwardRow<float, float, \(iirsnn::Reset\)0, false>"
+FORWARD = r"(ForwardRow<float, float|ForwardRows<float), \(iirsnn::Reset\)0, false>"
 
 
 def test_arm_lif_forward():
