@@ -17,7 +17,7 @@ const char* precision_name(Precision precision) {
 class Network {
  public:
   Network(Shape image, int64_t timesteps, Precision precision, Fires reset)
-      : engine(image, timesteps), precision_(precision), reset_(reset), image_(image), timesteps_(timesteps) {}
+      : engine(image, timesteps), precision_(precision), reset_(reset), image_(image) {}
 
   int64_t conv(int64_t source, int64_t outputs, const Window& window, int64_t groups = 1,
                const std::vector<Skip>& skips = {}) {
@@ -83,7 +83,6 @@ class Network {
   Precision precision_;
   Fires reset_;
   Shape image_;
-  int64_t timesteps_;
   float unit_ = 1;
   std::vector<int64_t> sources_;
 };
