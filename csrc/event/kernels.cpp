@@ -104,7 +104,7 @@ struct Integer {
     IIRSNN_INLINE void add(const int8_t* row, int digit) {
       IIRSNN_REGISTERS
       for (int i = 0; i < kRegisters; ++i) {
-        v[i] += __builtin_convertvector(load_register<Bytes>(row + i * kLanes), Shorts) << digit;
+        v[i] += widened<Shorts>(load_register<Bytes>(row + i * kLanes)) << digit;
       }
     }
     IIRSNN_INLINE void add(const int16_t* row, int digit) {
@@ -114,7 +114,7 @@ struct Integer {
     static IIRSNN_INLINE void widen(const int8_t* row, int16_t* wide) {
       IIRSNN_REGISTERS
       for (int i = 0; i < kRegisters; ++i) {
-        store_register(wide + i * kLanes, __builtin_convertvector(load_register<Bytes>(row + i * kLanes), Shorts));
+        store_register(wide + i * kLanes, widened<Shorts>(load_register<Bytes>(row + i * kLanes)));
       }
     }
     IIRSNN_INLINE void store(int16_t* sums) const {
@@ -137,7 +137,7 @@ IIRSNN_INLINE void carry_over(const Additions& work, int digit) {
     IIRSNN_REGISTERS
     for (int k = 0; k < 2; ++k) {
       const int64_t at = i + k * kLanes;
-      const Ints part = __builtin_convertvector(load_register<Half>(sums + at), Ints);
+      const Ints part = widened<Ints>(load_register<Half>(sums + at));
       store_register(totals + at, load_register<Ints>(totals + at) + (part << digit));
     }
     store_register(sums + i, Register<int16_t, kBytes>{});
