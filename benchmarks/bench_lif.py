@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contenders import CONTENDERS, LIMIT, REUSED, Contender, Limit, available, current, prepared
+from contenders import LIMIT, REUSED, Contender, Limit, available, current, prepared
 from traffic import Kept, Traffic
 
 CHANNELS, SIDE = 64, 32
@@ -113,15 +113,6 @@ class Case:
 def case_of(timesteps, dtype, size, threads):
     torch.set_num_threads(threads)
     return Case(timesteps, dtype, size)
-
-
-def call(name, timesteps, elements):
-    """One contender's forward and backward alone, for a process of its own."""
-    contender = next(c for c in CONTENDERS if c.name == name)
-    neuron = contender.neuron()
-    x = current((timesteps, elements // timesteps // CHANNELS, CHANNELS))
-    leaf = prepared(contender, x).requires_grad_()
-    return lambda: torch.autograd.grad(neuron(leaf), leaf, torch.ones_like(leaf))
 
 
 def cases():

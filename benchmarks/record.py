@@ -1,5 +1,6 @@
 """The results file: one JSON of groups, its table and plots, and the comparison of two of them.
 
+    python benchmarks/record.py name                    this machine's committed results
     python benchmarks/record.py report FILE.json        FILE.md and FILE-*.png beside it
     python benchmarks/record.py check NEW.json ...       exit code 1 where iirsnn lost in each
 
@@ -11,8 +12,10 @@ Groups are written one by one, so a run that was cut short goes on where it was 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
+import platform
 import re
 import statistics
 import sys
@@ -22,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent / "results"
+BUILD = FOLDER.parent.parent / "build" / "bench"  # of runs that are not to be committed
 LIMIT = "limit"
 PLACES = {"in": "in cache", "out": "out of cache"}
 LOSS = 0.25  # a ratio may be this much larger than the committed one
@@ -44,9 +48,39 @@ COLORS = {
 Group = dict[str, Any]
 
 
-def default_file(machine: str) -> Path:
-    """results/<machine>.json, from what provenance.machine() says."""
-    return FOLDER / (re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-") + ".json")
+def machine() -> dict[str, str]:
+    """What a time belongs to: machine (with threads), processor (with its model), capability."""
+    from iirsnn import provenance
+
+    name = provenance.machine()
+    return {"machine": name, "processor": processor(), "capability": capability()}
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The first processor's name, family and model: one name may stand for several."""
+    if not cpuinfo.exists():
+        return platform.processor() or platform.machine()
+    lines = cpuinfo.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    rows = {key.strip(): value.strip() for key, _, value in (row.partition(":") for row in lines)}
+    name = rows.get("model name", platform.machine())
+    parts = [f"{key.split()[-1]} {rows[key]}" for key in ("cpu family", "model") if key in rows]
+    return f"{name} ({', '.join(parts)})" if parts else name
+
+
+def capability() -> str:
+    """The instruction set that the CPU kernels use; "none" where they are not compiled."""
+    from iirsnn.backend import why_not
+
+    if why_not("cpu", "cpu") is not None:
+        return "none"
+    return importlib.import_module("iirsnn._C").build_info()["cpu_capability"]
+
+
+def default_file(folder: Path = FOLDER) -> Path:
+    """<machine>-<capability>.json in the folder, for the machine this runs on."""
+    here = machine()
+    name = f"{here['machine']} {here['capability']}".lower()
+    return folder / (re.sub(r"[^a-z0-9]+", "-", name).strip("-") + ".json")
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -67,7 +101,7 @@ def store(path: Path, facts: dict[str, Any], key: str, group: Group) -> None:
     os.replace(part, path)
 
 
-def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+def summary(times: dict[str, list[float]], limit: str = LIMIT) -> dict[str, dict[str, Any]]:
     """Seconds of each round -> median, p20 and p80 in ms, and the median's ratio to the limit."""
     found = {}
     for name, taken in times.items():
@@ -80,9 +114,9 @@ def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
             "p80_ms": 1e3 * cuts[7],
             "rounds": len(taken),
         }
-    limit = found[LIMIT]["median_ms"]
+    least = found[limit]["median_ms"]
     for row in found.values():
-        row["ratio"] = row["median_ms"] / limit
+        row["ratio"] = row["median_ms"] / least
     return found
 
 
@@ -184,7 +218,10 @@ def _lif_tables(results: dict[str, Any]) -> list[str]:
     for what, size, dtype, threads in sorted(cases):
         groups = chosen(results, subject="lif", what=what, size=size, dtype=dtype, threads=threads)
         mebibytes = groups[0]["elements"] * groups[0]["element_size"] / 2**20
-        lines += [f"### LIF {what}, {PLACES[size]}, {dtype}, {threads} threads", ""]
+        lines += [
+            f"### LIF {what}, {PLACES[size]}, {dtype}, {threads} threads, {results['capability']}",
+            "",
+        ]
         lines += [
             f"x of about {mebibytes:.0f} MiB. Ratio to the limit's time (ns per neuron and "
             "timestep); bytes read and written per neuron and timestep, + kept for backward.",
@@ -220,7 +257,8 @@ def _network_tables(results: dict[str, Any]) -> list[str]:
         for group in chosen(results, subject=subject):
             lines += [
                 f"### {title}: {group['network']}, T = {group['timesteps']}, batch "
-                f"{group['batch']}, {group['density']:.0%} spikes, {group['threads']} threads"
+                f"{group['batch']}, {group['density']:.0%} spikes, {group['threads']} threads, "
+                + results["capability"]
                 + _layout(group),
                 "",
             ]
@@ -333,11 +371,16 @@ def goals(results: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _of(results: dict[str, Any]) -> str:
+    """Machine, processor and capability, in words."""
+    return f"{results['machine']}, {results['capability']} ({results['processor']})"
+
+
 def table(results: dict[str, Any]) -> str:
     """The whole file as Markdown."""
     commits = sorted({group["commit"] for group in results["groups"].values()})
     lines = [
-        f"# Benchmarks: {results['machine']}",
+        f"# Benchmarks: {_of(results)}",
         "",
         f"`make bench` at commit {', '.join(commits)}; "
         + ", ".join(f"{key} {value}" for key, value in results["versions"].items())
@@ -419,7 +462,7 @@ def plot_lif(results: dict[str, Any], path: Path, size: str = "out") -> None:
         limit = "x.clone()" if what == "forward" else "torch.add(x, g)"
         row[2].set_title(f"{what}: time / time of {limit}")
     _legend(figure)
-    figure.suptitle(f"LIF, fp32, {PLACES[size]}; {results['machine']}")
+    figure.suptitle(f"LIF, fp32, {PLACES[size]}; {_of(results)}")
     figure.savefig(path, dpi=110)
 
 
@@ -438,7 +481,7 @@ def plot_steps(results: dict[str, Any], path: Path) -> None:
         _lines(axes[1][column], groups, lambda g, own: own.get("kept"), "linear")
         axes[1][column].set_title("bytes kept per neuron and timestep")
     _legend(figure)
-    figure.suptitle(f"Training step, fp32; {results['machine']}")
+    figure.suptitle(f"Training step, fp32; {_of(results)}")
     figure.savefig(path, dpi=110)
 
 
@@ -499,17 +542,19 @@ def report(path: Path) -> list[Path]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Tables, plots and comparison of results.")
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("name", help="print this machine's committed results file")
     reporting = commands.add_parser("report", help="write FILE.md and plots")
     reporting.add_argument("file", type=Path, nargs="?", help="default: this machine's")
     checking = commands.add_parser("check", help="compare ratios; exit code 1 on a loss")
     checking.add_argument("file", type=Path, nargs="+", help="of new runs; the least ratio counts")
     checking.add_argument("--committed", type=Path, help="default: this machine's")
     options = parser.parse_args()
-    from iirsnn.provenance import machine
-
+    if options.command == "name":
+        print(default_file())
+        return 0
     if options.command == "check":
-        return check(options.committed or default_file(machine()), *options.file)
-    for written in report(options.file or default_file(machine())):
+        return check(options.committed or default_file(), *options.file)
+    for written in report(options.file or default_file()):
         print(f"wrote {written}")
     return 0
 
