@@ -122,13 +122,13 @@ def cases():
             for dtype in (torch.float32, torch.bfloat16):
                 whole = dtype == torch.float32 and (size == "in" or threads == ALL)
                 for timesteps in (1, 2, 4, 5, 8) if whole else (1, 4):
-                    quick = threads == ALL and dtype == torch.float32 and timesteps in (1, 4)
+                    telling = threads == ALL and dtype == torch.float32 and timesteps in (1, 4)
                     yield pytest.param(
                         timesteps,
                         dtype,
                         size,
                         threads,
-                        marks=[pytest.mark.quick] if quick else [],
+                        marks=[pytest.mark.telling] if telling else [],
                         id=f"T{timesteps}-{str(dtype)[6:]}-{size}-{threads}threads",
                     )
 

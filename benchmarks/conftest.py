@@ -68,7 +68,12 @@ def pytest_collection_modifyitems(config, items):
     config.stash[COUNT] = itertools.count(1), len(items)
 
 
-def say(config, line):
+@pytest.fixture
+def say(request):
+    return lambda line: tell(request.config, line)
+
+
+def tell(config, line):
     """A line on the terminal at once, whether or not pytest captures what tests print."""
     config.get_terminal_writer().line(line, flush=True)
 
@@ -79,12 +84,12 @@ def pytest_runtest_setup(item):
     if limit is not None and seconds > limit:
         pytest.skip(f"--stop-after {limit:.0f}: run again with --resume")
     counter, total = item.config.stash[COUNT]
-    say(item.config, f"\n[{next(counter)} of {total}, {seconds:.0f} s] {key_of(item)}")
+    tell(item.config, f"\n[{next(counter)} of {total}, {seconds:.0f} s] {key_of(item)}")
 
 
 def pytest_sessionfinish(session):
     if session.config.stash.get(COUNT, None) and results_file(session.config).exists():
-        say(session.config, f"\nresults: {results_file(session.config)}")
+        tell(session.config, f"\nresults: {results_file(session.config)}")
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
@@ -158,7 +163,7 @@ def race(benchmark, request):
         keep(request, group)
         for name, row in found.items():
             line = f"  {name:<36} {row['median_ms']:10.3f} ms {row['ratio']:7.2f} x {limit}"
-            say(request.config, f"{line} ({row['rounds']} rounds)")
+            tell(request.config, f"{line} ({row['rounds']} rounds)")
 
     return run
 

@@ -129,7 +129,7 @@ BUILT_IN: dict[torch.dtype, Costs] = {
 GAIN = 0.95
 
 FORMAT = 2  # of the cache
-_SECONDS, _ROUNDS = 1.5, 9  # of the calibration at most, the first round aside
+_SECONDS, _ROUNDS = 1.2, 9  # of the calibration at most, the first round aside
 _SPARSE, _DENSER = 0.1, 0.4  # densities that are timed
 _TILE = 32  # outputs that events are added to at a time
 _SEGMENT = 192  # channels times kernel columns whose events are added one after the other
