@@ -13,9 +13,9 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +29,7 @@ class Cost:
     slope: float
 
 
-@dataclass(frozen=True)
-class Product:
+class Product(NamedTuple):
     """The product of a convolution, or of a linear layer as a 1x1 convolution.
 
     Attributes:
@@ -58,7 +57,7 @@ class Product:
 
     def distance(self, other: Product) -> float:
         """How unlike another product it is: the logarithms of its sizes' ratios, added up."""
-        pairs = zip(astuple(self), astuple(other), strict=True)
+        pairs = zip(self, other, strict=True)
         return sum(abs(math.log(max(a, 1) / max(b, 1))) for a, b in pairs)
 
 
@@ -68,8 +67,7 @@ def product(weight: Tensor, groups: int, images: int, positions: int) -> Product
     return Product(channels, outputs // groups, rows, columns, images, positions)
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """What is timed: images [channels, size, size] and a square kernel."""
 
     images: int
@@ -84,7 +82,7 @@ class Shape:
         return Product(self.channels, self.outputs, kernel, kernel, self.images, positions)
 
     def __str__(self) -> str:
-        return "{} x {} to {}, {}, kernel {}".format(*astuple(self))
+        return "{} x {} to {}, {}, kernel {}".format(*self)
 
 
 #: What `calibrate` times: early, middle and late layers, few images and many, a linear layer.
@@ -149,7 +147,7 @@ def cache_path(dtype: torch.dtype) -> Path:
 @functools.lru_cache(maxsize=16)  # asked by every layer in every step
 def _cache_path(root: str, kernels: str, capability: str, threads: int, dtype: torch.dtype) -> Path:
     facts: list[Any] = [platform.processor(), platform.machine(), _processor(), torch.__version__]
-    facts += [capability, threads, str(dtype), FORMAT, [astuple(shape) for shape in SHAPES]]
+    facts += [capability, threads, str(dtype), FORMAT, SHAPES]
     facts.append(hashlib.sha256(Path(kernels).read_bytes()).hexdigest())
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     return Path(root) / "iirsnn" / f"spike-cost-{capability}-{digest}.json"
@@ -302,11 +300,15 @@ def ratio(which: str, kind: str, density: float, work: Product, dtype: torch.dty
         work: the product.
         dtype: of the weight.
     """
-    by_shape = costs(dtype)[which, kind]
-    shape = min(by_shape, key=lambda shape: work.distance(shape.product))
-    cost, known = by_shape[shape], shape.product
-    fixed = cost.fixed * known.reach / min(known.reach, work.reach)
+    shape = _most_similar(work)
+    cost, reach = costs(dtype)[which, kind][shape], shape.product.reach
+    fixed = cost.fixed * reach / min(reach, work.reach)
     return work.waste * (fixed + cost.slope * density)
+
+
+@functools.lru_cache(maxsize=1024)  # a layer asks in every step
+def _most_similar(work: Product) -> Shape:
+    return min(SHAPES, key=lambda shape: work.distance(shape.product))
 
 
 def decide(

@@ -1,7 +1,6 @@
 """Spike layers against torch's own in float64, and what they keep for the backward pass."""
 
 import copy
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -554,7 +553,7 @@ def test_the_most_similar_shape_counts(monkeypatch):
     )
 
     def nearest(work, **changes):
-        return spike_cost.ratio("forward", "bits", 0.1, replace(work, **changes), FLOAT)
+        return spike_cost.ratio("forward", "bits", 0.1, work._replace(**changes), FLOAT)
 
     assert [nearest(shape.product) for shape in spike_cost.SHAPES] == [*range(6)]
     assert nearest(CONV, images=64, positions=1024, channels=64, outputs=64) == 0
@@ -567,7 +566,7 @@ def test_outputs_and_channels_that_do_not_fill_a_tile_cost_more(monkeypatch):
     fake(monkeypatch, 0.1, 1.0)
 
     def ratio(**changes):
-        return spike_cost.ratio("forward", "bits", 0.2, replace(CONV, **changes), FLOAT)
+        return spike_cost.ratio("forward", "bits", 0.2, CONV._replace(**changes), FLOAT)
 
     assert ratio() == pytest.approx(0.3)
     assert ratio(outputs=10) == pytest.approx(3.2 * 0.3)
