@@ -43,11 +43,11 @@ test: $(VENV)/.installed
 
 # The libraries compared with, each by itself and with build isolation: one that fails costs no other. None may change
 # the torch that the kernels are compiled against.
-PEERS := onnx onnxruntime openvino spikingjelly snntorch norse sinabs
+PEERS := onnx onnxruntime openvino 'spikingjelly>=2.0' 'snntorch>=1.0' 'norse>=1.1' 'sinabs>=3.1'
 $(VENV)/.bench: $(VENV)/.installed
 	@$(BIN)/pip list --format=freeze --disable-pip-version-check | grep -E '^(torch|torchvision|numpy)==' > $@.constraint
 	@for peer in $(PEERS); do \
-	    $(BIN)/pip install --quiet --disable-pip-version-check --constraint $@.constraint $$peer > $@.log 2>&1 || \
+	    $(BIN)/pip install --quiet --disable-pip-version-check --constraint $@.constraint "$$peer" > $@.log 2>&1 || \
 	        { echo "make: $$peer could not be installed, the results will call it missing:"; tail -n 1 $@.log; }; \
 	done
 	@rm -f $@.log $@.constraint
