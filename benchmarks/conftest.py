@@ -38,7 +38,7 @@ def pytest_configure(config):
     config.stash[STARTED] = time.monotonic()
 
 
-STARTED, ALLOCATOR, COUNT = pytest.StashKey(), pytest.StashKey(), pytest.StashKey()
+STARTED, ALLOCATOR = pytest.StashKey(), pytest.StashKey()
 
 
 def results_file(config):
@@ -65,7 +65,6 @@ def pytest_collection_modifyitems(config, items):
     ]
     config.hook.pytest_deselected(items=out)
     items[:] = [item for item in items if item not in out]
-    config.stash[COUNT] = itertools.count(1), len(items)
 
 
 @pytest.fixture
@@ -75,7 +74,8 @@ def say(request):
 
 def tell(config, line):
     """A line on the terminal at once, whether or not pytest captures what tests print."""
-    config.get_terminal_writer().line(line, flush=True)
+    with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        config.get_terminal_writer().line(line, flush=True)
 
 
 def pytest_runtest_setup(item):
@@ -83,12 +83,13 @@ def pytest_runtest_setup(item):
     limit = item.config.getoption("--stop-after")
     if limit is not None and seconds > limit:
         pytest.skip(f"--stop-after {limit:.0f}: run again with --resume")
-    counter, total = item.config.stash[COUNT]
-    tell(item.config, f"\n[{next(counter)} of {total}, {seconds:.0f} s] {key_of(item)}")
+    items = item.session.items
+    place = f"[{items.index(item) + 1} of {len(items)}, {seconds:.0f} s]"
+    tell(item.config, f"\n{place} {key_of(item)}")
 
 
 def pytest_sessionfinish(session):
-    if session.config.stash.get(COUNT, None) and results_file(session.config).exists():
+    if session.items and results_file(session.config).exists():
         tell(session.config, f"\nresults: {results_file(session.config)}")
 
 
