@@ -19,8 +19,8 @@ SOURCES := setup.py iirsnn/_build.py $(shell find csrc -type f)
 help:
 	@echo "make demo       train on scikit-learn's digits, from the ANN to one timestep"
 	@echo "make test       run the tests"
-	@echo "make bench      run the benchmarks (leave the machine alone meanwhile): table and plots in benchmarks/results/"
-	@echo "make bench-check  a short run: does iirsnn still hold the committed ratios?"
+	@echo "make bench      run every benchmark (leave the machine alone meanwhile): table and plots in benchmarks/results/"
+	@echo "make bench-check  the telling rows: does iirsnn still hold the committed ratios?"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make gpu-check  build the CUDA kernels, test and time every GPU kernel on this machine's GPU"
 
@@ -41,19 +41,27 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-# The libraries compared with; one that cannot be installed is reported as missing.
+# The libraries compared with, each by itself and with build isolation: one that fails costs no other. None may change
+# the torch that the kernels are compiled against.
+PEERS := onnx onnxruntime openvino 'spikingjelly>=2.0' 'snntorch>=1.0' 'norse>=1.1' 'sinabs>=3.1'
 $(VENV)/.bench: $(VENV)/.installed
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[bench]' || \
-	    echo "make: not every library of the extra [bench] could be installed; the results say which are missing"
+	@$(BIN)/pip list --format=freeze --disable-pip-version-check | grep -E '^(torch|torchvision|numpy)==' > $@.constraint
+	@for peer in $(PEERS); do \
+	    $(BIN)/pip install --quiet --disable-pip-version-check --constraint $@.constraint "$$peer" > $@.log 2>&1 || \
+	        { echo "make: $$peer could not be installed, the results will call it missing:"; tail -n 1 $@.log; }; \
+	done
+	@rm -f $@.log $@.constraint
 	@touch $@
 
-# BENCH_FLAGS="--resume" goes on with a run that was cut short; "-k lif" runs a part.
+# Every row, into benchmarks/results/<machine>-<capability>.json. A second call goes on where the first one was cut short:
+# rows of this commit are left out. BENCH_FLAGS="-k lif" runs a part; IIRSNN_CPU_CAPABILITY=avx2 another instruction set.
 bench: $(VENV)/.bench
-	$(BIN)/python -m pytest benchmarks --benchmark-only $(BENCH_FLAGS)
-	$(BIN)/python benchmarks/record.py report
+	results=$$($(BIN)/python benchmarks/record.py name) && \
+	    $(BIN)/python -m pytest benchmarks --benchmark-only --full --resume --results $$results $(BENCH_FLAGS) && \
+	    $(BIN)/python benchmarks/record.py report $$results
 
 # A loss has to show twice: on a shared machine a busy minute looks like one.
-QUICK := $(BIN)/python -m pytest benchmarks --benchmark-only --quick --results build/bench-check
+QUICK := $(BIN)/python -m pytest benchmarks --benchmark-only --results build/bench-check
 bench-check: $(VENV)/.bench
 	@rm -f build/bench-check*.json
 	$(QUICK).json

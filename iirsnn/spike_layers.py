@@ -137,7 +137,9 @@ class _Convolution(torch.autograd.Function):
         kind, (bits, table, nonzeros) = packed
         density = nonzeros / x.numel()
         name = "counts" if kind.counts else "bits"
-        ways, reason = spike_cost.decide(layer.mode, name, density, weight, geometry.groups)
+        positions = geometry.positions(x, weight)
+        work = spike_cost.product(weight, geometry.groups, x.shape[0], positions)
+        ways, reason = spike_cost.decide(layer.mode, name, density, work, weight.dtype)
         layer.decision = Decision(name, *ways, density=density, reason=reason)
         ctx.save_for_backward(bits, weight, table)
         ctx.kept, ctx.by_events = True, ways[1] == "events"
@@ -190,6 +192,16 @@ class _Geometry(tuple):
     def groups(self) -> int:
         return self[3]
 
+    def positions(self, x: Tensor, weight: Tensor) -> int:
+        """Of the output of one image of x."""
+        rows, columns = (
+            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for size, kernel, stride, padding, dilation in zip(
+                x.shape[2:], weight.shape[2:], *self[:3], strict=True
+            )
+        )
+        return rows * columns
+
 
 _LINEAR = _Geometry(([1, 1], [0, 0], [1, 1], 1))
 
@@ -206,7 +218,12 @@ def _input_by_events(ctx: Any, grad: Tensor, weight: Tensor) -> bool:
         return False
     sample = grad[:: max(1, grad.shape[0] // 16)]
     density = torch.count_nonzero(sample).item() / sample.numel()
-    events = spike_cost.input_by_events(layer.mode, density, weight, ctx.geometry.groups)
+    outputs, channels, rows, columns = weight.shape
+    images, _, height, width = ctx.size
+    work = spike_cost.Product(
+        outputs // ctx.geometry.groups, channels, rows, columns, images, height * width
+    )
+    events = spike_cost.input_by_events(layer.mode, density, work, weight.dtype)
     layer.decision = replace(layer.decision, input_grad="events" if events else "dense")
     return events
 

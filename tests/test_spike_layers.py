@@ -431,43 +431,156 @@ def test_training_uses_them(monkeypatch):
     assert [SpikeConv2d in kinds for kinds in seen] == [True, True, False]
 
 
-def test_costs_are_measured_once(monkeypatch, tmp_path):
+FLOAT, HALF = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
+def test_costs_are_measured_once(monkeypatch, tmp_path, dtype):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("IIRSNN_CALIBRATE", "1")
     monkeypatch.setattr(spike_cost, "_ROUNDS", 1)
-    first = spike_cost.costs()
+    first = spike_cost.costs(dtype)
     (file,) = (tmp_path / "iirsnn").iterdir()
-    assert file == spike_cost.cache_path()
+    assert file == spike_cost.cache_path(dtype)
     spike_cost._costs.cache_clear()
-    monkeypatch.setattr(spike_cost, "calibrate", lambda: pytest.fail("measured twice"))
-    assert spike_cost.costs() == first
-    assert first.keys() == spike_cost.BUILT_IN.keys()
-    for key, known in spike_cost.BUILT_IN.items():
-        assert known.slope / 4 <= first[key].slope + 1e-4 <= known.slope * 4 + 2e-4
+    monkeypatch.setattr(spike_cost, "calibrate", lambda _: pytest.fail("measured twice"))
+    assert spike_cost.costs(dtype) == first
+    assert first.keys() == spike_cost.BUILT_IN[dtype].keys()
+    assert all(by_shape.keys() == set(spike_cost.SHAPES) for by_shape in first.values())
+
+
+def test_other_kernels_are_measured_anew(monkeypatch, tmp_path):
+    from iirsnn import _C
+
+    kernels = tmp_path / "_C.so"
+    monkeypatch.setattr(_C, "__file__", str(kernels))
+    paths = set()
+    for content in (b"old", b"new"):
+        kernels.write_bytes(content)
+        spike_cost._cache_path.cache_clear()
+        paths.add(spike_cost.cache_path(FLOAT))
+    paths.add(spike_cost.cache_path(HALF))
+    best = _C.build_info()["cpu_capability"]
+    _C.set_cpu_capability("portable")
+    try:
+        paths.add(spike_cost.cache_path(FLOAT))
+    finally:
+        _C.set_cpu_capability(best)
+        spike_cost._cache_path.cache_clear()
+    assert len(paths) == (4 if best != "portable" else 3)
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"a": 1}', "[1]"])
 def test_a_damaged_cache_is_replaced(monkeypatch, tmp_path, text):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("IIRSNN_CALIBRATE", "1")
-    path = spike_cost.cache_path()
+    path = spike_cost.cache_path(FLOAT)
     path.parent.mkdir()
     path.write_text(text)
-    measured = dict.fromkeys(spike_cost.BUILT_IN, spike_cost.Cost(0.5, 2.0))
-    monkeypatch.setattr(spike_cost, "calibrate", lambda: measured)
+    measured = costs_of(spike_cost.Cost(0.5, 2.0))
+    monkeypatch.setattr(spike_cost, "calibrate", lambda _: measured)
     for _ in range(2):  # measured, and then read
         spike_cost._costs.cache_clear()
-        assert spike_cost.costs() == measured
-        monkeypatch.setattr(spike_cost, "calibrate", lambda: pytest.fail("measured twice"))
+        assert spike_cost.costs(FLOAT) == measured
+        monkeypatch.setattr(spike_cost, "calibrate", lambda _: pytest.fail("measured twice"))
 
 
 def test_built_in_costs_where_no_cache_can_be_written(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("IIRSNN_CALIBRATE", "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert spike_cost.costs() is spike_cost.BUILT_IN
+    assert spike_cost.costs(FLOAT) is spike_cost.BUILT_IN[FLOAT]
     monkeypatch.setenv("IIRSNN_CALIBRATE", "0")
-    assert spike_cost.costs() is spike_cost.BUILT_IN
+    assert spike_cost.costs(HALF) is spike_cost.BUILT_IN[HALF]
+
+
+def test_a_cost_is_a_line_through_two_times():
+    assert spike_cost._cost(dense=2.0, sparse=0.4, denser=1.0) == spike_cost.Cost(0.1, 1.0)
+    noise = spike_cost._cost(dense=2.0, sparse=1.0, denser=0.9)
+    assert noise == spike_cost.Cost(0.5, 0.0)
+
+
+# ---- The decision, with faked costs ----
+
+CONV, LINEAR = spike_cost.SHAPES[1].product, spike_cost.SHAPES[5].product
+
+
+def costs_of(cost, changes=()):
+    """The same cost everywhere, but for `changes`: {(pass, kind, shape): cost}."""
+    faked = {key: dict.fromkeys(spike_cost.SHAPES, cost) for key in spike_cost.BUILT_IN[FLOAT]}
+    for (which, kind, shape), changed in dict(changes).items():
+        faked[which, kind][shape] = changed
+    return faked
+
+
+def fake(monkeypatch, fixed, slope, changes=()):
+    faked = costs_of(spike_cost.Cost(fixed, slope), changes)
+    monkeypatch.setattr(spike_cost, "costs", lambda dtype: faked)
+
+
+@pytest.mark.parametrize(
+    ("density", "expected"),
+    [(0.0, "events"), (0.94, "events"), (0.96, "dense"), (1.0, "dense")],
+)
+def test_a_tie_is_for_dense(monkeypatch, density, expected):
+    fake(monkeypatch, 0.0, 1.0)
+    ways, reason = spike_cost.decide("auto", "bits", density, CONV, FLOAT)
+    assert ways == (expected, expected)
+    assert f"density {density:.3f} of bits" in reason
+    assert spike_cost.input_by_events("auto", density, CONV, FLOAT) == (expected == "events")
+    for mode in ("events", "dense"):
+        assert spike_cost.decide(mode, "bits", density, CONV, FLOAT)[0] == (mode, mode)
+        assert spike_cost.input_by_events(mode, density, CONV, FLOAT) == (mode == "events")
+
+
+def test_each_pass_and_kind_has_its_own_costs_however_high(monkeypatch):
+    slow = {("forward", "counts", spike_cost.SHAPES[1]): spike_cost.Cost(40.0, 400.0)}
+    fake(monkeypatch, 0.0, 1.0, slow)
+    assert spike_cost.decide("auto", "counts", 0.01, CONV, FLOAT)[0] == ("dense", "events")
+    assert spike_cost.decide("auto", "bits", 0.01, CONV, FLOAT)[0] == ("events", "events")
+    assert spike_cost.decide("auto", "counts", 0.01, LINEAR, FLOAT)[0] == ("events", "events")
+
+
+def test_the_most_similar_shape_counts(monkeypatch):
+    fake(
+        monkeypatch,
+        0.0,
+        0.0,
+        {
+            ("forward", "bits", shape): spike_cost.Cost(i, 0.0)
+            for i, shape in enumerate(spike_cost.SHAPES)
+        },
+    )
+
+    def nearest(work, **changes):
+        return spike_cost.ratio("forward", "bits", 0.1, work._replace(**changes), FLOAT)
+
+    assert [nearest(shape.product) for shape in spike_cost.SHAPES] == [*range(6)]
+    assert nearest(CONV, images=64, positions=1024, channels=64, outputs=64) == 0
+    assert nearest(CONV, images=64, positions=4, channels=512, outputs=512) == 4
+    assert nearest(CONV, images=4, positions=4, channels=512, outputs=512) == 3
+    assert nearest(LINEAR, images=64, channels=4096, outputs=4096) == 5
+
+
+def test_outputs_and_channels_that_do_not_fill_a_tile_cost_more(monkeypatch):
+    fake(monkeypatch, 0.1, 1.0)
+
+    def ratio(**changes):
+        return spike_cost.ratio("forward", "bits", 0.2, CONV._replace(**changes), FLOAT)
+
+    assert ratio() == pytest.approx(0.3)
+    assert ratio(outputs=10) == pytest.approx(3.2 * 0.3)
+    assert ratio(channels=1) == pytest.approx(64 * 0.1 + 0.2)
+
+
+def test_a_layer_does_what_the_costs_say(monkeypatch):
+    torch.manual_seed(0)
+    layer, x = SpikeConv2d(64, 64, 3, padding=1), spikes((2, 64, 8, 8), 0.2).requires_grad_()
+    for slope, expected in ((1.0, "events"), (5.0, "dense")):
+        fake(monkeypatch, 0.0, slope)
+        layer(x).backward(sparse_reals((2, 64, 8, 8)))
+        decision = layer.decision
+        assert {decision.forward, decision.weight_grad, decision.input_grad} == {expected}
 
 
 def test_event_network_of_spike_layers():
