@@ -12,7 +12,7 @@ BENCH_FLAGS ?=
 # The CUDA kernels take minutes to compile and need nvcc: gpu-check builds them, the rest does not.
 export IIRSNN_BUILD_CUDA ?= 0
 
-SOURCES := setup.py iirsnn/_build.py $(shell find csrc -type f)
+SOURCES := setup.py iirsnn/ops/build.py $(shell find csrc -type f)
 
 .PHONY: help demo test bench bench-check lint format gpu-check clean
 

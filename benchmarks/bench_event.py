@@ -29,12 +29,12 @@ import torch
 from torch import Tensor, nn
 
 from iirsnn import FusedLIF, Network, Readout, SharedDropout, convert
-from iirsnn.convert import fold_batch_norm
+from iirsnn.conversion import fold_batch_norm
 from iirsnn.event import EventNetwork
+from iirsnn.measure.provenance import commit, machine
 from iirsnn.models import ModelConfig, build
-from iirsnn.pipeline import Pipeline, open_data
-from iirsnn.provenance import commit, machine
-from iirsnn.run_folder import RunFolder
+from iirsnn.train.pipeline import Pipeline, open_data
+from iirsnn.train.run_folder import RunFolder
 
 Contender = Callable[[Tensor], object]
 Draw = Callable[[int], Tensor]  # batch -> images [batch, C, H, W], new ones in every call

@@ -11,14 +11,7 @@ import torch.nn.functional as F
 from contenders import LIMIT, Limit, available, iirsnn_lif, reference
 from torch import Tensor, nn
 
-from iirsnn import (
-    BatchNormLIF,
-    FusedLIF,
-    Network,
-    Readout,
-    TimeSequential,
-    use_spike_layers,
-)
+from iirsnn import BatchNormLIF, FusedLIF, Network, Readout, TimeSequential, use_spike_layers
 from iirsnn.functional import lif
 from iirsnn.models.vgg import LAYERS, vgg
 

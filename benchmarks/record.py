@@ -505,7 +505,7 @@ def main() -> int:
     checking.add_argument("file", type=Path, nargs="+", help="of new runs; the least ratio counts")
     checking.add_argument("--committed", type=Path, help="default: this machine's")
     options = parser.parse_args()
-    from iirsnn.provenance import machine
+    from iirsnn.measure.provenance import machine
 
     if options.command == "check":
         return check(options.committed or default_file(machine()), *options.file)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iirsnn import ops as contract
+from iirsnn.ops import lif as contract
 
 from .launch import on_device_of
 from .lif import lif_backward, lif_forward

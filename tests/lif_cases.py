@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iirsnn import reference
+from iirsnn.ops import reference
 
 V_RESET = 0.125
 
