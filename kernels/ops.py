@@ -1,4 +1,4 @@
-"""The Triton twins of the ops of iirsnn/ops.py: same arguments, fakes and autograd."""
+"""The Triton twins of the ops of iirsnn/ops/lif.py: same arguments, fakes and autograd."""
 
 from __future__ import annotations
 

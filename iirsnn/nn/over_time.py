@@ -12,7 +12,7 @@ class TimeSequential(nn.Sequential):
 
     Modules with a true class attribute `over_time` (neurons, shared dropout, readout) see
     [T, B, ...]. All others see the merged axis [T*B, ...] and so run once for all timesteps; where
-    the input is the same at every timestep (stride 0 in time, see `iirsnn.encoding.direct`) they
+    the input is the same at every timestep (stride 0 in time, see `iirsnn.nn.direct`) they
     run on one timestep alone.
     """
 

@@ -3,7 +3,7 @@
 An input x [N, C, H, W] is `packed` as int64 bits [N, H, W, ceil(C / 64)] (channel c is bit c % 64
 of word c / 64) or as uint8 counts [N, H, W, C]; `table`, float32 [256], says what value a count
 stands for (of bits: 0 and table[1]). `size` is that of x. Whatever comes out is channels_last.
-These ops carry no gradient: `iirsnn.spike_layers` puts them together.
+These ops carry no gradient: `iirsnn.nn.spike_layers` puts them together.
 """
 
 from __future__ import annotations

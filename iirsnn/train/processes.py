@@ -55,7 +55,7 @@ class Processes:
 
     @property
     def share(self) -> tuple[int, int]:
-        """(rank, count), as `iirsnn.data` takes it."""
+        """(rank, count), as `iirsnn.train.data` takes it."""
         return self.rank, self.count
 
     def first(self, work: Callable[[], T]) -> T:

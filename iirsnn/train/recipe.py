@@ -46,7 +46,7 @@ class StageConfig:
         teacher: whose soft labels are learned too: none, ann, or previous (the stage before).
         teacher_weight: of the distillation loss; the labels' has 1 minus it.
         teacher_temperature: divides both networks' logits (Hinton et al., arXiv 1503.02531).
-        energy_weight: on additions per operation of the ANN; see `energy.EnergyPenalty`.
+        energy_weight: on additions per operation of the ANN; see `measure.energy.EnergyPenalty`.
         energy_budget: additions per operation that are free, in each micro-batch of each process.
         mixup: alpha of the Beta distribution that images are mixed by (Zhang et al., arXiv
             1710.09412); 0 for none.

@@ -13,7 +13,7 @@ Row `direct` with seed 0 is the ordinary run folder OUT/direct/seed0. What is fi
 again, so the same command goes on where it stopped.
 
 Rows share work: a stage is copied, not trained, when a finished stage of the table has the same
-inputs (`fingerprint.stage_inputs`: for stage T5 the seed, data, model, precision, neurons and
+inputs (`stage_inputs.stage_inputs`: for stage T5 the seed, data, model, precision, neurons and
 conversion, and the settings of `ann` and T5; not those of later stages). A copy's result says so
 under `copied_from`. Processes share work as well: a lock for each set of inputs, held while a stage
 is trained, sends a second process on to other runs and lets it wait when there is no other work.

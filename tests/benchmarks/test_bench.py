@@ -12,7 +12,7 @@ from iirsnn import FusedLIF
 from iirsnn.measure import provenance
 from iirsnn.models.vgg import vgg
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import contenders
 import networks
 import record

@@ -13,7 +13,7 @@ from torch.utils import cpp_extension
 import iirsnn
 from iirsnn.ops import build
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)

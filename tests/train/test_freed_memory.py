@@ -9,7 +9,7 @@ from iirsnn.train import freed_memory
 
 FAULTS = """
 import resource, sys, torch
-from iirsnn import allocator
+from iirsnn.train import freed_memory
 applied = freed_memory.apply(sys.argv[1])
 def fill():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
