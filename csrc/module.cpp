@@ -8,7 +8,7 @@ static const char kFlags[] = IIRSNN_EXPANDED(IIRSNN_FLAGS);
 #include <pybind11/pybind11.h>
 
 #include "event/bind.h"
-#include "lif_cpu.h"
+#include "simd/capability.h"
 
 #if defined(__clang__)
 #define IIRSNN_COMPILER "clang " __clang_version__

@@ -1,4 +1,4 @@
-"""nvcc and its companions, for the tests that compile csrc/lif_cuda.cu without a GPU."""
+"""nvcc and its companions, for the tests that compile csrc/lif/cuda/lif_cuda.cu without a GPU."""
 
 from __future__ import annotations
 
@@ -16,8 +16,15 @@ import pytest
 from iirsnn.ops.build import _NVCC_FLAGS
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = ROOT / "csrc" / "lif_cuda.cu"
-HEADERS = ("lif_cuda.h", "lif.h", "lif_step.h", "surrogate.h")  # what it includes
+CSRC = ROOT / "csrc"
+SOURCE = CSRC / "lif/cuda/lif_cuda.cu"
+HEADERS = (
+    "lif/cuda/lif_cuda.h",
+    "lif/lif.h",
+    "lif/lif_step.h",
+    "lif/surrogate.h",
+    "simd/scalar.h",
+)  # what it includes
 
 
 def toolkit() -> Path:
@@ -51,8 +58,8 @@ def compile_kernels(
     source that goes into the library too, linked with the arguments `link`; without it there is no
     library. Warnings are errors.
     """
-    sources = [SOURCE, *(SOURCE.parent / header for header in HEADERS)]
-    flags = [*_NVCC_FLAGS, f"-DIIRSNN_UNROLLED_TIMESTEPS={unrolled}", "-I", SOURCE.parent]
+    sources = [SOURCE, *(CSRC / header for header in HEADERS)]
+    flags = [*_NVCC_FLAGS, f"-DIIRSNN_UNROLLED_TIMESTEPS={unrolled}", "-I", CSRC]
     flags += ["--Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror"]
     content = b"".join(path.read_bytes() for path in sources)
     folder = ROOT / "build" / "kernels" / digest(content + f"{arch} {flags}".encode())

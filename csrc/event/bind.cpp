@@ -1,5 +1,5 @@
 // EventEngine for Python: numpy arrays in and out, each checked for its shape here.
-#include "bind.h"
+#include "event/bind.h"
 
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "engine.h"
+#include "event/engine.h"
 
 namespace py = pybind11;
 

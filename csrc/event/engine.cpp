@@ -1,4 +1,4 @@
-#include "engine.h"
+#include "event/engine.h"
 
 #include <algorithm>
 #include <chrono>
@@ -128,7 +128,8 @@ bool whole_rows(const Synapses& s, const Shape& out) {
 // How the weights are kept in memory.
 Precision stored(Precision asked, bool image, bool rows) {
   if (image) return Precision::fp32;
-  return asked == Precision::int8 && !rows ? Precision::int16 : asked;
+  static const bool wide = std::getenv("IIRSNN_INT16") != nullptr;
+  return asked == Precision::int8 && !rows && wide ? Precision::int16 : asked;
 }
 
 // Outputs from one whole row to the next: an odd number of cache lines, so that a column does not fall into few sets.

@@ -8,7 +8,7 @@
 #include <memory>
 #include <vector>
 
-#include "kernels.h"
+#include "event/kernels.h"
 
 namespace iirsnn::event {
 

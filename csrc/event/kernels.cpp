@@ -1,24 +1,15 @@
-#include "kernels.h"
+#include "event/kernels.h"
 
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
 #include <vector>
 
-#include "../lif_step.h"
-#include "../sparse.h"
-
-// Lambdas are inlined into the loop that they are written in, so that they have its instruction set.
-#define IIRSNN_LAMBDA __attribute__((always_inline))
+#include "lif/lif_step.h"
+#include "simd/versions.h"
 
 namespace iirsnn::event {
 namespace {
-
-using namespace sparse;
-
-typedef int16_t Shorts __attribute__((vector_size(64), may_alias));
-typedef int16_t HalfShorts __attribute__((vector_size(32), may_alias));
-typedef int8_t Bytes32 __attribute__((vector_size(32), may_alias));
 
 // ---- Sums of kWidth outputs in registers ----
 
@@ -27,31 +18,38 @@ struct Fp32 {
   using sum_t = float;
   static constexpr int kUnit = row_unit(Precision::fp32);
 
-  template <int kWidth>
+  template <int kWidth, int kBytes>
   struct Sum {
-    Floats v[kWidth / 16];
+    using Floats = Register<float, kBytes>;
+    static constexpr int kLanes = kBytes / 4, kRegisters = kWidth / kLanes;
+    Floats v[kRegisters];
 
     IIRSNN_INLINE void zero() {
-      for (Floats& part : v) part = Floats{};
+      IIRSNN_REGISTERS
+      for (int i = 0; i < kRegisters; ++i) v[i] = Floats{};
     }
     IIRSNN_INLINE void load(const float* sums) {
-      const Floats* parts = reinterpret_cast<const Floats*>(sums);
-      for (int i = 0; i < kWidth / 16; ++i) v[i] = parts[i];
+      IIRSNN_REGISTERS
+      for (int i = 0; i < kRegisters; ++i) v[i] = load_register<Floats>(sums + i * kLanes);
     }
     IIRSNN_INLINE void add(const float* row) {
-      const Floats* parts = reinterpret_cast<const Floats*>(row);
-      for (int i = 0; i < kWidth / 16; ++i) v[i] += parts[i];
+      IIRSNN_REGISTERS
+      for (int i = 0; i < kRegisters; ++i) v[i] += load_register<Floats>(row + i * kLanes);
     }
-    // += other * 2^digit, by doubling
-    IIRSNN_INLINE void merge(Sum& other, int digit) {
+    // sums += this * 2^digit, by doubling
+    IIRSNN_INLINE void merge(float* sums, int digit) {
       for (; digit > 0; --digit) {
-        for (Floats& part : other.v) part += part;
+        IIRSNN_REGISTERS
+        for (int i = 0; i < kRegisters; ++i) v[i] += v[i];
       }
-      for (int i = 0; i < kWidth / 16; ++i) v[i] += other.v[i];
+      IIRSNN_REGISTERS
+      for (int i = 0; i < kRegisters; ++i) {
+        store_register(sums + i * kLanes, load_register<Floats>(sums + i * kLanes) + v[i]);
+      }
     }
     IIRSNN_INLINE void store(float* sums) const {
-      Floats* parts = reinterpret_cast<Floats*>(sums);
-      for (int i = 0; i < kWidth / 16; ++i) parts[i] = v[i];
+      IIRSNN_REGISTERS
+      for (int i = 0; i < kRegisters; ++i) store_register(sums + i * kLanes, v[i]);
     }
   };
 };
@@ -62,15 +60,22 @@ struct Bf16 {
   using sum_t = float;
   static constexpr int kUnit = row_unit(Precision::bf16);
 
-  template <int kWidth>
-  struct Sum : Fp32::Sum<kWidth> {
-    using Fp32::Sum<kWidth>::v;
+  template <int kWidth, int kBytes>
+  struct Sum : Fp32::Sum<kWidth, kBytes> {
+    using Base = Fp32::Sum<kWidth, kBytes>;
+    using Base::v;
+    using Words = Register<uint32_t, kBytes>;
+    static constexpr int kOf16 = 64 / kBytes;  // registers of 16 outputs
 
     IIRSNN_INLINE void add(const uint16_t* row) {
-      const Words* pairs = reinterpret_cast<const Words*>(row);
+      IIRSNN_REGISTERS
       for (int i = 0; i < kWidth / 32; ++i) {
-        v[2 * i] += (Floats)(pairs[i] << 16);  // the same bits
-        v[2 * i + 1] += (Floats)(pairs[i] & 0xffff0000u);
+        IIRSNN_REGISTERS
+        for (int j = 0; j < kOf16; ++j) {
+          const Words pairs = load_register<Words>(row + i * 32 + j * (kBytes / 2));
+          v[2 * i * kOf16 + j] += (typename Base::Floats)(pairs << 16);  // the same bits
+          v[(2 * i + 1) * kOf16 + j] += (typename Base::Floats)(pairs & 0xffff0000u);
+        }
       }
     }
   };
@@ -83,57 +88,74 @@ struct Integer {
   using sum_t = int16_t;
   static constexpr int kUnit = row_unit(Precision::int8);
 
-  template <int kWidth>
+  template <int kWidth, int kBytes>
   struct Sum {
-    Shorts v[kWidth / 32];
+    using Shorts = Register<int16_t, kBytes>;
+    using Bytes = Register<int8_t, kBytes / 2>;
+    static constexpr int kLanes = kBytes / 2, kRegisters = kWidth / kLanes;
+    Shorts v[kRegisters];
 
     IIRSNN_INLINE void zero() {
-      for (Shorts& part : v) part = Shorts{};
+      IIRSNN_REGISTERS
+      for (int i = 0; i < kRegisters; ++i) v[i] = Shorts{};
     }
     IIRSNN_INLINE void load(const int16_t* sums) {
-      const Shorts* parts = reinterpret_cast<const Shorts*>(sums);
-      for (int i = 0; i < kWidth / 32; ++i) v[i] = parts[i];
+      IIRSNN_REGISTERS
+      for (int i = 0; i < kRegisters; ++i) v[i] = load_register<Shorts>(sums + i * kLanes);
     }
     IIRSNN_INLINE void add(const int8_t* row) {
-      const Bytes32* parts = reinterpret_cast<const Bytes32*>(row);
-      for (int i = 0; i < kWidth / 32; ++i) v[i] += __builtin_convertvector(parts[i], Shorts);
+      IIRSNN_REGISTERS
+      for (int i = 0; i < kRegisters; ++i) {
+        v[i] += __builtin_convertvector(load_register<Bytes>(row + i * kLanes), Shorts);
+      }
     }
     IIRSNN_INLINE void add(const int16_t* row) {
-      const Shorts* parts = reinterpret_cast<const Shorts*>(row);
-      for (int i = 0; i < kWidth / 32; ++i) v[i] += parts[i];
+      IIRSNN_REGISTERS
+      for (int i = 0; i < kRegisters; ++i) v[i] += load_register<Shorts>(row + i * kLanes);
     }
-    IIRSNN_INLINE void merge(const Sum& other, int digit) {
-      for (int i = 0; i < kWidth / 32; ++i) v[i] += other.v[i] << digit;
+    IIRSNN_INLINE void merge(int16_t* sums, int digit) {
+      IIRSNN_REGISTERS
+      for (int i = 0; i < kRegisters; ++i) {
+        store_register(sums + i * kLanes, load_register<Shorts>(sums + i * kLanes) + (v[i] << digit));
+      }
     }
     IIRSNN_INLINE void store(int16_t* sums) const {
-      Shorts* parts = reinterpret_cast<Shorts*>(sums);
-      for (int i = 0; i < kWidth / 32; ++i) parts[i] = v[i];
+      IIRSNN_REGISTERS
+      for (int i = 0; i < kRegisters; ++i) store_register(sums + i * kLanes, v[i]);
     }
   };
 };
 
 // totals += sums * 2^digit; sums = 0
+template <int kBytes>
 IIRSNN_INLINE void carry_over(const Additions& work, int digit) {
-  Shorts* sums = static_cast<Shorts*>(work.sums);
-  Ints* totals = reinterpret_cast<Ints*>(work.totals);
-  for (int64_t i = 0; i < work.positions * work.width / 32; ++i) {
-    HalfShorts halves[2];
-    std::memcpy(halves, &sums[i], sizeof(halves));
-    for (int k = 0; k < 2; ++k) totals[2 * i + k] += __builtin_convertvector(halves[k], Ints) << digit;
-    sums[i] = Shorts{};
+  using Half = Register<int16_t, kBytes / 2>;
+  using Ints = Register<int32_t, kBytes>;
+  constexpr int kLanes = kBytes / 4;
+  int16_t* sums = static_cast<int16_t*>(work.sums);
+  int32_t* totals = work.totals;
+  const int64_t count = work.positions * work.width;  // a multiple of 32
+  for (int64_t i = 0; i < count; i += 2 * kLanes) {
+    IIRSNN_REGISTERS
+    for (int k = 0; k < 2; ++k) {
+      const int64_t at = i + k * kLanes;
+      const Ints part = __builtin_convertvector(load_register<Half>(sums + at), Ints);
+      store_register(totals + at, load_register<Ints>(totals + at) + (part << digit));
+    }
+    store_register(sums + i, Register<int16_t, kBytes>{});
   }
 }
 
 // ---- Events ----
 
 // Rows of a visit begin at `rows`, whose first is that of channel 0 of the word.
-template <typename Weights, int kWidth>
+template <typename Weights, int kWidth, int kBytes>
 struct TileVisit {
   using weight_t = typename Weights::weight_t;
   using sum_t = typename Weights::sum_t;
-  using Sum = typename Weights::template Sum<kWidth>;
+  using Sum = typename Weights::template Sum<kWidth, kBytes>;
   int64_t pitch;
-  IIRSNN_INLINE TileVisit(const Additions& work) : pitch(work.pitch) {}
+  IIRSNN_INLINE TileVisit(int64_t pitch) : pitch(pitch) {}
 
   IIRSNN_INLINE void add(Sum& sum, uint64_t bits, const weight_t* rows) const {
     for (; bits; bits &= bits - 1) sum.add(rows + int64_t(__builtin_ctzll(bits)) * pitch);
@@ -153,6 +175,7 @@ struct TileVisit {
     Sum sum;
     sum.load(sums);
     add(sum, bits[0] & mask, rows);
+    sum.store(sums);
     for (int digit = 1; digit < planes; ++digit) {
       const uint64_t set = bits[digit * plane] & mask;
       if (!set) continue;
@@ -161,9 +184,8 @@ struct TileVisit {
       Sum high;
       high.zero();
       add(high, set, rows);
-      sum.merge(high, digit);
+      high.merge(sums, digit);
     }
-    sum.store(sums);
   }
 };
 
@@ -206,30 +228,47 @@ IIRSNN_INLINE void each_position(const Additions& work, const Tap& tap, const ui
 // rows of the next block among them and ask for them early: memory cannot guess the order in which events read rows.
 // With few visits most rows would be fetched in vain.
 constexpr int64_t kVisitsToPrefetch = 8;
+// From so many visits on, int8 rows are widened once for all of them.
+constexpr int64_t kVisitsToWiden = 24;
+
+// Outputs whose sums fit the registers.
+template <typename sum_t, int kWidth, int kBytes>
+constexpr int part_width() {
+#if defined(__x86_64__)
+  if (kBytes == 16 && kWidth * int(sizeof(sum_t)) > 12 * kBytes) return kWidth / 2;
+#endif
+  return kWidth;
+}
 
 template <typename Weights, int kWidth, bool kPlain>
 struct TileLoop {
+  template <int kBytes>
   static IIRSNN_INLINE void run(const Additions* work_, Work* done_) {
     const Additions work = *work_;
     Work done;
-    const TileVisit<Weights, kWidth> visit(work);
     using weight_t = typename Weights::weight_t;
     using sum_t = typename Weights::sum_t;
+    constexpr int kPart = part_width<sum_t, kWidth, kBytes>();
+    const TileVisit<Weights, kPart, kBytes> stored(work.pitch);
+    Work again;  // of the second part
     constexpr bool kIntegers = std::is_same_v<sum_t, int16_t>;
+    alignas(64) int16_t wide[std::is_same_v<weight_t, int8_t> ? kWord * kWidth : 1];
     each_block<Weights>(work, [&](const Tap& tap, const uint64_t* bits, uint64_t mask, const weight_t* rows, int here,
-                                  Carry carry, bool) IIRSNN_LAMBDA {
-      if (kIntegers && carry != Carry::none) carry_over(work, 0);
+                                  Carry carry, bool) IIRSNN_INLINE_LAMBDA {
+      if (kIntegers && carry != Carry::none) carry_over<kBytes>(work, 0);
       if constexpr (kIntegers && !kPlain) {
         if (carry == Carry::by_digit) {
           for (int digit = 0; digit < work.planes; ++digit) {
             each_position<sum_t>(work, tap, bits + digit * work.plane,
-                                 [&](const uint64_t* in, sum_t* sums) IIRSNN_LAMBDA {
+                                 [&](const uint64_t* in, sum_t* sums) IIRSNN_INLINE_LAMBDA {
                                    const uint64_t set = *in & mask;
                                    done.events += __builtin_popcountll(set);
                                    done.merges += digit && set ? digit + 1 : 0;
-                                   visit.plain(set, rows, sums);
+                                   for (int part = 0; part < kWidth; part += kPart) {
+                                     stored.plain(set, rows + part, sums + part);
+                                   }
                                  });
-            carry_over(work, digit);
+            carry_over<kBytes>(work, digit);
           }
           return;
         }
@@ -238,20 +277,42 @@ struct TileLoop {
       const weight_t *next = rows + (__builtin_ctzll(mask) + here) * work.pitch, *end = next;
       if (visits >= kVisitsToPrefetch) end += here * work.pitch;
       const int64_t share = (here + visits - 1) / (visits > 0 ? visits : 1);
-      each_position<sum_t>(work, tap, bits, [&](const uint64_t* in, sum_t* sums) IIRSNN_LAMBDA {
-        if (next < end) {
-          for (int64_t row = share; row > 0; --row, next += work.pitch) visit.prefetch(next);
+      const auto all = [&](const auto& visit, const auto* rows) IIRSNN_INLINE_LAMBDA {
+        for (int part = 0; part < kWidth; part += kPart) {
+          Work& count = part ? again : done;
+          each_position<sum_t>(work, tap, bits, [&](const uint64_t* in, sum_t* sums) IIRSNN_INLINE_LAMBDA {
+            if (next < end) {
+              for (int64_t row = share; row > 0; --row, next += work.pitch) {
+                for (int p = 0; p < kWidth; p += kPart) stored.prefetch(next + p);
+              }
+            }
+            if constexpr (kPlain) {
+              count.events += __builtin_popcountll(*in);
+              visit.plain(*in, rows + part, sums + part);
+            } else {
+              count.events += __builtin_popcountll(*in & mask);
+              visit.pooled(in, work.plane, work.planes, mask, rows + part, sums + part, count);
+            }
+          });
         }
-        if constexpr (kPlain) {
-          done.events += __builtin_popcountll(*in);
-          visit.plain(*in, rows, sums);
-        } else {
-          done.events += __builtin_popcountll(*in & mask);
-          visit.pooled(in, work.plane, work.planes, mask, rows, sums, done);
+      };
+      if constexpr (std::is_same_v<weight_t, int8_t>) {
+        if (visits >= kVisitsToWiden) {
+          const int skipped = __builtin_ctzll(mask);
+          for (int c = skipped; c < skipped + here; ++c) {
+            for (int part = 0; part < kWidth; part += kPart) {
+              typename TileVisit<Weights, kPart, kBytes>::Sum row;
+              row.zero();
+              row.add(rows + c * work.pitch + part);
+              row.store(wide + c * kWidth + part);
+            }
+          }
+          return all(TileVisit<Integer<int16_t>, kPart, kBytes>(kWidth), static_cast<const int16_t*>(wide));
         }
-      });
+      }
+      all(stored, rows);
     });
-    if (kIntegers) carry_over(work, 0);
+    if (kIntegers) carry_over<kBytes>(work, 0);
     done_->events += done.events;
     done_->merges += done.merges;
   }
@@ -263,7 +324,8 @@ template <typename Weights>
 struct StreamLoop {
   using weight_t = typename Weights::weight_t;
   using sum_t = typename Weights::sum_t;
-  using Sum = typename Weights::template Sum<Weights::kUnit>;
+  template <int kBytes>
+  using Sum = typename Weights::template Sum<Weights::kUnit, kBytes>;
   static constexpr int kRows = 4;
   static constexpr int kAhead = 8192 / int(sizeof(weight_t));  // outputs of each row
   static constexpr bool kIntegers = std::is_same_v<sum_t, int16_t>;
@@ -275,7 +337,7 @@ struct StreamLoop {
     IIRSNN_INLINE bool takes(const sum_t* to, int of) const { return count < kRows && sums == to && digit == of; }
   };
 
-  template <int kCount, bool kPlain>
+  template <int kBytes, int kCount, bool kPlain>
   static IIRSNN_INLINE void add_part(const Group& group, int from, int to, const Group& next, int shift) {
     const weight_t *rows[kCount], *ahead[kRows];  // in registers: stores to the sums could change the group's
     for (int k = 0; k < kCount; ++k) rows[k] = group.rows[k];
@@ -286,59 +348,62 @@ struct StreamLoop {
       if (sizeof(weight_t) > 1 || i % 64 == 0) {  // once a cache line
         for (int k = 0; k < kRows; ++k) __builtin_prefetch(ahead[k] + i, 0, 2);
       }
-      Sum sum;
-      sum.load(sums + i);
+      Sum<kBytes> sum;
       if constexpr (kPlain) {
+        sum.load(sums + i);
+        IIRSNN_REGISTERS
         for (int k = 0; k < kCount; ++k) sum.add(rows[k] + i);
+        sum.store(sums + i);
       } else {
-        Sum high;
-        high.zero();
-        for (int k = 0; k < kCount; ++k) high.add(rows[k] + i);
-        sum.merge(high, digit);
+        sum.zero();
+        IIRSNN_REGISTERS
+        for (int k = 0; k < kCount; ++k) sum.add(rows[k] + i);
+        sum.merge(sums + i, digit);
       }
-      sum.store(sums + i);
     }
   }
   // Adds a group and asks for `soon` at the distance `shift`, then for `later`.
-  template <int kCount>
+  template <int kBytes, int kCount>
   static IIRSNN_INLINE void add(const Group& group, const Group& soon, const Group& later, int shift, int width) {
     if (group.digit == 0) {
-      add_part<kCount, true>(group, 0, width - shift, soon, shift);
-      add_part<kCount, true>(group, width - shift, width, later, shift - width);
+      add_part<kBytes, kCount, true>(group, 0, width - shift, soon, shift);
+      add_part<kBytes, kCount, true>(group, width - shift, width, later, shift - width);
     } else {
-      add_part<kCount, false>(group, 0, width - shift, soon, shift);
-      add_part<kCount, false>(group, width - shift, width, later, shift - width);
+      add_part<kBytes, kCount, false>(group, 0, width - shift, soon, shift);
+      add_part<kBytes, kCount, false>(group, width - shift, width, later, shift - width);
     }
   }
 
+  template <int kBytes>
   static IIRSNN_INLINE void run(const Additions* work_, Work* done_) {
     const Additions work = *work_;
     Work done;
     std::vector<Group> groups;  // to be added; known so early that their rows can be asked for
     const int width = work.width, groups_ahead = kAhead / width;
-    const auto collect = [&](uint64_t bits, int digit, int merges, const weight_t* rows, sum_t* sums) IIRSNN_LAMBDA {
-      done.events += __builtin_popcountll(bits);
-      while (bits) {
-        if (groups.empty() || !groups.back().takes(sums, digit)) {
-          const weight_t* first = rows + __builtin_ctzll(bits) * work.pitch;
-          groups.push_back({{first, first, first, first}, sums, 0, digit});
-          done.merges += merges;
-        }
-        Group& group = groups.back();
-        for (; bits && group.count < kRows; bits &= bits - 1) {
-          group.rows[group.count++] = rows + __builtin_ctzll(bits) * work.pitch;
-        }
-      }
-    };
+    const auto collect = [&](uint64_t bits, int digit, int merges, const weight_t* rows, sum_t* sums)
+                             IIRSNN_INLINE_LAMBDA {
+                               done.events += __builtin_popcountll(bits);
+                               while (bits) {
+                                 if (groups.empty() || !groups.back().takes(sums, digit)) {
+                                   const weight_t* first = rows + __builtin_ctzll(bits) * work.pitch;
+                                   groups.push_back({{first, first, first, first}, sums, 0, digit});
+                                   done.merges += merges;
+                                 }
+                                 Group& group = groups.back();
+                                 for (; bits && group.count < kRows; bits &= bits - 1) {
+                                   group.rows[group.count++] = rows + __builtin_ctzll(bits) * work.pitch;
+                                 }
+                               }
+                             };
     each_block<Weights>(work, [&](const Tap& tap, const uint64_t* bits, uint64_t mask, const weight_t* rows, int here,
-                                  Carry carry, bool complete) IIRSNN_LAMBDA {
-      if (kIntegers && carry != Carry::none) carry_over(work, 0);
+                                  Carry carry, bool complete) IIRSNN_INLINE_LAMBDA {
+      if (kIntegers && carry != Carry::none) carry_over<kBytes>(work, 0);
       const bool by_digit = kIntegers && carry == Carry::by_digit;
       // of many positions one or another needs almost every row of the next block, so they share out all of them
       const bool share = work.images * tap.rows * tap.columns >= kVisitsToPrefetch;
       const weight_t* next = rows + (__builtin_ctzll(mask) + here) * work.pitch;
       for (int digit = 0; digit < (by_digit ? work.planes : 1); ++digit) {
-        each_position<sum_t>(work, tap, bits, [&](const uint64_t* in, sum_t* sums) IIRSNN_LAMBDA {
+        each_position<sum_t>(work, tap, bits, [&](const uint64_t* in, sum_t* sums) IIRSNN_INLINE_LAMBDA {
           if (by_digit) return collect(in[digit * work.plane] & mask, 0, digit ? digit + 1 : 0, rows, sums);
           for (int d = 0; d < work.planes; ++d) collect(in[d * work.plane] & mask, d, d ? d + 1 : 0, rows, sums);
         });
@@ -358,23 +423,23 @@ struct StreamLoop {
           }
           switch (groups[i].count) {
             case 4:
-              add<4>(groups[i], *soon, *later, shift, width);
+              add<kBytes, 4>(groups[i], *soon, *later, shift, width);
               break;
             case 3:
-              add<3>(groups[i], *soon, *later, shift, width);
+              add<kBytes, 3>(groups[i], *soon, *later, shift, width);
               break;
             case 2:
-              add<2>(groups[i], *soon, *later, shift, width);
+              add<kBytes, 2>(groups[i], *soon, *later, shift, width);
               break;
             default:
-              add<1>(groups[i], *soon, *later, shift, width);
+              add<kBytes, 1>(groups[i], *soon, *later, shift, width);
           }
         }
         groups.erase(groups.begin(), groups.begin() + std::max<int64_t>(count - kept, 0));
-        if (by_digit) carry_over(work, digit);
+        if (by_digit) carry_over<kBytes>(work, digit);
       }
     });
-    if (kIntegers) carry_over(work, 0);
+    if (kIntegers) carry_over<kBytes>(work, 0);
     done_->events += done.events;
     done_->merges += done.merges;
   }
@@ -391,30 +456,86 @@ void add_events(const Additions& work, Work& done) {
 
 // ---- The first layer ----
 
-template <int kWidth>
+// Sums of kPositions positions by kProducts outputs stay in registers over all taps and channels.
+constexpr int kProducts = 16;
+
+struct ProductTap {
+  const float* in;       // of the row's column 0, in the first channel
+  const float* weights;  // of the first output
+  int first, last;       // columns that it reaches
+};
+
+template <int kPositions, int kBytes>
+IIRSNN_INLINE void multiply(const Products& work, const ProductTap* taps, int tap_count, int x, int part, float* sums) {
+  using Floats = Register<float, kBytes>;
+  constexpr int kLanes = kBytes / 4, kRegisters = kProducts / kLanes;
+  Floats v[kPositions][kRegisters];
+  float* const at = sums + int64_t(x) * work.width + part;
+  IIRSNN_REGISTERS
+  for (int p = 0; p < kPositions; ++p) {
+    IIRSNN_REGISTERS
+    for (int i = 0; i < kRegisters; ++i) v[p][i] = load_register<Floats>(at + p * work.width + i * kLanes);
+  }
+  const int64_t column = work.column_in;
+  for (int t = 0; t < tap_count; ++t) {
+    const float *in = taps[t].in + x * column, *row = taps[t].weights + part;
+    const auto add = [&](auto all) IIRSNN_INLINE_LAMBDA {
+      for (int c = 0; c < work.channels; ++c, in += work.channel_in, row += work.pitch) {
+        Floats w[kRegisters];
+        IIRSNN_REGISTERS
+        for (int i = 0; i < kRegisters; ++i) w[i] = load_register<Floats>(row + i * kLanes);
+        IIRSNN_REGISTERS
+        for (int p = 0; p < kPositions; ++p) {
+          if (!decltype(all)::value && (x + p < taps[t].first || x + p >= taps[t].last)) continue;
+          const Floats value = spread<kBytes>(in[p * column]);
+          IIRSNN_REGISTERS
+          for (int i = 0; i < kRegisters; ++i) v[p][i] += w[i] * value;
+        }
+      }
+    };
+    if (taps[t].first <= x && x + kPositions <= taps[t].last) {
+      add(std::true_type());
+    } else {
+      add(std::false_type());
+    }
+  }
+  IIRSNN_REGISTERS
+  for (int p = 0; p < kPositions; ++p) {
+    IIRSNN_REGISTERS
+    for (int i = 0; i < kRegisters; ++i) store_register(at + p * work.width + i * kLanes, v[p][i]);
+  }
+}
+
 struct ProductLoop {
+  template <int kBytes>
   static IIRSNN_INLINE void run(const Products* work_) {
     const Products work = *work_;
-    for (int part = 0; part < work.width; part += kWidth) {
-      for (int t = 0; t < work.tap_count; ++t) {
-        const Tap tap = work.taps[t];
-        for (int64_t image = 0; image < work.images; ++image) {
-          for (int y = 0; y < tap.rows; ++y) {
-            const float* in = work.image + tap.in + image * work.image_in + y * work.row_in;
-            float* sums =
-                work.sums + (tap.out + image * work.image_out + y * work.row_out) * int64_t(work.width) + part;
-            for (int x = 0; x < tap.columns; ++x, in += work.column_in, sums += work.width) {
-              Fp32::Sum<kWidth> sum;
-              sum.load(sums);
-              const float* row = work.weights + int64_t(t) * work.channels * work.pitch + part;
-              for (int c = 0; c < work.channels; ++c, row += work.pitch) {
-                const float value = in[(work.first_channel + c) * work.channel_in];
-                const Floats* parts = reinterpret_cast<const Floats*>(row);
-                for (int i = 0; i < kWidth / 16; ++i) sum.v[i] += parts[i] * value;
-              }
-              sum.store(sums);
-            }
+    constexpr int kPositions = kBytes == 64 ? 8 : kBytes == 32 ? 4 : 2;
+    std::vector<ProductTap> taps(work.tap_count);
+    int rows = 0;
+    for (int t = 0; t < work.tap_count; ++t) {
+      rows = std::max(rows, int(work.taps[t].out / work.row_out) + work.taps[t].rows);
+    }
+    for (int64_t image = 0; image < work.images; ++image) {
+      for (int y = 0; y < rows; ++y) {
+        float* sums = work.sums + (image * work.image_out + y * work.row_out) * int64_t(work.width);
+        int count = 0, left = 1 << 30, right = 0;  // columns of any tap
+        for (int t = 0; t < work.tap_count; ++t) {
+          const Tap& tap = work.taps[t];
+          const int top = int(tap.out / work.row_out), begin = int(tap.out % work.row_out);
+          if (y < top || y >= top + tap.rows || tap.columns == 0) continue;
+          taps[count++] = {work.image + tap.in + image * work.image_in + (y - top) * work.row_in +
+                               work.first_channel * work.channel_in - begin * work.column_in,
+                           work.weights + int64_t(t) * work.channels * work.pitch, begin, begin + tap.columns};
+          left = std::min(left, begin);
+          right = std::max(right, begin + tap.columns);
+        }
+        for (int part = 0; part < work.width; part += kProducts) {
+          int x = left;
+          for (; x + kPositions <= right; x += kPositions) {
+            multiply<kPositions, kBytes>(work, taps.data(), count, x, part, sums);
           }
+          for (; x < right; ++x) multiply<1, kBytes>(work, taps.data(), count, x, part, sums);
         }
       }
     }
@@ -423,24 +544,26 @@ struct ProductLoop {
 
 // ---- Neurons ----
 
-template <bool kInteger>
-IIRSNN_INLINE Floats current16(const Neurons& work, const char* sums, int output, const uint64_t* skip) {
+template <bool kInteger, int kBytes>
+IIRSNN_INLINE Register<float, kBytes> current(const Neurons& work, const char* sums, int output, const uint64_t* skip) {
+  using Floats = Register<float, kBytes>;
+  using Ints = Register<int32_t, kBytes>;
   Floats h;
   if constexpr (kInteger) {
-    h = __builtin_convertvector(*reinterpret_cast<const Ints*>(sums), Floats);
-    h = h * *reinterpret_cast<const LooseFloats*>(work.scale + output) +
-        *reinterpret_cast<const LooseFloats*>(work.bias + output);
+    h = __builtin_convertvector(load_register<Ints>(sums), Floats);
+    h = h * load_loose<Floats>(work.scale + output) + load_loose<Floats>(work.bias + output);
   } else {
-    h = *reinterpret_cast<const Floats*>(sums);
+    h = load_register<Floats>(sums);
   }
   if (skip) {
-    constexpr Ints kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    constexpr int32_t kLanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Ints lane = load_loose<Ints>(kLanes);
     Ints count{};
     for (int digit = 0; digit < work.skip_planes; ++digit) {
       const int32_t bits = int32_t(skip[digit * work.skip_plane] >> (output % kWord) & 0xffff);
-      count += ((bits >> kLane) & 1) << digit;
+      count += (((bits - Ints{}) >> lane) & 1) << digit;
     }
-    h += __builtin_convertvector(count, Floats) * work.skip_unit;
+    h += __builtin_convertvector(count, Floats) * spread<kBytes>(work.skip_unit);
   }
   return h;
 }
@@ -453,8 +576,9 @@ IIRSNN_INLINE int64_t added(const Neurons& work, const uint64_t* skip) {
   return bits;
 }
 
-template <bool kInteger>
+template <bool kInteger, bool kSkip>
 struct FireOnce {
+  template <int kBytes>
   static IIRSNN_INLINE void run(const Neurons* work_, Fired* fired) {
     const Neurons work = *work_;
     int64_t count = 0, skips = 0;
@@ -463,14 +587,21 @@ struct FireOnce {
       for (int64_t p = 0; p < work.positions; ++p, sums += work.width * 4) {
         const int64_t at = image * work.image_words + p * work.words;
         for (int word = 0; word * kWord < work.outputs; ++word) {
-          const uint64_t* skip = work.skip ? work.skip + at + word : nullptr;
+          const uint64_t* skip = kSkip ? work.skip + at + word : nullptr;
           skips += added(work, skip);
           const int outputs = work.outputs - word * kWord < kWord ? work.outputs - word * kWord : kWord;
           uint64_t bits = 0;
-          for (int i = 0; i < outputs; i += 16) {
+          using Floats = Register<float, kBytes>;
+          const auto some = [&](int i) IIRSNN_INLINE_LAMBDA {
             const int output = word * kWord + i;
-            const Floats h = current16<kInteger>(work, sums + output * 4, output, skip);
-            bits |= lanes16(h > *reinterpret_cast<const LooseFloats*>(work.threshold + output)) << i;
+            const Floats h = current<kInteger, kBytes>(work, sums + output * 4, output, skip);
+            bits |= sign_bits<kBytes>(h > load_loose<Floats>(work.threshold + output)) << i;
+          };
+          if (outputs == kWord) {
+            IIRSNN_REGISTERS
+            for (int i = 0; i < kWord; i += kBytes / 4) some(i);
+          } else {
+            for (int i = 0; i < outputs; i += kBytes / 4) some(i);
           }
           if (outputs < kWord) bits &= (uint64_t(1) << outputs) - 1;
           work.spikes[at + word] = bits;
@@ -485,6 +616,7 @@ struct FireOnce {
 
 template <bool kInteger, Reset kReset>
 struct FireOverTime {
+  template <int kBytes>
   static IIRSNN_INLINE void run(const Neurons* work_, Fired* fired) {
     const Neurons work = *work_;
     int64_t count = 0, skips = 0;
@@ -500,9 +632,11 @@ struct FireOverTime {
             const char* sums = first + (work.constant ? 0 : t) * step + (p * work.width + output) * 4;
             alignas(64) float h[16];
             const uint64_t* skip = work.skip ? work.skip + at : nullptr;
-            const Floats x = current16<kInteger>(work, sums, output, skip);
+            IIRSNN_REGISTERS
+            for (int i = 0; i < 16; i += kBytes / 4) {
+              store_register(h + i, current<kInteger, kBytes>(work, sums + i * 4, output + i, skip));
+            }
             if (shift == 0) skips += added(work, skip);
-            std::memcpy(h, &x, sizeof(h));
             uint64_t bits = 0;
             for (int i = 0; i < lanes; ++i) {
               const Neuron<float> neuron{work.threshold[output + i], 0.0f, work.leak[output + i], work.v_reset};
@@ -523,7 +657,9 @@ struct FireOverTime {
 
 template <bool kInteger>
 void fire_as(const Neurons& work, Fired& fired) {
-  if (work.timesteps == 1) return run<FireOnce<kInteger>>(&work, &fired);
+  if (work.timesteps == 1) {
+    return work.skip ? run<FireOnce<kInteger, true>>(&work, &fired) : run<FireOnce<kInteger, false>>(&work, &fired);
+  }
   switch (work.reset) {
     case Fires::soft:
       return run<FireOverTime<kInteger, Reset::soft>>(&work, &fired);
@@ -591,11 +727,7 @@ void add_stream(Precision precision, const Additions& work, Work& done) {
   }
 }
 
-void add_products(const Products& work) {
-  if (work.width % 64 == 0) return run<ProductLoop<64>>(&work);
-  if (work.width % 32 == 0) return run<ProductLoop<32>>(&work);
-  run<ProductLoop<16>>(&work);
-}
+void add_products(const Products& work) { run<ProductLoop>(&work); }
 
 Fired fire(const Neurons& work) {
   Fired fired;

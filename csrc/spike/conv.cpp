@@ -14,8 +14,8 @@
 #include <new>
 #include <type_traits>
 
-#include "spike.h"
-#include "versions.h"
+#include "simd/versions.h"
+#include "spike/spike.h"
 
 namespace iirsnn::sparse {
 namespace {
@@ -57,6 +57,7 @@ struct BitsReader {
   IIRSNN_INLINE BitsReader(const Source& source, int64_t channels)
       : data(static_cast<const uint64_t*>(source.data)), words((channels + kWord - 1) / kWord) {}
   // Bit i: channel first + i of a position is not zero; count <= 64.
+  template <int kBytes>
   IIRSNN_INLINE uint64_t set(int64_t position, int64_t first, int count) const {
     const uint64_t* at = data + position * words + first / kWord;
     const int shift = first % kWord;
@@ -74,6 +75,7 @@ struct CountsReader {
   int64_t channels;
   IIRSNN_INLINE CountsReader(const Source& source, int64_t channels)
       : data(static_cast<const uint8_t*>(source.data)), table(source.table), channels(channels) {}
+  template <int kBytes>
   IIRSNN_INLINE uint64_t set(int64_t position, int64_t first, int count) const {
     const uint8_t* at = data + position * channels + first;
     uint64_t bits = 0;
@@ -97,10 +99,12 @@ struct RealsReader {
   int64_t channels;
   IIRSNN_INLINE RealsReader(const Source& source, int64_t channels)
       : data(static_cast<const float*>(source.data)), channels(channels) {}
+  template <int kBytes>
   IIRSNN_INLINE uint64_t set(int64_t position, int64_t first, int count) const {
     const float* at = data + position * channels + first;
     uint64_t bits = 0;
-    for (int i = 0; i < count; i += 16) bits |= lanes16(load_up_to(at + i, count - i) != 0.0f) << i;
+    for (int i = 0; i < count; i += kFloats<kBytes>)
+      bits |= sign_bits<kBytes>(load_up_to<kBytes>(at + i, count - i) != 0.0f) << i;
     return bits;
   }
   IIRSNN_INLINE float value(int64_t position, int64_t channel) const { return data[position * channels + channel]; }
@@ -108,38 +112,47 @@ struct RealsReader {
 
 // ---- Sums in registers ----
 
-template <int kWidth>
+template <int kWidth, int kBytes>
 struct Row {
-  Floats v[kWidth / 16];
+  using Floats = Register<float, kBytes>;
+  static constexpr int kRegisters = kWidth / kFloats<kBytes>;
+  Floats v[kRegisters];
 
   IIRSNN_INLINE void zero() {
-    for (Floats& part : v) part = Floats{};
+    IIRSNN_REGISTERS
+    for (int i = 0; i < kRegisters; ++i) v[i] = Floats{};
   }
   IIRSNN_INLINE void load(const float* from) {
-    for (int i = 0; i < kWidth / 16; ++i) v[i] = reinterpret_cast<const Floats*>(from)[i];
+    IIRSNN_REGISTERS
+    for (int i = 0; i < kRegisters; ++i) v[i] = load_register<Floats>(from + i * kFloats<kBytes>);
   }
   IIRSNN_INLINE void store(float* to) const {
-    for (int i = 0; i < kWidth / 16; ++i) reinterpret_cast<Floats*>(to)[i] = v[i];
+    IIRSNN_REGISTERS
+    for (int i = 0; i < kRegisters; ++i) store_register(to + i * kFloats<kBytes>, v[i]);
   }
   IIRSNN_INLINE void add(const Row& other) {
-    for (int i = 0; i < kWidth / 16; ++i) v[i] += other.v[i];
+    IIRSNN_REGISTERS
+    for (int i = 0; i < kRegisters; ++i) v[i] += other.v[i];
   }
   template <bool kValues>
   IIRSNN_INLINE void add(const char* row, float value) {
-    for (int i = 0; i < kWidth / 16; ++i) {
-      const Floats part = reinterpret_cast<const Floats*>(row)[i];
-      v[i] += kValues ? part * value : part;
+    const Floats factor = kValues ? spread<kBytes>(value) : Floats{};
+    IIRSNN_REGISTERS
+    for (int i = 0; i < kRegisters; ++i) {
+      const Floats part = load_register<Floats>(row + i * kBytes);
+      v[i] += kValues ? part * factor : part;
     }
   }
 };
 
 // sums[tap] += the rows at `rows - tap * row` of the events [first, last), a float each where kValues.
 // Two sums take turns where there are few: an addition takes several cycles, and one can start in each.
-template <int kWidth, int kTaps, bool kValues>
-IIRSNN_INLINE void accumulate(const char* rows, const uint32_t* entries, const float* values, int64_t first,
-                              int64_t last, float* sums) {
+template <int kPart, int kWidth, int kTaps, bool kValues, int kBytes>
+IIRSNN_INLINE void accumulate_part(const char* rows, const uint32_t* entries, const float* values, int64_t first,
+                                   int64_t last, float* sums) {
   constexpr bool kTwo = kTaps * kWidth < 64;
-  Row<kWidth> sum[kTaps], other[kTaps];
+  Row<kPart, kBytes> sum[kTaps], other[kTaps];
+  IIRSNN_REGISTERS
   for (int tap = 0; tap < kTaps; ++tap) {
     sum[tap].load(sums + tap * kWidth);
     if (kTwo) other[tap].zero();
@@ -147,6 +160,7 @@ IIRSNN_INLINE void accumulate(const char* rows, const uint32_t* entries, const f
   int64_t e = first;
   if (kTwo) {
     for (; e + 2 <= last; e += 2) {
+      IIRSNN_REGISTERS
       for (int tap = 0; tap < kTaps; ++tap) {
         sum[tap].template add<kValues>(rows + entries[e] - tap * kWidth * 4, kValues ? values[e] : 0.0f);
         other[tap].template add<kValues>(rows + entries[e + 1] - tap * kWidth * 4, kValues ? values[e + 1] : 0.0f);
@@ -154,13 +168,28 @@ IIRSNN_INLINE void accumulate(const char* rows, const uint32_t* entries, const f
     }
   }
   for (; e < last; ++e) {
+    IIRSNN_REGISTERS
     for (int tap = 0; tap < kTaps; ++tap) {
       sum[tap].template add<kValues>(rows + entries[e] - tap * kWidth * 4, kValues ? values[e] : 0.0f);
     }
   }
+  IIRSNN_REGISTERS
   for (int tap = 0; tap < kTaps; ++tap) {
     if (kTwo) sum[tap].add(other[tap]);
     sum[tap].store(sums + tap * kWidth);
+  }
+}
+
+template <int kWidth, int kTaps, bool kValues, int kBytes>
+IIRSNN_INLINE void accumulate(const char* rows, const uint32_t* entries, const float* values, int64_t first,
+                              int64_t last, float* sums) {
+#if defined(__x86_64__)
+  constexpr int kPart = kBytes == 16 ? 16 : kWidth;  // sums in 16 registers
+#else
+  constexpr int kPart = kWidth;
+#endif
+  for (int part = 0; part < kWidth; part += kPart) {
+    accumulate_part<kPart, kWidth, kTaps, kValues, kBytes>(rows + part * 4, entries, values, first, last, sums + part);
   }
 }
 
@@ -190,12 +219,14 @@ struct ForwardPlan {
 };
 
 // The weights of a tile and a block as [kernel row][kernel column][channel of the block][kWidth], times `scale`.
-template <typename scalar_t, int kWidth>
+template <typename scalar_t, int kWidth, int kBytes>
 IIRSNN_INLINE void load_weights(const Forward& work, int64_t group, int64_t output, int64_t channel, int64_t block,
                                 float scale, float* to) {
   const Conv& conv = work.conv;
   const int64_t taps = conv.kernel_h * conv.kernel_w, outputs = conv.group_outputs() - output;
   const int64_t channels = std::min(block, conv.group_channels() - channel);
+  using Floats = Register<float, kBytes>;
+  constexpr int L = kFloats<kBytes>;
   const scalar_t* weight = static_cast<const scalar_t*>(work.weight);
   for (int64_t tap = 0; tap < taps; ++tap, to += block * kWidth) {
     if (work.transposed) {
@@ -203,10 +234,11 @@ IIRSNN_INLINE void load_weights(const Forward& work, int64_t group, int64_t outp
       const scalar_t* from =
           weight + (group * conv.group_channels() + channel) * pitch + (taps - 1 - tap) * conv.group_outputs() + output;
       for (int64_t c = 0; c < channels; ++c) {
-        for (int64_t k = 0; k < kWidth; k += 16) {
+        IIRSNN_REGISTERS
+        for (int64_t k = 0; k < kWidth; k += L) {
           Floats row{};
-          if (k < outputs) row = load_up_to(from + c * pitch + k, outputs - k);
-          *reinterpret_cast<Floats*>(to + c * kWidth + k) = row;
+          if (k < outputs) row = load_up_to<kBytes>(from + c * pitch + k, outputs - k);
+          store_register(to + c * kWidth + k, row);
         }
       }
       continue;
@@ -214,17 +246,24 @@ IIRSNN_INLINE void load_weights(const Forward& work, int64_t group, int64_t outp
     const int64_t pitch = taps * conv.group_channels();
     const scalar_t* from =
         weight + (group * conv.group_outputs() + output) * pitch + tap * conv.group_channels() + channel;
-    for (int64_t c = 0; c < channels; c += 16) {
-      for (int64_t k = 0; k < kWidth; k += 16) {
-        Floats rows[16];
-        for (int64_t i = 0; i < 16; ++i) {
+    const Floats factor = spread<kBytes>(scale);
+    for (int64_t c = 0; c < channels; c += L) {
+      for (int64_t k = 0; k < kWidth; k += L) {
+        Floats rows[L];
+        if (c + L <= channels && k + L <= outputs) {
+          IIRSNN_REGISTERS
+          for (int64_t i = 0; i < L; ++i) rows[i] = load_part<kBytes>(from + (k + i) * pitch + c) * factor;
+          transpose<kBytes>(rows);
+          IIRSNN_REGISTERS
+          for (int64_t i = 0; i < L; ++i) store_register(to + (c + i) * kWidth + k, rows[i]);
+          continue;
+        }
+        for (int64_t i = 0; i < L; ++i) {
           rows[i] = Floats{};
-          if (k + i < outputs) rows[i] = load_up_to(from + (k + i) * pitch + c, channels - c) * scale;
+          if (k + i < outputs) rows[i] = load_up_to<kBytes>(from + (k + i) * pitch + c, channels - c) * factor;
         }
-        transpose16(rows);
-        for (int64_t i = 0; i < 16 && c + i < channels; ++i) {
-          *reinterpret_cast<Floats*>(to + (c + i) * kWidth + k) = rows[i];
-        }
+        transpose<kBytes>(rows);
+        for (int64_t i = 0; i < L && c + i < channels; ++i) store_register(to + (c + i) * kWidth + k, rows[i]);
       }
     }
   }
@@ -240,7 +279,7 @@ struct ForwardChunk {
 };
 
 // Adds a block's weights to the sums [image][row][column][kWidth] of a chunk.
-template <int kWidth, bool kValues>
+template <int kWidth, bool kValues, int kBytes>
 IIRSNN_INLINE void add_block(const Conv& conv, const ForwardChunk& chunk, int64_t block, const int64_t* starts,
                              const float* weights, float* sums) {
   const int64_t row_bytes = kWidth * 4;
@@ -262,8 +301,8 @@ IIRSNN_INLINE void add_block(const Conv& conv, const ForwardChunk& chunk, int64_
             const int64_t from = std::min(std::max<int64_t>(left, 0), conv.width);
             const int64_t to = std::min(std::max<int64_t>(left + together, 0), conv.width);
             // entries count rows from column 0 of the image on
-            accumulate<kWidth, 1, kValues>(tap - left * block * row_bytes, chunk.entries, chunk.values, start[from],
-                                           start[to], sum);
+            accumulate<kWidth, 1, kValues, kBytes>(tap - left * block * row_bytes, chunk.entries, chunk.values,
+                                                   start[from], start[to], sum);
           }
         }
       }
@@ -271,7 +310,7 @@ IIRSNN_INLINE void add_block(const Conv& conv, const ForwardChunk& chunk, int64_
   }
 }
 
-template <typename scalar_t, typename Reader, int kWidth>
+template <typename scalar_t, typename Reader, int kWidth, int kBytes>
 IIRSNN_INLINE void forward_tile(const Forward& work, const ForwardPlan& plan, const ForwardChunk& chunk, int64_t group,
                                 int64_t output, float* weights, float* sums) {
   const Conv& conv = work.conv;
@@ -279,31 +318,38 @@ IIRSNN_INLINE void forward_tile(const Forward& work, const ForwardPlan& plan, co
   const int64_t first_output = group * conv.group_outputs() + output, outputs = conv.group_outputs() - output;
   const float scale = Reader::kValues ? 1.0f : work.source.table[1];
   const int64_t block_starts = chunk.images * chunk.in_rows * conv.width;
-  Row<kWidth> bias;
-  bias.zero();
-  for (int64_t k = 0; work.bias && k < kWidth && k < outputs; k += 16) {
-    bias.v[k / 16] = load_up_to(work.bias + first_output + k, outputs - k);
-  }
+  constexpr int L = kFloats<kBytes>;
+  Row<kWidth, kBytes> bias;
+  alignas(64) float biases[kWidth] = {};
+  for (int64_t k = 0; work.bias && k < kWidth && k < outputs; ++k) biases[k] = work.bias[first_output + k];
+  bias.load(biases);
   for (int64_t p = 0; p < positions; ++p) bias.store(sums + p * kWidth);
   for (int64_t b = 0; b < plan.blocks; ++b) {
-    load_weights<scalar_t, kWidth>(work, group, output, b * plan.block, plan.block, scale, weights);
-    add_block<kWidth, Reader::kValues>(conv, chunk, plan.block, chunk.starts + (group * plan.blocks + b) * block_starts,
-                                       weights, sums);
+    load_weights<scalar_t, kWidth, kBytes>(work, group, output, b * plan.block, plan.block, scale, weights);
+    add_block<kWidth, Reader::kValues, kBytes>(conv, chunk, plan.block,
+                                               chunk.starts + (group * plan.blocks + b) * block_starts, weights, sums);
   }
   scalar_t* out = static_cast<scalar_t*>(work.out) + first_output;
   for (int64_t image = 0; image < chunk.images; ++image) {
     scalar_t* to =
         out + ((chunk.first_image + image) * conv.out_height + chunk.first_row) * conv.out_width * conv.outputs;
     for (int64_t p = chunk.rows * conv.out_width; p > 0; --p, to += conv.outputs, sums += kWidth) {
-      for (int64_t k = 0; k < kWidth && k < outputs; k += 16) {
-        store_up_to(*reinterpret_cast<const Floats*>(sums + k), to + k, outputs - k);
+      if (outputs >= kWidth) {
+        IIRSNN_REGISTERS
+        for (int64_t k = 0; k < kWidth; k += L) {
+          store_part<kBytes>(load_register<Register<float, kBytes>>(sums + k), to + k);
+        }
+        continue;
+      }
+      for (int64_t k = 0; k < kWidth && k < outputs; k += L) {
+        store_up_to<kBytes>(load_register<Register<float, kBytes>>(sums + k), to + k, outputs - k);
       }
     }
   }
 }
 
 // Entries are those of rows of kTile floats; a narrower tile has rows of half the bytes.
-template <typename Reader>
+template <typename Reader, int kBytes>
 IIRSNN_INLINE int64_t list_events(const Forward& work, const ForwardPlan& plan, const ForwardChunk& chunk,
                                   uint32_t* entries, float* values, int64_t* starts) {
   const Conv& conv = work.conv;
@@ -319,7 +365,7 @@ IIRSNN_INLINE int64_t list_events(const Forward& work, const ForwardPlan& plan, 
           const int64_t column = p % conv.width;
           for (int64_t c = 0; c < channels; c += kWord) {
             const int64_t channel = group * conv.group_channels() + first + c;
-            uint64_t bits = reader.set(at + p, channel, int(std::min<int64_t>(kWord, channels - c)));
+            uint64_t bits = reader.template set<kBytes>(at + p, channel, int(std::min<int64_t>(kWord, channels - c)));
             const uint32_t base = uint32_t((column * plan.block + c) * kRowBytes);
             for (; bits; bits &= bits - 1) {
               const int bit = __builtin_ctzll(bits);
@@ -337,6 +383,7 @@ IIRSNN_INLINE int64_t list_events(const Forward& work, const ForwardPlan& plan, 
 
 template <typename scalar_t, typename Reader>
 struct ForwardLoop {
+  template <int kBytes>
   static IIRSNN_INLINE void run(const Forward* work_, int64_t threads, int64_t first_unit, int64_t last_unit) {
     const Forward work = *work_;
     const Conv& conv = work.conv;
@@ -364,15 +411,15 @@ struct ForwardLoop {
         const int64_t bottom = top + (chunk.rows - 1) * conv.stride_h + (conv.kernel_h - 1) * conv.dilation_h + 1;
         chunk.in_row = std::min(std::max<int64_t>(top, 0), conv.height);
         chunk.in_rows = std::max<int64_t>(std::min(bottom, conv.height) - chunk.in_row, 0);
-        list_events<Reader>(work, plan, chunk, entries.get(), values.get(), starts.get());
+        list_events<Reader, kBytes>(work, plan, chunk, entries.get(), values.get(), starts.get());
         chunk.entries = entries.get();
         chunk.values = values.get();
         chunk.starts = starts.get();
       }
       for (int64_t tile = plan.tiles * part / plan.tile_parts; tile < plan.tiles * (part + 1) / plan.tile_parts;
            ++tile) {
-        forward_tile<scalar_t, Reader, kTile>(work, plan, chunk, tile / group_tiles, tile % group_tiles * kTile,
-                                              weights.get(), sums.get());
+        forward_tile<scalar_t, Reader, kTile, kBytes>(work, plan, chunk, tile / group_tiles, tile % group_tiles * kTile,
+                                                      weights.get(), sums.get());
       }
     }
   }
@@ -411,7 +458,7 @@ struct ChannelLists {
 };
 
 // Events in the order of row, remainder of the column, image, column, so that those under one tap adjoin.
-template <typename Reader>
+template <typename Reader, int kBytes>
 IIRSNN_INLINE void list_channels(const WeightGrad& work, const GradPlan& plan, int64_t channel, int64_t channels,
                                  int64_t first_image, int64_t images, const ChannelLists& lists) {
   const Conv& conv = work.conv;
@@ -426,7 +473,7 @@ IIRSNN_INLINE void list_channels(const WeightGrad& work, const GradPlan& plan, i
         const int64_t row = (y / conv.stride_h * images + image) * plan.pitch;
         for (int64_t x = remainder; x < conv.width; x += conv.stride_w) {
           const uint32_t entry = uint32_t((row + x / conv.stride_w) * kRowBytes);
-          for (uint64_t bits = reader.set(at + x, channel, int(channels)); bits; bits &= bits - 1) {
+          for (uint64_t bits = reader.template set<kBytes>(at + x, channel, int(channels)); bits; bits &= bits - 1) {
             const int bit = __builtin_ctzll(bits);
             const int64_t to = bit * lists.capacity + counts[bit]++;
             lists.entries[to] = entry;
@@ -440,7 +487,7 @@ IIRSNN_INLINE void list_channels(const WeightGrad& work, const GradPlan& plan, i
 }
 
 // The sums [channel][kernel row][kernel column][kTile] of a tile get the gradients of one chunk of output rows.
-template <bool kValues>
+template <bool kValues, int kBytes>
 IIRSNN_INLINE void add_gradients(const Conv& conv, const GradPlan& plan, const ChannelLists& lists, int64_t channels,
                                  int64_t images, int64_t first_row, int64_t rows, const char* grad, float* sums) {
   const bool adjoin = conv.stride_h == 1 && conv.stride_w == 1;
@@ -466,16 +513,16 @@ IIRSNN_INLINE void add_gradients(const Conv& conv, const GradPlan& plan, const C
         if (adjoin) {
           const int64_t first = starts[(from + offset) * step], last = starts[(to + offset) * step];
           if (taps == 3) {
-            accumulate<kTile, 3, kValues>(rows_at, entries, values, first, last, sum);
+            accumulate<kTile, 3, kValues, kBytes>(rows_at, entries, values, first, last, sum);
           } else if (taps == 2) {
-            accumulate<kTile, 2, kValues>(rows_at, entries, values, first, last, sum);
+            accumulate<kTile, 2, kValues, kBytes>(rows_at, entries, values, first, last, sum);
           } else {
-            accumulate<kTile, 1, kValues>(rows_at, entries, values, first, last, sum);
+            accumulate<kTile, 1, kValues, kBytes>(rows_at, entries, values, first, last, sum);
           }
         } else {
           for (int64_t y = from; y < to; ++y) {
             const uint32_t* start = starts + (y * conv.stride_h + offset) * step;
-            accumulate<kTile, 1, kValues>(rows_at, entries, values, start[0], start[kGradBlock], sum);
+            accumulate<kTile, 1, kValues, kBytes>(rows_at, entries, values, start[0], start[kGradBlock], sum);
           }
         }
       }
@@ -485,7 +532,7 @@ IIRSNN_INLINE void add_gradients(const Conv& conv, const GradPlan& plan, const C
 }
 
 // [channel][kernel position][kTile] of `count` copies, added up and times `scale`, to the weight's gradient.
-template <typename scalar_t>
+template <typename scalar_t, int kBytes>
 IIRSNN_INLINE void write_tile(const WeightGrad& work, int64_t group, int64_t channel, int64_t output, const float* sums,
                               int64_t count, int64_t copy, float scale) {
   const Conv& conv = work.conv;
@@ -495,19 +542,24 @@ IIRSNN_INLINE void write_tile(const WeightGrad& work, int64_t group, int64_t cha
   scalar_t* grad_weight =
       static_cast<scalar_t*>(work.grad_weight) + (group * conv.group_outputs() + output) * pitch + channel;
   for (int64_t tap = 0; tap < taps; ++tap) {
-    for (int64_t c = 0; c < channels; c += 16) {
-      for (int64_t k = 0; k < outputs; k += 16) {
-        Floats rows[16];
-        for (int64_t i = 0; i < 16; ++i) {
+    using Floats = Register<float, kBytes>;
+    constexpr int L = kFloats<kBytes>;
+    const Floats factor = spread<kBytes>(scale);
+    for (int64_t c = 0; c < channels; c += L) {
+      for (int64_t k = 0; k < outputs; k += L) {
+        Floats rows[L];
+        const bool full = c + L <= channels;
+        IIRSNN_REGISTERS
+        for (int64_t i = 0; i < L; ++i) {
           rows[i] = Floats{};
-          if (c + i >= channels) continue;
+          if (!full && c + i >= channels) continue;
           const float* from = sums + ((c + i) * taps + tap) * kTile + k;
-          for (int64_t s = 0; s < count; ++s) rows[i] += *reinterpret_cast<const Floats*>(from + s * copy);
-          rows[i] *= scale;
+          for (int64_t s = 0; s < count; ++s) rows[i] += load_register<Floats>(from + s * copy);
+          rows[i] *= factor;
         }
-        transpose16(rows);
-        for (int64_t i = 0; i < 16 && k + i < outputs; ++i) {
-          store_up_to(rows[i], grad_weight + (k + i) * pitch + tap * conv.group_channels() + c, channels - c);
+        transpose<kBytes>(rows);
+        for (int64_t i = 0; i < L && k + i < outputs; ++i) {
+          store_up_to<kBytes>(rows[i], grad_weight + (k + i) * pitch + tap * conv.group_channels() + c, channels - c);
         }
       }
     }
@@ -517,6 +569,7 @@ IIRSNN_INLINE void write_tile(const WeightGrad& work, int64_t group, int64_t cha
 template <typename scalar_t, typename Reader>
 struct WeightGradLoop {
   // A unit is a split of the images and a block of channels.
+  template <int kBytes>
   static IIRSNN_INLINE void run(const WeightGrad* work_, int64_t first_unit, int64_t last_unit) {
     const WeightGrad work = *work_;
     const Conv& conv = work.conv;
@@ -545,8 +598,8 @@ struct WeightGradLoop {
       std::memset(sums, 0, block_floats * sizeof(float));
       for (int64_t u = plan.units * split / work.splits; u < plan.units * (split + 1) / work.splits; ++u) {
         const int64_t first_image = u * plan.images, images = std::min(plan.images, conv.images - first_image);
-        list_channels<Reader>(work, plan, group * conv.group_channels() + channel, channels, first_image, images,
-                              lists);
+        list_channels<Reader, kBytes>(work, plan, group * conv.group_channels() + channel, channels, first_image,
+                                      images, lists);
         for (int64_t tile = 0; tile < plan.tiles; ++tile) {
           const int64_t output = tile * kTile, outputs = conv.group_outputs() - output;
           for (int64_t row = 0; row < conv.out_height; row += plan.rows) {
@@ -559,23 +612,24 @@ struct WeightGradLoop {
                     ((first_image + image) * conv.out_height + row + y) * conv.out_width * conv.outputs +
                     group * conv.group_outputs() + output;
                 for (int64_t x = 0; x < conv.out_width; ++x, from += conv.outputs) {
-                  for (int64_t k = 0; k < kTile; k += 16) {
-                    Floats value{};
-                    if (k < outputs) value = load_up_to(from + k, outputs - k);
-                    *reinterpret_cast<Floats*>(to + x * kTile + k) = value;
+                  IIRSNN_REGISTERS
+                  for (int64_t k = 0; k < kTile; k += kFloats<kBytes>) {
+                    Register<float, kBytes> value{};
+                    if (k < outputs) value = load_up_to<kBytes>(from + k, outputs - k);
+                    store_register(to + x * kTile + k, value);
                   }
                 }
               }
             }
-            add_gradients<Reader::kValues>(conv, plan, lists, channels, images, row, rows,
-                                           reinterpret_cast<const char*>(grads.get() + plan.left * kTile),
-                                           sums + tile * tile_floats);
+            add_gradients<Reader::kValues, kBytes>(conv, plan, lists, channels, images, row, rows,
+                                                   reinterpret_cast<const char*>(grads.get() + plan.left * kTile),
+                                                   sums + tile * tile_floats);
           }
         }
       }
       if (work.splits > 1) continue;
       for (int64_t tile = 0; tile < plan.tiles; ++tile) {
-        write_tile<scalar_t>(work, group, channel, tile * kTile, sums + tile * tile_floats, 1, 0, scale);
+        write_tile<scalar_t, kBytes>(work, group, channel, tile * kTile, sums + tile * tile_floats, 1, 0, scale);
       }
     }
   }
@@ -583,6 +637,7 @@ struct WeightGradLoop {
 
 template <typename scalar_t>
 struct FinishLoop {
+  template <int kBytes>
   static IIRSNN_INLINE void run(const WeightGrad* work_, int64_t first_unit, int64_t last_unit) {
     const WeightGrad work = *work_;
     const Conv& conv = work.conv;
@@ -591,9 +646,9 @@ struct FinishLoop {
     const float scale = work.source.kind == Kind::bits ? work.source.table[1] : 1.0f;
     for (int64_t unit = first_unit; unit < last_unit; ++unit) {
       const int64_t block = unit / plan.tiles, tile = unit % plan.tiles;
-      write_tile<scalar_t>(work, block / plan.blocks, block % plan.blocks * kGradBlock, tile * kTile,
-                           work.partials + unit * tile_floats, work.splits,
-                           conv.groups * plan.blocks * plan.tiles * tile_floats, scale);
+      write_tile<scalar_t, kBytes>(work, block / plan.blocks, block % plan.blocks * kGradBlock, tile * kTile,
+                                   work.partials + unit * tile_floats, work.splits,
+                                   conv.groups * plan.blocks * plan.tiles * tile_floats, scale);
     }
   }
 };

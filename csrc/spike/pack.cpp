@@ -1,19 +1,25 @@
 // Spikes and average-pooled spikes to bits and counts, with the proof that they are such, and back.
-#include "spike.h"
-#include "versions.h"
+#include "simd/versions.h"
+#include "spike/spike.h"
 
 namespace iirsnn::sparse {
 namespace {
 
 // 64 values, or the first `count` of them, to a word; `odd` collects lanes that are neither 0 nor the spike's value.
-template <typename scalar_t>
-IIRSNN_INLINE uint64_t word_of(const scalar_t* from, int64_t count, Floats value, Ints& odd) {
+template <int kBytes, typename scalar_t>
+IIRSNN_INLINE uint64_t word_of(const scalar_t* from, int64_t count, const Register<float, kBytes>& value,
+                               Register<int32_t, kBytes>& odd) {
   uint64_t word = 0;
-  for (int i = 0; i < kWord && i < count; i += 16) {
-    const Floats v = load_up_to(from + i, count - i);
-    const Ints set = v != 0.0f;
+  const auto some = [&](const Register<float, kBytes>& v, int i) IIRSNN_INLINE_LAMBDA {
+    const Register<int32_t, kBytes> set = v != 0.0f;
     odd |= set & (v != value);
-    word |= lanes16(set) << i;
+    word |= sign_bits<kBytes>(set) << i;
+  };
+  if (count >= kWord) {
+    IIRSNN_REGISTERS
+    for (int i = 0; i < kWord; i += kFloats<kBytes>) some(load_part<kBytes>(from + i), i);
+  } else {
+    for (int i = 0; i < count; i += kFloats<kBytes>) some(load_up_to<kBytes>(from + i, count - i), i);
   }
   return word;
 }
@@ -31,19 +37,20 @@ IIRSNN_INLINE void transpose64(uint64_t* words) {  // bit j of word i <-> bit i 
 
 template <typename scalar_t>
 struct PackBits {
+  template <int kBytes>
   static IIRSNN_INLINE void run(const Pack* work_, int64_t first, int64_t last, int64_t* nonzeros, bool* exact) {
     const Pack work = *work_;
     const int64_t words = (work.channels + kWord - 1) / kWord;
     const scalar_t* x = static_cast<const scalar_t*>(work.x) + first * work.channels * work.positions;
     uint64_t* to = static_cast<uint64_t*>(work.packed) + first * work.positions * words;
-    const Floats value = Floats{} + work.table[1];
-    Ints odd{};
+    const Register<float, kBytes> value = spread<kBytes>(work.table[1]);
+    Register<int32_t, kBytes> odd{};
     int64_t count = 0;
     for (int64_t image = first; image < last; ++image) {
       if (work.channels_last) {
         for (int64_t p = 0; p < work.positions; ++p, x += work.channels) {
           for (int64_t c = 0; c < work.channels; c += kWord) {
-            *to = word_of(x + c, work.channels - c, value, odd);
+            *to = word_of<kBytes>(x + c, work.channels - c, value, odd);
             count += __builtin_popcountll(*to++);
           }
         }
@@ -52,7 +59,7 @@ struct PackBits {
           for (int64_t p = 0; p < work.positions; p += kWord) {
             uint64_t block[kWord] = {};
             for (int64_t i = 0; i < kWord && c + i < work.channels; ++i) {
-              block[i] = word_of(x + (c + i) * work.positions + p, work.positions - p, value, odd);
+              block[i] = word_of<kBytes>(x + (c + i) * work.positions + p, work.positions - p, value, odd);
               count += __builtin_popcountll(block[i]);
             }
             transpose64(block);
@@ -62,15 +69,16 @@ struct PackBits {
         x += work.channels * work.positions;
         to += work.positions * words;
       }
-      if (lanes16(odd)) break;
+      if (sign_bits<kBytes>(odd)) break;
     }
     *nonzeros += count;
-    *exact = !lanes16(odd);
+    *exact = !sign_bits<kBytes>(odd);
   }
 };
 
 template <typename scalar_t>
 struct PackCounts {
+  template <int kBytes>
   static IIRSNN_INLINE void run(const Pack* work_, int64_t first, int64_t last, int64_t* nonzeros, bool* exact) {
     const Pack work = *work_;
     const int64_t size = work.channels * work.positions;
@@ -102,6 +110,7 @@ struct PackCounts {
 
 template <typename scalar_t>
 struct UnpackLoop {
+  template <int kBytes>
   static IIRSNN_INLINE void run(const Unpack* work_, int64_t first, int64_t last) {
     const Unpack work = *work_;
     scalar_t* to = static_cast<scalar_t*>(work.x) + first * work.positions * work.channels;
@@ -114,13 +123,16 @@ struct UnpackLoop {
     }
     const int64_t words = (work.channels + kWord - 1) / kWord;
     const uint64_t* from = static_cast<const uint64_t*>(work.source.data) + first * work.positions * words;
-    constexpr Ints kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const Floats value = Floats{} + work.source.table[1];
+    using Ints = Register<int32_t, kBytes>;
+    using Floats = Register<float, kBytes>;
+    constexpr int32_t kLane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Ints lane = load_loose<Ints>(kLane);
+    const Floats value = spread<kBytes>(work.source.table[1]);
     for (int64_t p = (last - first) * work.positions; p > 0; --p, from += words, to += work.channels) {
-      for (int64_t c = 0; c < work.channels; c += 16) {
+      for (int64_t c = 0; c < work.channels; c += kFloats<kBytes>) {
         const int32_t bits = int32_t(from[c / kWord] >> (c % kWord) & 0xffff);
-        const Ints set = -((bits >> kLane) & 1);
-        store_up_to((Floats)((Ints)value & set), to + c, work.channels - c);
+        const Ints set = -(((bits - Ints{}) >> lane) & 1);
+        store_up_to<kBytes>((Floats)((Ints)value & set), to + c, work.channels - c);
       }
     }
   }

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "../lif.h"
+#include "lif/lif.h"
 
 namespace iirsnn::sparse {
 

@@ -1,4 +1,4 @@
-// Checks, allocation and threads of the spike_* ops. Their schemas are defined in iirsnn/spike_ops.py.
+// Checks, allocation and threads of the spike_* ops. Their schemas are defined in iirsnn/ops/spike.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -8,7 +8,7 @@
 #include <optional>
 #include <tuple>
 
-#include "spike.h"
+#include "spike/spike.h"
 
 namespace iirsnn::sparse {
 namespace {

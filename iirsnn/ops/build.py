@@ -48,8 +48,8 @@ def want_cuda(mode: str) -> tuple[bool, str]:
         return False, "IIRSNN_BUILD_CUDA=0"
     home = cpp_extension.CUDA_HOME
     reason = ""
-    if not (source_dir() / "lif_cuda.cu").is_file():
-        reason = "csrc/lif_cuda.cu is missing"
+    if not (source_dir() / "lif/cuda/lif_cuda.cu").is_file():
+        reason = "csrc/lif/cuda/lif_cuda.cu is missing"
     elif torch.version.cuda is None:
         reason = "this torch was built without CUDA"
     elif home is None or shutil.which("nvcc", path=str(Path(home) / "bin")) is None:
@@ -82,14 +82,12 @@ def cuda_archs() -> str:
 def recipe(mode: str) -> dict:
     """Sources (absolute paths) and flags: keys sources, cxx, nvcc, cuda (bool), why (str)."""
     folder = source_dir()
-    sources = [
-        path for part in ("", "event/", "spike/") for path in sorted(folder.glob(f"{part}*.cpp"))
-    ]
+    sources = sorted(folder.rglob("*.cpp"))
     cuda, why = want_cuda(mode)
     cxx = [*CXX_FLAGS, *_OPENMP, f"-DIIRSNN_FLAGS={','.join(CXX_FLAGS)}"]
     if cuda:
         os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs()
-        sources += sorted(folder.glob("*.cu"))
+        sources += sorted(folder.rglob("*.cu"))
         archs = os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", ",").replace(" ", ",")
         cxx += ["-DIIRSNN_WITH_CUDA", f"-DIIRSNN_CUDA_ARCHS={archs}"]
     return {
@@ -105,10 +103,12 @@ def load() -> str | None:
     """Import iirsnn._C, compiling it first where it is missing and a compiler is at hand.
 
     Returns None when its ops are registered, else the reason why not. IIRSNN_JIT=0 never compiles.
-    The result of a compilation is cached by torch.utils.cpp_extension.
+    The result of a compilation is cached by torch.utils.cpp_extension. Raises ValueError where
+    IIRSNN_CPU_CAPABILITY asks for what this processor lacks.
     """
     try:
-        importlib.import_module("iirsnn._C")
+        # reads IIRSNN_CPU_CAPABILITY: a wrong one is a ValueError here, not inside a parallel region
+        importlib.import_module("iirsnn._C").build_info()
         return None
     except ModuleNotFoundError:
         missing = "iirsnn._C is not compiled"
@@ -147,4 +147,5 @@ def _compile_now() -> str | None:
         with_cuda=plan["cuda"],
     )
     sys.modules["iirsnn._C"] = module
+    module.build_info()
     return None

@@ -1,4 +1,4 @@
-"""The machine code of csrc/lif_cuda.cu: wide accesses, and nothing spilled. Needs nvcc, not a GPU.
+"""The machine code of lif_cuda.cu: wide accesses, and nothing spilled. Needs nvcc, not a GPU.
 
 IIRSNN_TEST_EVERY_KERNEL=1 looks at all kernels on all architectures, which takes minutes. Without
 it: the kernels of T = 1 and, in packets with the soft reset, those of any T and, on sm_90, of T = 5

@@ -63,7 +63,7 @@ def test_the_instruction_set_can_be_chosen_from_outside(name):
     if name == "portable":
         assert done.stdout.strip() == "portable"
     else:
-        assert "ValueError: cpu capability: expected portable, avx2 or avx512" in done.stderr
+        assert "ValueError: IIRSNN_CPU_CAPABILITY: expected portable, avx2 or avx512" in done.stderr
 
 
 def test_an_unknown_instruction_set_is_refused():

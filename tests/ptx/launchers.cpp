@@ -2,7 +2,7 @@
 #include <exception>
 #include <string>
 
-#include "lif_cuda.h"
+#include "lif/cuda/lif_cuda.h"
 
 namespace {
 

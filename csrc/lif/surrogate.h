@@ -1,79 +1,11 @@
 // Surrogate derivatives f(z) = ds/dz at z = h / threshold - 1. Plain C++, the same bits on host and device.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-
-#if defined(__CUDACC__)
-#define IIRSNN_INLINE __host__ __device__ __forceinline__
-#else
-#define IIRSNN_INLINE inline __attribute__((always_inline))
-#endif
+#include "simd/scalar.h"
 
 namespace iirsnn {
 
 enum class Surrogate : int { triangle = 0, atan = 1, sigmoid = 2, fast_sigmoid = 3, boxcar = 4 };
-
-// Rounded one by one, so that no compiler contracts a product and a sum into an FMA. The host needs -ffp-contract=off.
-#if defined(__CUDA_ARCH__)
-IIRSNN_INLINE float mul(float a, float b) { return __fmul_rn(a, b); }
-IIRSNN_INLINE float add(float a, float b) { return __fadd_rn(a, b); }
-IIRSNN_INLINE float sub(float a, float b) { return __fsub_rn(a, b); }
-IIRSNN_INLINE float div(float a, float b) { return __fdiv_rn(a, b); }
-IIRSNN_INLINE double mul(double a, double b) { return __dmul_rn(a, b); }
-IIRSNN_INLINE double add(double a, double b) { return __dadd_rn(a, b); }
-IIRSNN_INLINE double sub(double a, double b) { return __dsub_rn(a, b); }
-IIRSNN_INLINE double div(double a, double b) { return __ddiv_rn(a, b); }
-#else
-template <typename acc_t>
-IIRSNN_INLINE acc_t mul(acc_t a, acc_t b) {
-  return a * b;
-}
-template <typename acc_t>
-IIRSNN_INLINE acc_t add(acc_t a, acc_t b) {
-  return a + b;
-}
-template <typename acc_t>
-IIRSNN_INLINE acc_t sub(acc_t a, acc_t b) {
-  return a - b;
-}
-template <typename acc_t>
-IIRSNN_INLINE acc_t div(acc_t a, acc_t b) {
-  return a / b;
-}
-#endif
-
-template <typename to_t, typename from_t>
-IIRSNN_INLINE to_t bit_cast(from_t value) {
-  static_assert(sizeof(to_t) == sizeof(from_t), "bit_cast keeps the size");
-  to_t result;
-  memcpy(&result, &value, sizeof(result));
-  return result;
-}
-
-template <typename acc_t>
-IIRSNN_INLINE acc_t select(bool condition, acc_t a, acc_t b) {
-  return condition ? a : b;
-}
-
-template <typename acc_t>
-IIRSNN_INLINE acc_t magnitude(acc_t z) {
-  return z < acc_t(0) ? -z : z;
-}
-
-// What the arithmetic below is about: a number, or on the CPU many at once (lanes.h).
-template <typename acc_t>
-struct Number;
-template <>
-struct Number<float> {
-  using type = float;
-  using bits_t = uint32_t;
-};
-template <>
-struct Number<double> {
-  using type = double;
-  using bits_t = uint64_t;
-};
 
 // exp(y) for y <= 0: y = n ln 2 + r, |r| <= ln 2 / 2, a Taylor polynomial in r and 2^n put into the exponent.
 // Our own because libm's does not vectorise and differs between host and device. Relative error below 2 ulp;

@@ -9,8 +9,8 @@
 #include <array>
 #include <vector>
 
-#include "cpu_versions.h"
-#include "lif.h"
+#include "lif/lif.h"
+#include "simd/versions.h"
 
 namespace iirsnn {
 

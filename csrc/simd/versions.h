@@ -3,7 +3,8 @@
 
 #include <type_traits>
 
-#include "lanes.h"
+#include "simd/capability.h"
+#include "simd/lanes.h"
 
 #if defined(__clang__)
 #define IIRSNN_VECTORIZE _Pragma("clang loop vectorize(assume_safety)")
@@ -14,25 +15,22 @@
 #endif
 
 #if defined(__x86_64__)
-#define IIRSNN_AVX2 __attribute__((target("avx2,f16c")))
-#define IIRSNN_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq" IIRSNN_WIDE)))
+#define IIRSNN_AVX2 __attribute__((target("avx2,f16c,bmi")))
+#define IIRSNN_AVX512 __attribute__((target("bmi,avx512f,avx512bw,avx512vl,avx512dq" IIRSNN_WIDE)))
 #endif
 
 namespace iirsnn {
 
-enum Capability { kPortable, kAvx2, kAvx512 };
-Capability capability();
-
-// Row::run<bytes of a register>, compiled for each instruction set; pick() is the one in force. Everything that run
+// Loop::run<bytes of a register>, compiled for each instruction set; pick() is the one in force. Everything that run
 // calls has to be inlined into it, lambdas included, or it is compiled for the lowest.
-template <typename Row, typename Signature>
+template <typename Loop, typename Signature>
 struct Versions;
-template <typename Row, typename... Args>
-struct Versions<Row, void(Args...)> {
-  static void portable(Args... args) { Row::template run<16>(args...); }
+template <typename Loop, typename... Args>
+struct Versions<Loop, void(Args...)> {
+  static void portable(Args... args) { Loop::template run<16>(args...); }
 #if defined(__x86_64__)
-  IIRSNN_AVX2 static void avx2(Args... args) { Row::template run<32>(args...); }
-  IIRSNN_AVX512 static void avx512(Args... args) { Row::template run<64>(args...); }
+  IIRSNN_AVX2 static void avx2(Args... args) { Loop::template run<32>(args...); }
+  IIRSNN_AVX512 static void avx512(Args... args) { Loop::template run<64>(args...); }
 #endif
   static auto pick() {
 #if defined(__x86_64__)
@@ -43,9 +41,14 @@ struct Versions<Row, void(Args...)> {
     return &portable;
   }
 };
-template <typename Row>
+template <typename Loop>
 auto version() {
-  return Versions<Row, decltype(Row::template run<16>)>::pick();
+  return Versions<Loop, decltype(Loop::template run<16>)>::pick();
+}
+
+template <typename Loop, typename... Args>
+void run(Args... args) {
+  version<Loop>()(args...);
 }
 
 // A kernel over the n neurons of a Block: whole vectors by the version in force, the rest one by one.
@@ -79,7 +82,5 @@ struct VectorOf<acc_t, 0> {
 };
 template <typename acc_t, int kBytes>
 using Vector = typename VectorOf<acc_t, kBytes>::type;
-
-#define IIRSNN_INLINE_LAMBDA __attribute__((always_inline))
 
 }  // namespace iirsnn

@@ -2,7 +2,7 @@
 // number of threads: threads take chunks, and every chunk writes its own partial sums.
 #pragma once
 
-#include "lif.h"
+#include "lif/lif.h"
 
 namespace iirsnn {
 
@@ -16,10 +16,5 @@ void lif_backward_cpu(const LifBackward& args, int64_t first_chunk, int64_t last
 void lif_backward_finish_cpu(const LifBackward& args);
 // Timesteps [first, last) of bits [T, packed_bytes(N)] -> s [T, N], 0 or 1.
 void unpack_spikes_cpu(const uint8_t* bits, void* s, DType dtype, int64_t neurons, int64_t first, int64_t last);
-
-// "portable", "avx2" or "avx512": the best this processor runs, or what IIRSNN_CPU_CAPABILITY or set_ asked for.
-// All give the same bits. Asking for an unknown or unsupported one throws std::invalid_argument.
-const char* cpu_capability();
-void set_cpu_capability(const char* name);
 
 }  // namespace iirsnn

@@ -2,7 +2,7 @@
 // synchronise, and throw std::runtime_error when a launch fails. dtype: all of DType.
 #pragma once
 
-#include "lif.h"
+#include "lif/lif.h"
 
 namespace iirsnn {
 

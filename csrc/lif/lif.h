@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "lif_step.h"
+#include "lif/lif_step.h"
 
 namespace iirsnn {
 

@@ -22,7 +22,7 @@
 #include <string>
 #include <type_traits>
 
-#include "lif_cuda.h"
+#include "lif/cuda/lif_cuda.h"
 
 // The largest T that has kernels of its own; a smaller one builds faster.
 #ifndef IIRSNN_UNROLLED_TIMESTEPS

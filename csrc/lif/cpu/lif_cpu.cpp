@@ -4,16 +4,12 @@
 //
 // Kernels are written once, for a number or a vector of them (lanes.h), and compiled for several instruction sets;
 // without contraction all of them give the same bits.
-#include "lif_cpu.h"
+#include "lif/cpu/lif_cpu.h"
 
 #include <algorithm>
-#include <atomic>
-#include <cstdlib>
 #include <memory>
-#include <stdexcept>
-#include <string>
 
-#include "cpu_lif.h"
+#include "lif/cpu/cpu_lif.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -25,46 +21,6 @@ namespace iirsnn {
 namespace {
 
 constexpr int kHalfBlock = 256;  // neurons, of float16, whose float rows stay in the L1/L2 cache
-
-// ---- Instruction sets ----
-
-const char* const kCapabilityNames[] = {"portable", "avx2", "avx512"};
-
-Capability best_capability() {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq")) {
-    return kAvx512;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return kAvx2;
-#endif
-  return kPortable;
-}
-
-Capability parse_capability(const std::string& name) {
-  const Capability best = best_capability();
-  for (int level = kPortable; level <= best; ++level) {
-    if (name == kCapabilityNames[level]) return Capability(level);
-  }
-  throw std::invalid_argument("cpu capability: expected portable, avx2 or avx512, at most " +
-                              std::string(kCapabilityNames[best]) + " on this processor, got '" + name + "'");
-}
-
-std::atomic<Capability>& chosen_capability() {
-  static std::atomic<Capability> chosen = [] {
-    const char* asked = std::getenv("IIRSNN_CPU_CAPABILITY");
-    return asked ? parse_capability(asked) : best_capability();
-  }();
-  return chosen;
-}
-
-}  // namespace
-
-Capability capability() { return chosen_capability(); }
-const char* cpu_capability() { return kCapabilityNames[capability()]; }
-void set_cpu_capability(const char* name) { chosen_capability() = parse_capability(name); }
-
-namespace {
 
 // ---- Rows of float16 ----
 
@@ -397,11 +353,99 @@ struct BackwardRow {
   template <int kBytes>
   static IIRSNN_INLINE void run(const Block* b, int first, int last) {
     using V = Vector<acc_t, kBytes>;
+    if constexpr (kBytes == 32) {
+      if (b->timesteps <= kSegment) {
+        const Block copy = *b;  // which stores cannot change
+        const auto run_as = [&](auto surrogate, auto wanted) IIRSNN_INLINE_LAMBDA {
+          backward_pieces<V, kSums>(b, first, last, [&](int i, const auto& p, V* sums) IIRSNN_INLINE_LAMBDA {
+            by_register<V, kBytes, decltype(surrogate)::value, decltype(wanted)::value>(copy, i, p, sums);
+          });
+        };
+        if (b->surrogate == Surrogate::triangle) {
+          const std::integral_constant<int, int(Surrogate::triangle)> triangle;
+          return b->sums ? run_as(triangle, std::true_type()) : run_as(triangle, std::false_type());
+        }
+        return run_as(std::integral_constant<int, -1>(), std::true_type());
+      }
+    }
     backward_pieces<V, kSums>(b, first, last,
                               [&](int i, const auto& p, V* sums) IIRSNN_INLINE_LAMBDA { neurons<V>(*b, i, p, sums); });
   }
 
  private:
+  // The same a register (of 16-bit floats two) after the other in each timestep: few values are live at once.
+  template <typename V, int kBytes, int kSurrogate, bool kWanted>
+  static IIRSNN_INLINE void by_register(const Block& b, int i, const Parameters<acc_t, kParameters>& p, V* sums) {
+    constexpr int kPart = sizeof(scalar_t) == 2 ? 2 * kBytes : kBytes, kParts = kVectorBytes / kPart;
+    constexpr int kLanes = kPart / sizeof(acc_t), kSize = V::kSize, kOf = kPart / kBytes;
+    using P = Lanes<acc_t, kBytes, kPart>;
+    const P zero = P(acc_t(0)), scale = P(b.scale);
+    P v[kParts], start[kSegment][kParts], membrane[kSegment][kParts];
+    Carry<P> carry[kParts];
+    const auto neuron_of = [&](int k) IIRSNN_INLINE_LAMBDA { return neuron_at<P>(p, i + k * kLanes, b.v_reset); };
+    IIRSNN_REGISTERS
+    for (int k = 0; k < kParts; ++k) v[k] = b.v0 ? load<P>(b.v0 + i + k * kLanes) : zero;
+    const scalar_t* x = b.x + i;
+    const int length = int(b.timesteps);
+    for (int t = 0; t < length; ++t, x += b.x_stride) {
+      prefetch<V>(x);
+      IIRSNN_REGISTERS
+      for (int k = 0; k < kParts; ++k) {
+        const Neuron<P> neuron = neuron_of(k);
+        start[t][k] = v[k];
+        membrane[t][k] = charge<kReset>(load<P>(x + k * kLanes), v[k], neuron);
+        v[k] = discharge<kReset>(membrane[t][k], neuron);
+      }
+    }
+    const scalar_t* grad_s = b.grad_s + (length - 1) * b.grad_s_stride + i;
+    scalar_t* grad_x = b.grad_x + (length - 1) * b.grad_x_stride + i;
+    alignas(64) scalar_t rows[kSegment][kSize];  // of grad_x on their way past the caches
+    const int64_t to_stride = b.past_caches ? kSize : b.grad_x_stride;
+    scalar_t* to = b.past_caches ? rows[length - 1] : grad_x;
+    IIRSNN_REGISTERS
+    for (int k = 0; k < kParts; ++k) carry[k] = {b.grad_v ? load<P>(b.grad_v + i + k * kLanes) : zero, zero};
+    for (int t = length - 1; t >= 0; --t, grad_s -= b.grad_s_stride, to -= to_stride) {
+      prefetch<V>(grad_s);
+      IIRSNN_REGISTERS
+      for (int k = 0; k < kParts; ++k) {
+        const Neuron<P> neuron = neuron_of(k);
+        P slope;
+        if constexpr (kSurrogate >= 0) {
+          slope = spike_slope<Surrogate(kSurrogate)>(membrane[t][k], neuron, scale);
+        } else {
+          slope = slope_at(b.surrogate, membrane[t][k], neuron, scale);
+        }
+        const StepGrad<P> grad = backward_step<kReset>(load<P>(grad_s + k * kLanes), membrane[t][k], start[t][k], slope,
+                                                       neuron, b.detach_reset, carry[k]);
+        store(to + k * kLanes, grad.x);
+        if (kWanted && b.sums) {
+          IIRSNN_REGISTERS
+          for (int j = 0; j < kOf; ++j) {
+            sums[kThresholdSum].r[k * kOf + j] = sums[kThresholdSum].r[k * kOf + j] + grad.threshold.r[j];
+            sums[kLeakSum].r[k * kOf + j] = sums[kLeakSum].r[k * kOf + j] + grad.leak.r[j];
+          }
+        }
+      }
+    }
+    if (b.past_caches) {
+      for (int t = length - 1; t >= 0; --t, grad_x -= b.grad_x_stride) Memory<V>::copy_past_caches(grad_x, rows[t]);
+    }
+    if (b.v0) {
+      IIRSNN_REGISTERS
+      for (int k = 0; k < kParts; ++k) {
+        if (kReset == Reset::soft_delayed && !b.detach_reset) {
+          const Neuron<P> neuron = neuron_of(k);
+          const P v0 = load<P>(b.v0 + i + k * kLanes), slope = slope_at(b.surrogate, v0, neuron, scale);
+          const P owed = backward_v0_delayed(v0, slope, neuron, carry[k]);
+          for (int j = 0; j < kOf; ++j) {
+            sums[kThresholdSum].r[k * kOf + j] = sums[kThresholdSum].r[k * kOf + j] + owed.r[j];
+          }
+        }
+        store(b.grad_v0 + i + k * kLanes, carry[k].grad_v);
+      }
+    }
+  }
+
   template <typename V>
   static IIRSNN_INLINE void neurons(const Block& b, int i, const Parameters<acc_t, kParameters>& p, V* sums) {
     const V zero = V(acc_t(0));

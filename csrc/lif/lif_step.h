@@ -8,7 +8,7 @@
 // soft_delayed needs no memory of the last spike: its v is the last h, so spike(v) is the last spike.
 #pragma once
 
-#include "surrogate.h"
+#include "lif/surrogate.h"
 
 namespace iirsnn {
 

@@ -1,4 +1,4 @@
-// Checks, allocation and threads of the bn_lif ops, whose schemas are defined in iirsnn/batch_norm_ops.py.
+// Checks, allocation and threads of the bn_lif ops, whose schemas are defined in iirsnn/ops/batch_norm.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -9,9 +9,9 @@
 #include <tuple>
 #include <vector>
 
-#include "bn_lif_cpu.h"
-#include "lif_checks.h"
-#include "lif_cpu.h"
+#include "lif/cpu/bn_lif_cpu.h"
+#include "lif/cpu/lif_cpu.h"
+#include "lif/lif_checks.h"
 
 namespace iirsnn {
 namespace {

@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-#include "lif.h"
+#include "lif/lif.h"
 
 namespace iirsnn {
 

@@ -1,4 +1,4 @@
-// Checks, allocation and dispatch of the iirsnn ops. Their schemas are defined in iirsnn/ops.py.
+// Checks, allocation and dispatch of the iirsnn ops. Their schemas are defined in iirsnn/ops/lif.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -11,14 +11,14 @@
 #include <tuple>
 #include <vector>
 
-#include "lif_checks.h"
-#include "lif_cpu.h"
+#include "lif/cpu/lif_cpu.h"
+#include "lif/lif_checks.h"
 
 #if defined(IIRSNN_WITH_CUDA)
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include "lif_cuda.h"
+#include "lif/cuda/lif_cuda.h"
 #endif
 
 namespace iirsnn {

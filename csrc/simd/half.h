@@ -1,7 +1,7 @@
 // float16 and bfloat16 as bits. Integer arithmetic only, so that every instruction set vectorises it alike.
 #pragma once
 
-#include "surrogate.h"
+#include "simd/scalar.h"
 
 namespace iirsnn {
 

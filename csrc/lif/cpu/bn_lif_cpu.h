@@ -8,7 +8,7 @@
 // are float32.
 #pragma once
 
-#include "lif.h"
+#include "lif/lif.h"
 
 namespace iirsnn {
 

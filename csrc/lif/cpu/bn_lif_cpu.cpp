@@ -2,12 +2,12 @@
 // registers; those of columns in a row of sums, one a channel, that stays in the L1 cache; where neither is as wide as
 // a vector, each neuron's are stored first. Sums come in one order on every instruction set and for any number of
 // threads.
-#include "bn_lif_cpu.h"
+#include "lif/cpu/bn_lif_cpu.h"
 
 #include <limits>
 #include <memory>
 
-#include "cpu_lif.h"
+#include "lif/cpu/cpu_lif.h"
 
 namespace iirsnn {
 namespace {

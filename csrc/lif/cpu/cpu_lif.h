@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "cpu_channels.h"
+#include "lif/cpu/cpu_channels.h"
 
 namespace iirsnn {
 

@@ -1,0 +1,46 @@
+#include "simd/capability.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace iirsnn {
+namespace {
+
+const char* const kNames[] = {"portable", "avx2", "avx512"};
+
+Capability best_capability() {
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx2) return avx512 ? kAvx512 : kAvx2;
+#endif
+  return kPortable;
+}
+
+Capability parse(const std::string& name, const char* from) {
+  const Capability best = best_capability();
+  for (int level = kPortable; level <= best; ++level) {
+    if (name == kNames[level]) return Capability(level);
+  }
+  throw std::invalid_argument(std::string(from) + ": expected portable, avx2 or avx512, at most " + kNames[best] +
+                              " on this processor, got '" + name + "'");
+}
+
+std::atomic<Capability>& chosen() {
+  static std::atomic<Capability> chosen = [] {
+    const char* asked = std::getenv("IIRSNN_CPU_CAPABILITY");
+    return asked && *asked ? parse(asked, "IIRSNN_CPU_CAPABILITY") : best_capability();
+  }();
+  return chosen;
+}
+
+}  // namespace
+
+Capability capability() { return chosen().load(std::memory_order_relaxed); }
+const char* cpu_capability() { return kNames[capability()]; }
+void set_cpu_capability(const char* name) { chosen() = parse(name, "cpu capability"); }
+
+}  // namespace iirsnn

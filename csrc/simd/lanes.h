@@ -1,0 +1,244 @@
+// 128 bytes of numbers at once: 32 floats or 16 doubles, held in registers of kBytes. The instruction set decides
+// kBytes alone, never how many numbers go together: sums come in one order everywhere. At least two registers, because
+// the second one's arithmetic fills the time the first one's waits. The arithmetic of lif_step.h takes a Lanes where it
+// takes a number.
+#pragma once
+
+#include "simd/registers.h"
+
+namespace iirsnn {
+
+constexpr int kVectorBytes = 128;
+
+// What a comparison of two Lanes gives: all bits of a lane, or none.
+template <typename number_t, int kBytes, int kTotal>
+struct Mask {
+  using Register = iirsnn::Register<number_t, kBytes>;
+  decltype(Register() > Register()) r[kTotal / kBytes];
+};
+
+template <typename number_t, int kBytes, int kTotal = kVectorBytes>
+struct Lanes {
+  using Register = iirsnn::Register<number_t, kBytes>;
+  static constexpr int kRegisters = kTotal / kBytes, kSize = kTotal / sizeof(number_t);
+  Register r[kRegisters];
+
+  Lanes() = default;
+  IIRSNN_INLINE Lanes(number_t number) {
+    IIRSNN_REGISTERS
+    for (int k = 0; k < kRegisters; ++k) r[k] = spread<kBytes>(number);
+  }
+};
+
+#define IIRSNN_LANES_OPERATOR(op)                                                                         \
+  template <typename number_t, int kBytes, int kTotal>                                                    \
+  IIRSNN_INLINE Lanes<number_t, kBytes, kTotal> operator op(const Lanes<number_t, kBytes, kTotal>& a,     \
+                                                            const Lanes<number_t, kBytes, kTotal>& b) {   \
+    Lanes<number_t, kBytes, kTotal> result;                                                               \
+    IIRSNN_REGISTERS                                                                                      \
+    for (int k = 0; k < Lanes<number_t, kBytes, kTotal>::kRegisters; ++k) result.r[k] = a.r[k] op b.r[k]; \
+    return result;                                                                                        \
+  }
+IIRSNN_LANES_OPERATOR(+)
+IIRSNN_LANES_OPERATOR(-)
+IIRSNN_LANES_OPERATOR(*)
+IIRSNN_LANES_OPERATOR(/)
+IIRSNN_LANES_OPERATOR(&)
+IIRSNN_LANES_OPERATOR(|)
+#undef IIRSNN_LANES_OPERATOR
+
+#define IIRSNN_LANES_COMPARISON(op)                                                                       \
+  template <typename number_t, int kBytes, int kTotal>                                                    \
+  IIRSNN_INLINE Mask<number_t, kBytes, kTotal> operator op(const Lanes<number_t, kBytes, kTotal>& a,      \
+                                                           const Lanes<number_t, kBytes, kTotal>& b) {    \
+    Mask<number_t, kBytes, kTotal> result;                                                                \
+    IIRSNN_REGISTERS                                                                                      \
+    for (int k = 0; k < Lanes<number_t, kBytes, kTotal>::kRegisters; ++k) result.r[k] = a.r[k] op b.r[k]; \
+    return result;                                                                                        \
+  }
+IIRSNN_LANES_COMPARISON(>)
+IIRSNN_LANES_COMPARISON(<)
+IIRSNN_LANES_COMPARISON(<=)
+IIRSNN_LANES_COMPARISON(==)
+#undef IIRSNN_LANES_COMPARISON
+
+template <typename number_t, int kBytes, int kTotal>
+IIRSNN_INLINE Lanes<number_t, kBytes, kTotal> operator-(const Lanes<number_t, kBytes, kTotal>& a) {
+  Lanes<number_t, kBytes, kTotal> result;
+  IIRSNN_REGISTERS
+  for (int k = 0; k < Lanes<number_t, kBytes, kTotal>::kRegisters; ++k) result.r[k] = -a.r[k];
+  return result;
+}
+
+template <typename number_t, int kBytes, int kTotal>
+IIRSNN_INLINE Lanes<number_t, kBytes, kTotal> operator<<(const Lanes<number_t, kBytes, kTotal>& a, int bits) {
+  Lanes<number_t, kBytes, kTotal> result;
+  IIRSNN_REGISTERS
+  for (int k = 0; k < Lanes<number_t, kBytes, kTotal>::kRegisters; ++k) result.r[k] = a.r[k] << bits;
+  return result;
+}
+
+template <typename number_t, int kBytes, int kTotal>
+IIRSNN_INLINE Lanes<number_t, kBytes, kTotal> operator>>(const Lanes<number_t, kBytes, kTotal>& a, int bits) {
+  Lanes<number_t, kBytes, kTotal> result;
+  IIRSNN_REGISTERS
+  for (int k = 0; k < Lanes<number_t, kBytes, kTotal>::kRegisters; ++k) result.r[k] = a.r[k] >> bits;
+  return result;
+}
+
+// The mask may come from numbers of another type of the same size.
+template <typename mask_t, typename number_t, int kBytes, int kTotal>
+IIRSNN_INLINE Lanes<number_t, kBytes, kTotal> select(const Mask<mask_t, kBytes, kTotal>& mask,
+                                                     const Lanes<number_t, kBytes, kTotal>& a,
+                                                     const Lanes<number_t, kBytes, kTotal>& b) {
+  Lanes<number_t, kBytes, kTotal> result;
+  IIRSNN_REGISTERS
+  for (int k = 0; k < Lanes<number_t, kBytes, kTotal>::kRegisters; ++k) result.r[k] = mask.r[k] ? a.r[k] : b.r[k];
+  return result;
+}
+
+template <typename number_t, int kBytes, int kTotal>
+struct Number<Lanes<number_t, kBytes, kTotal>> {
+  using type = number_t;
+  using bits_t = Lanes<typename Number<number_t>::bits_t, kBytes, kTotal>;
+};
+
+// Register by register: GCC moves a whole of several through memory.
+template <typename to_t, typename number_t, int kBytes, int kTotal>
+IIRSNN_INLINE to_t bit_cast(const Lanes<number_t, kBytes, kTotal>& a) {
+  to_t result;
+  IIRSNN_REGISTERS
+  for (int k = 0; k < to_t::kRegisters; ++k) result.r[k] = (typename to_t::Register)(a.r[k]);
+  return result;
+}
+
+template <int kBytes, int kTotal>
+IIRSNN_INLINE Lanes<float, kBytes, kTotal> magnitude(const Lanes<float, kBytes, kTotal>& z) {
+  using Bits = Lanes<uint32_t, kBytes, kTotal>;
+  return bit_cast<Lanes<float, kBytes, kTotal>>(bit_cast<Bits>(z) & Bits(0x7fffffffu));
+}
+template <int kBytes, int kTotal>
+IIRSNN_INLINE Lanes<double, kBytes, kTotal> magnitude(const Lanes<double, kBytes, kTotal>& z) {
+  using Bits = Lanes<uint64_t, kBytes, kTotal>;
+  return bit_cast<Lanes<double, kBytes, kTotal>>(bit_cast<Bits>(z) & Bits(~uint64_t(0) >> 1));
+}
+
+// The sum of the lanes, halving them: one order, on every instruction set.
+template <typename number_t, int kBytes, int kTotal>
+IIRSNN_INLINE number_t sum(Lanes<number_t, kBytes, kTotal> a) {
+  constexpr int kLanes = kBytes / sizeof(number_t);
+  for (int half = a.kRegisters / 2; half > 0; half /= 2) {
+    for (int k = 0; k < half; ++k) a.r[k] = a.r[k] + a.r[k + half];
+  }
+  fold<kLanes / 2>(a.r[0], std::make_integer_sequence<int, kLanes>());
+  return a.r[0][0];
+}
+
+IIRSNN_INLINE float sum(float a) { return a; }
+IIRSNN_INLINE double sum(double a) { return a; }
+
+// ---- Memory: load<V>(p) and store(p, v) for V a number or its Lanes ----
+
+template <typename V>
+struct Memory {  // V is float or double
+  template <typename scalar_t>
+  static IIRSNN_INLINE V load(const scalar_t* from) {
+    return to_acc(*from);
+  }
+  template <typename scalar_t>
+  static IIRSNN_INLINE void store(scalar_t* to, V value, bool = false) {
+    *to = Convert<scalar_t>::round(value);
+  }
+  template <typename scalar_t>
+  static IIRSNN_INLINE void copy_past_caches(scalar_t* to, const scalar_t* from) {
+    *to = *from;
+  }
+  template <typename scalar_t>
+  static IIRSNN_INLINE void store_spike(scalar_t* to, V s, bool = false) {
+    *to = Convert<scalar_t>::spike(s);
+  }
+};
+
+template <typename number_t, int kBytes, int kTotal>
+struct Memory<Lanes<number_t, kBytes, kTotal>> {
+  using V = Lanes<number_t, kBytes, kTotal>;
+  using Bits = Lanes<uint32_t, kBytes, kTotal>;
+  using Halves = Register<uint16_t, kBytes>;
+  static constexpr int kLanes = kBytes / sizeof(number_t);  // of a register
+
+  // As many scalars as there are lanes.
+  template <typename scalar_t>
+  static IIRSNN_INLINE void copy_past_caches(scalar_t* to, const scalar_t* from) {
+    IIRSNN_REGISTERS
+    for (int i = 0; i < V::kSize * int(sizeof(scalar_t)); i += kBytes) {
+      typename Bits::Register r;
+      memcpy(&r, reinterpret_cast<const char*>(from) + i, kBytes);
+      stream(reinterpret_cast<char*>(to) + i, r);
+    }
+  }
+
+  static IIRSNN_INLINE V load(const number_t* from) {
+    V value;
+    IIRSNN_REGISTERS
+    for (int k = 0; k < V::kRegisters; ++k) memcpy(&value.r[k], from + k * kLanes, kBytes);
+    return value;
+  }
+  static IIRSNN_INLINE void store(number_t* to, const V& value, bool past_caches = false) {
+    if (__builtin_expect(past_caches, false)) {
+      IIRSNN_REGISTERS
+      for (int k = 0; k < V::kRegisters; ++k) stream(to + k * kLanes, value.r[k]);
+    } else {
+      IIRSNN_REGISTERS
+      for (int k = 0; k < V::kRegisters; ++k) memcpy(to + k * kLanes, &value.r[k], kBytes);
+    }
+  }
+  static IIRSNN_INLINE void store_spike(number_t* to, const V& s, bool past_caches = false) {
+    store(to, s, past_caches);
+  }
+
+  // A register of halves is two of floats.
+  static IIRSNN_INLINE V load(const BFloat16* from) {
+    Bits bits;
+    IIRSNN_REGISTERS
+    for (int k = 0; k < V::kRegisters; k += 2) {
+      Halves halves;
+      memcpy(&halves, from + k * kLanes, kBytes);
+      widen(halves, bits.r[k], bits.r[k + 1], std::make_integer_sequence<int, 2 * kLanes>());
+    }
+    return bit_cast<V>(bits);
+  }
+  static IIRSNN_INLINE void store_high(BFloat16* to, const Bits& bits, bool past_caches) {
+    Halves halves[V::kRegisters / 2];
+    IIRSNN_REGISTERS
+    for (int k = 0; k < V::kRegisters; k += 2) {
+      narrow(bits.r[k], bits.r[k + 1], halves[k / 2], std::make_integer_sequence<int, 2 * kLanes>());
+    }
+    if (__builtin_expect(past_caches, false)) {
+      IIRSNN_REGISTERS
+      for (int k = 0; k < V::kRegisters; k += 2) stream(to + k * kLanes, halves[k / 2]);
+    } else {
+      IIRSNN_REGISTERS
+      for (int k = 0; k < V::kRegisters; k += 2) memcpy(to + k * kLanes, &halves[k / 2], kBytes);
+    }
+  }
+  static IIRSNN_INLINE void store(BFloat16* to, const V& value,
+                                  bool past_caches = false) {  // as Convert<BFloat16>::round
+    const Bits bits = bit_cast<Bits>(value);
+    const Bits rounded = bits + Bits(0x7fffu) + ((bits >> 16) & Bits(1u));
+    store_high(to, select(value == value, rounded, Bits(0x7fc00000u)), past_caches);
+  }
+  static IIRSNN_INLINE void store_spike(BFloat16* to, const V& s, bool past_caches = false) {
+    store_high(to, bit_cast<Bits>(s), past_caches);
+  }
+};
+
+template <typename V, typename scalar_t>
+IIRSNN_INLINE V load(const scalar_t* from) {
+  return Memory<V>::load(from);
+}
+template <typename V, typename scalar_t>
+IIRSNN_INLINE void store(scalar_t* to, const V& value, bool past_caches = false) {
+  Memory<V>::store(to, value, past_caches);
+}
+
+}  // namespace iirsnn
