@@ -107,7 +107,7 @@ def load() -> str | None:
     IIRSNN_CPU_CAPABILITY asks for what this processor lacks.
     """
     try:
-        # reads IIRSNN_CPU_CAPABILITY: a wrong one is a ValueError here, not inside a parallel region
+        # reads IIRSNN_CPU_CAPABILITY: a wrong one raises here, not inside a parallel region
         importlib.import_module("iirsnn._C").build_info()
         return None
     except ModuleNotFoundError:
