@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler's imports torch._dynamo at once
 
 from ..errors import check_choice
 from ..ops.backend import why_not
@@ -298,7 +299,7 @@ class SpikeConv2d(_SpikeLayer, nn.Conv2d):
     Returns what nn.Conv2d returns. `decision` tells how it was computed, and why.
     """
 
-    @torch.compiler.disable
+    @_disable_dynamo
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         parameters = self._cast(input, weight, bias)
         if parameters is None:
@@ -322,7 +323,7 @@ class SpikeLinear(_SpikeLayer, nn.Linear):
     x: [..., in_features], float32 or bfloat16. `decision` tells how it was computed, and why.
     """
 
-    @torch.compiler.disable
+    @_disable_dynamo
     def forward(self, input: Tensor) -> Tensor:
         parameters = self._cast(input, self.weight, self.bias)
         if parameters is None:

@@ -75,7 +75,6 @@ def why_not(name: str, device: str) -> str | None:
     return _compiled(name)
 
 
-@torch.compiler.assume_constant_result
 def _resolve(name: str, device: str) -> str:
     check_choice("backend", name, NAMES)
     if name != "auto":
@@ -101,6 +100,10 @@ def _resolve(name: str, device: str) -> str:
             stacklevel=4,
         )
     return "reference"
+
+
+# torch.compiler.assume_constant_result, without its import of torch._dynamo: that takes a second
+_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_compiled_cpu(name: str, device: torch.device) -> bool:

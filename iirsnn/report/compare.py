@@ -22,6 +22,7 @@ from ..train.run_folder import RunFolder
 from ..train.stage_inputs import digest, run_inputs
 from ..train.stage_order import stages
 from . import plot_files
+from .tables import Column, print_table
 
 #: Settings in which runs that are compared may differ without a word.
 _NOT_SHOWN = ("name", "seed", "runtime.", "data.root", "data.download", "data.workers")
@@ -118,10 +119,13 @@ def write(comparison: dict[str, Any], path: Path) -> None:
 def show(comparison: dict[str, Any], console: Console) -> None:
     """Print the tables."""
     for title, header, rows in _tables(comparison):
-        table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+        if title != _RECIPES:
+            print_table(console, title, [Column("", left=True), *map(Column, header[1:])], rows)
+            continue
+        table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))  # of words: they wrap
         table.add_column(header[0], no_wrap=True)
         for column in header[1:]:
-            table.add_column(column, justify="right" if title != _RECIPES else "left")
+            table.add_column(column, overflow="fold")
         for row in rows:
             table.add_row(*row)
         console.print(table)

@@ -9,9 +9,7 @@ from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from .. import atomic_files
 from ..errors import RunError
@@ -21,6 +19,7 @@ from ..train.data import Splits
 from ..train.pipeline import Pipeline
 from ..train.run_folder import RunFolder
 from . import plot_files
+from .tables import Column, print_table, short
 
 #: Images of one timed forward pass.
 TIMED_BATCH = 64
@@ -80,41 +79,44 @@ def show(report: dict[str, Any], console: Console) -> None:
         console.print(f"{report['recipe']}: ANN {ann['test_accuracy']:.2%} on the test set")
         return
     title = f"{report['recipe']}: from the ANN to T = {stages[-1]['timesteps']}"
-    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    columns = {
-        "": "",
-        "test\naccuracy": "bold",
-        "not re-\ntrained": "",
-        "spikes/\nneuron": "",
-        "additions": "",
-        "multipli-\ncations": "",
-        "energy\nuJ": "",
-        "ANN\n/ this": "",
-        "ms": "",
-    }
-    for column, style in columns.items():
-        table.add_column(column, justify="right", no_wrap=True, style=style)
+    columns = [
+        Column(""),
+        Column("test\naccuracy", style="bold"),
+        Column("not re-\ntrained"),
+        Column("spikes/\nneuron"),
+        Column("additions"),
+        Column("multipli-\ncations"),
+        Column("energy\nuJ"),
+        Column("ANN\n/ this"),
+        Column("ms"),
+    ]
+    rows = []
     for entry in (ann, *stages):
         spiking = "timesteps" in entry
-        table.add_row(
-            f"T={entry['timesteps']}" if spiking else "ANN",
-            f"{entry['test_accuracy']:.2%}",
-            f"{entry['converted_without_retraining_accuracy']:.2%}" if spiking else "",
-            f"{mean_rate(entry):.3f}" if spiking else "",
-            _short(entry["additions"]),
-            _short(entry["multiplications"]),
-            _brief(entry["energy_uj"], 2),
-            f"{report['ann_energy_uj'] / entry['energy_uj']:.1f}x",
-            _brief(entry["milliseconds_per_image"], 3),
+        rows.append(
+            [
+                f"T={entry['timesteps']}" if spiking else "ANN",
+                f"{entry['test_accuracy']:.2%}",
+                f"{entry['converted_without_retraining_accuracy']:.2%}" if spiking else "",
+                f"{mean_rate(entry):.3f}" if spiking else "",
+                short(entry["additions"]),
+                short(entry["multiplications"]),
+                _brief(entry["energy_uj"], 2),
+                f"{report['ann_energy_uj'] / entry['energy_uj']:.1f}x",
+                _brief(entry["milliseconds_per_image"], 3),
+            ]
         )
-    console.print(table)
-    rates = Table(title="Spikes per neuron and image", box=box.SIMPLE)
-    rates.add_column("layer", justify="right")
-    for entry in stages:
-        rates.add_column(f"T={entry['timesteps']}", justify="right")
-    for index, layer in enumerate(zip(*(entry["spike_rates"] for entry in stages), strict=True)):
-        rates.add_row(str(index + 1), *(f"{rate:.3f}" for rate in layer))
-    console.print(rates)
+    print_table(console, title, columns, rows)
+    layers = zip(*(entry["spike_rates"] for entry in stages), strict=True)
+    print_table(
+        console,
+        "Spikes per neuron and image",
+        [Column("layer"), *(Column(f"T={entry['timesteps']}") for entry in stages)],
+        [
+            [str(number), *(f"{rate:.3f}" for rate in layer)]
+            for number, layer in enumerate(layers, start=1)
+        ],
+    )
     console.print(
         "All per image. Not retrained: the ANN converted to that T and left so. Energy: 4.6 pJ a "
         "multiply-accumulate, 0.9 pJ an addition (45 nm); each sub-spike of an average-pooled "
@@ -132,13 +134,6 @@ def mean_rate(entry: dict[str, Any]) -> float:
 
 def _brief(value: float, decimals: int) -> str:
     return f"{value:.{0 if value >= 100 else decimals}f}"
-
-
-def _short(count: float) -> str:
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f}"
 
 
 def _plot_accuracy(report: dict[str, Any], figure: Figure) -> None:

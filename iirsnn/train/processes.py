@@ -8,8 +8,6 @@ other bits.) What is decided together goes through gloo, on GPUs too: it must no
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -192,31 +190,3 @@ def _losses() -> Iterator[None]:
         yield
     except RuntimeError as error:  # of gloo, NCCL or the store
         raise Lost("another process of this run ended before its time") from error
-
-
-def is_main() -> bool:
-    """Whether this is the first process of its run, by what launched it."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def speaks() -> bool:
-    """Whether an error of this process is the one to print: each run prints one, the first.
-
-    The others end because of it, or have it as well.
-    """
-    if not dist.is_initialized():
-        return is_main()
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        return store.add("iirsnn/errors", 1) == 1
-    except RuntimeError:  # it lived in process 0
-        return True
-
-
-def leave(code: int) -> None:
-    """End this process: at once where there are others, so that nothing waits for them."""
-    if dist.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from iirsnn import convert
-from iirsnn.cli.deploy import beside
 from iirsnn.conversion import NeuronConfig, fold_batch_norm
 from iirsnn.event import EventNetwork
 from iirsnn.measure.evaluation import count_operations
 from iirsnn.models.resnet import Plan, resnet
+from iirsnn.report.engine_energy import beside
 from iirsnn.train import data, recipe
 from iirsnn.train.run_folder import RunFolder
 from tests.conftest import assert_one_line

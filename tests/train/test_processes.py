@@ -12,7 +12,7 @@ from torch import nn
 
 from iirsnn import atomic_files, cli
 from iirsnn.errors import RunError
-from iirsnn.train import data
+from iirsnn.train import data, pipeline
 from iirsnn.train.data import DataConfig
 from iirsnn.train.pipeline import accelerator
 from iirsnn.train.processes import Processes
@@ -31,8 +31,8 @@ def command(event, *arguments):
     event: None, or (rank, stage, step, signal): what that process gets after that step; an error
     where the signal is None.
     """
-    cli.open_data = lambda recipe: tiny_splits()
-    cli._report = lambda folder, splits: print("report")
+    pipeline.open_data = lambda recipe: tiny_splits()
+    cli.train.write_report = lambda folder, splits: print("report")
     atomic_files._sync = lambda path: None
     step = StageTraining._step
 
