@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..nn import neurons
-from .network import EventNetwork, Layer, Window
+from .layer import Layer, Window
+from .network import EventNetwork
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """A trained model as an event-driven engine: it adds weights where spikes are, and nothing else.
 
-The engine itself is C++ (csrc/event/). This module turns a model into the engine's layers, keeps
-them in a file, and hands images over.
+The engine itself is C++ (csrc/event/). This module builds it of a model's layers, keeps them in a
+file, and hands images over.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import copy
 import importlib
 import math
 import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,83 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from .. import atomic_files
-from ..conversion import folded
 from ..errors import RunError, UsageError, check_choice
-from ..models import Network, ResidualBlock
-from ..nn import (
-    FusedLIF,
-    Readout,
-    SharedDropout,
-    SpikeAvgPool2d,
-    SpikeConv2d,
-    SpikeLinear,
-    use_plain_layers,
-)
+from ..models import Network
+from ..nn import SpikeAvgPool2d, SpikeConv2d, SpikeLinear, use_plain_layers
 from ..ops import build
+from .layer import Layer, Window, check_finite
+from .model_reader import layers_of
+from .quantise import PRECISIONS, quantise
 
 FORMAT = 2  # 2: residual blocks
-PRECISIONS = ("fp32", "bf16", "int8")
 
 #: Additions, as a fraction of the operations of the dense network that sees an image once, above
 #: which that one is faster: extrapolated from batch 16, fp32, VGG16, where events are still 1.6
 #: times faster at 0.44 (benchmarks/bench_event.py; at batch 1 it is higher).
 DENSE_WINS = 0.7
 
-_IGNORED = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, SharedDropout)
 _SPIKE_LAYERS = (SpikeConv2d, SpikeLinear, SpikeAvgPool2d)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-
-
-@dataclass
-class Window:
-    """Where a kernel looks: each a pair (rows, columns); padding is zeros, before and after."""
-
-    kernel: tuple[int, int]
-    stride: tuple[int, int] = (1, 1)
-    dilation: tuple[int, int] = (1, 1)
-    before: tuple[int, int] = (0, 0)
-    after: tuple[int, int] = (0, 0)
-
-    def numbers(self) -> list[int]:
-        return [*self.kernel, *self.stride, *self.dilation, *self.before, *self.after]
-
-
-@dataclass
-class Layer:
-    """A layer of the engine. Tensors are those of the file; what is None is not of its kind.
-
-    Attributes:
-        kind: conv or linear (with neurons), readout (a linear without), max_pool, average_pool.
-        name: of the module in the model.
-        weight: [outputs, channels / groups, *kernel], or [outputs, features] in the order of
-            nn.Flatten; float32, bfloat16 or int8.
-        scale: [outputs], of int8 weights.
-        bias, threshold, leak: float32 [outputs].
-        reset, v_reset: of the neurons.
-        shortcut: index of the layer whose spikes, or counts of an average pool, also reach these
-            neurons: the input of the residual block that ends here.
-        shortcut_weight, shortcut_window: of a convolution on that way, of the same scale; None:
-            each count adds `shortcut_unit` to the current.
-    """
-
-    kind: str
-    name: str
-    window: Window | None = None
-    groups: int = 1
-    weight: Tensor | None = None
-    scale: Tensor | None = None
-    bias: Tensor | None = None
-    threshold: Tensor | None = None
-    leak: Tensor | None = None
-    reset: str = "soft"
-    v_reset: float = 0.0
-    shortcut: int | None = None
-    shortcut_weight: Tensor | None = None
-    shortcut_window: Window | None = None
-    shortcut_unit: float = 1.0
-
-    TENSORS = ("weight", "scale", "bias", "threshold", "leak", "shortcut_weight")
-    WINDOWS = ("window", "shortcut_window")
 
 
 @dataclass
@@ -190,9 +128,9 @@ class EventNetwork:
             image_shape = image_shape or model.image_shape  # type: ignore[assignment]
         if any(isinstance(module, _SPIKE_LAYERS) for module in model.modules()):
             model = use_plain_layers(copy.deepcopy(model))
-        layers = _layers(model)
+        layers = layers_of(model)
         for layer in layers[1:]:  # the first one sees the image
-            _quantise(layer, precision)
+            quantise(layer, precision)
         return cls(layers, timesteps, precision, image_shape)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -318,7 +256,7 @@ class EventNetwork:
                 for key in Layer.TENSORS:
                     entry[key] = tensors.get(f"{index}.{key}")
                 layer = Layer(**entry)
-                _check_finite(layer)
+                check_finite(layer)
                 layers.append(layer)
             shape = header["image_shape"]
             return cls(
@@ -411,232 +349,3 @@ def _on(shape: tuple[int, int, int], layer: Layer) -> tuple[Tensor, Window]:
     if features != math.prod(shape):
         raise UsageError(f"expected {math.prod(shape)} input features, got {features}")
     return layer.weight.unflatten(1, shape), Window((shape[1], shape[2]))
-
-
-def _leaves(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules that compute, in order, with their names."""
-    if isinstance(module, Network):
-        yield from _leaves(module.layers, "layers")
-    elif isinstance(module, nn.Sequential):
-        for key, child in module.named_children():
-            yield from _leaves(child, f"{name}.{key}" if name else key)
-    else:
-        yield name or "model", module
-
-
-def _unsupported(name: str, module: nn.Module, why: str) -> UsageError:
-    return UsageError(f"{name} ({type(module).__name__}): {why}")
-
-
-def _layers(model: nn.Module) -> list[Layer]:
-    """The engine's layers of a model in eval mode, float32."""
-    reader = _Reader()
-    last = reader.read(_leaves(model))
-    if last is None or isinstance(last[1], nn.Conv2d):
-        raise UsageError("model: expected a Linear as its last layer, without neurons")
-    return [*reader.layers, replace(_synapses(*last, reader.divisor), kind="readout")]
-
-
-class _Reader:
-    """Collects the engine's layers module by module.
-
-    Attributes:
-        layers: so far.
-        flat: a Flatten was there.
-        divisor: what the average pools since the last neurons left to be divided by.
-    """
-
-    def __init__(self) -> None:
-        self.layers: list[Layer] = []
-        self.flat = False
-        self.divisor = 1
-
-    def read(self, modules: Iterable[tuple[str, nn.Module]]) -> tuple[str, nn.Module] | None:
-        """Adds the layers of the modules; a last Conv2d or Linear without neurons is returned."""
-        pending: tuple[str, nn.Module] | None = None  # a Conv2d or Linear; its neurons come next
-        for name, module in modules:
-            kind = type(module)
-            if kind in _IGNORED:
-                continue
-            if pending is not None and kind not in (*_BATCH_NORMS, FusedLIF):
-                after = f"{name} ({kind.__name__})"
-                raise _unsupported(
-                    *pending, f"expected a BatchNorm or FusedLIF after it, got {after}"
-                )
-            if kind is nn.Flatten:
-                if module.start_dim != 1 or module.end_dim not in (-1, 3):
-                    raise _unsupported(name, module, "expected start_dim=1 and end_dim=-1")
-                self.flat = True
-            elif kind in (nn.Conv2d, nn.Linear, Readout):
-                if self.flat == (kind is nn.Conv2d):
-                    wanted = "no" if self.flat else "a"
-                    raise _unsupported(name, module, f"expected {wanted} Flatten before")
-                pending = (name, module)
-            elif kind in _BATCH_NORMS:
-                if pending is None:
-                    raise _unsupported(name, module, "expected a Conv2d or Linear before it")
-                pending = (pending[0], _fold(pending[1], name, module))
-            elif kind is FusedLIF:
-                if pending is None:
-                    raise _unsupported(name, module, "expected a Conv2d or Linear before it")
-                self._add(_neurons(_synapses(*pending, self.divisor), name, module))
-                pending = None
-            elif kind in (nn.AvgPool2d, nn.MaxPool2d):
-                self._check_spikes(name, module)
-                if kind is nn.MaxPool2d:
-                    self.layers.append(Layer("max_pool", name, _max_window(name, module)))
-                else:
-                    window = _average_window(name, module)
-                    self.divisor *= math.prod(window.kernel)
-                    self.layers.append(Layer("average_pool", name, window))
-            elif kind is ResidualBlock:
-                self._check_spikes(name, module)
-                self._add_block(name, module)
-            else:
-                raise _unsupported(name, module, "the event engine has no such module")
-        return pending
-
-    def _check_spikes(self, name: str, module: nn.Module) -> None:
-        if not self.layers or self.flat:
-            wanted = "no Flatten" if self.flat else "a FusedLIF"
-            raise _unsupported(name, module, f"expected {wanted} before it")
-
-    def _add(self, layer: Layer) -> None:
-        self.layers.append(layer)
-        self.divisor = 1
-
-    def _add_block(self, name: str, block: nn.Module) -> None:
-        assert isinstance(block, ResidualBlock)
-        entry, divisor = len(self.layers) - 1, self.divisor
-        last = self.read(_leaves(block.main, f"{name}.main"))
-        short = _Reader()
-        way = short.read(_leaves(block.shortcut, f"{name}.shortcut"))
-        if last is None or short.layers or not isinstance(block.neuron, FusedLIF):
-            raise _unsupported(
-                name, block, "expected conv, FusedLIF, conv; no neurons beside; a FusedLIF after"
-            )
-        layer = _synapses(*last, self.divisor)
-        layer.shortcut, layer.shortcut_unit = entry, 1 / divisor
-        if way is not None:
-            beside = _synapses(*way, divisor)
-            if beside.groups != 1:
-                raise _unsupported(*way, f"expected groups=1, got {beside.groups}")
-            assert layer.bias is not None
-            assert beside.bias is not None
-            layer.bias = layer.bias + beside.bias
-            layer.shortcut_weight, layer.shortcut_window = beside.weight, beside.window
-        self._add(_neurons(layer, f"{name}.neuron", block.neuron))
-
-
-def _fold(layer: nn.Module, name: str, norm: nn.Module) -> nn.Module:
-    try:
-        both = folded(layer, norm)
-    except ValueError as error:
-        raise _unsupported(name, norm, str(error)) from error
-    if both is None:
-        raise _unsupported(name, norm, f"cannot follow {type(layer).__name__}")
-    return both
-
-
-def _synapses(name: str, module: nn.Module, divisor: int) -> Layer:
-    """A Conv2d or Linear; `divisor`: what the average pools before it left to be divided by."""
-    assert isinstance(module, (nn.Conv2d, nn.Linear))
-    weight = (module.weight.detach().double() / divisor).float().cpu()
-    bias = torch.zeros(len(weight)) if module.bias is None else module.bias.detach().float().cpu()
-    layer = Layer("linear", name, weight=weight.contiguous(), bias=bias.clone())
-    if isinstance(module, nn.Conv2d):
-        if module.padding_mode != "zeros":
-            raise _unsupported(
-                name, module, f"expected padding with zeros, got {module.padding_mode}"
-            )
-        kernel, dilation = _pair(module.kernel_size), _pair(module.dilation)
-        if module.padding == "same":
-            total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-            before = (total[0] // 2, total[1] // 2)
-            after = (total[0] - before[0], total[1] - before[1])
-        else:
-            before = after = (0, 0) if module.padding == "valid" else _pair(module.padding)
-        layer.window = Window(kernel, _pair(module.stride), dilation, before, after)
-        layer.kind, layer.groups = "conv", module.groups
-    _check_finite(layer)
-    return layer
-
-
-def _neurons(layer: Layer, name: str, module: nn.Module) -> Layer:
-    assert isinstance(module, FusedLIF)
-    assert layer.bias is not None
-    for option in ("stateful", "packed", "return_v"):
-        if getattr(module, option):
-            raise _unsupported(name, module, f"expected {option}=False")
-    outputs = len(layer.bias)
-    for key in ("threshold", "leak"):
-        value = getattr(module, key).detach().float().cpu().reshape(-1)
-        if value.numel() not in (1, outputs):
-            raise _unsupported(
-                name, module, f"{key}: expected 1 element or {outputs}, got {value.numel()}"
-            )
-        setattr(layer, key, value.expand(outputs).clone())
-    layer.reset, layer.v_reset = module.reset, float(module.v_reset)
-    _check_finite(layer)
-    return layer
-
-
-def _max_window(name: str, module: nn.Module) -> Window:
-    assert isinstance(module, nn.MaxPool2d)
-    for option in ("ceil_mode", "return_indices"):
-        if getattr(module, option):
-            raise _unsupported(name, module, f"expected {option}=False")
-    return _pool_window(module, _pair(module.dilation))
-
-
-def _average_window(name: str, module: nn.Module) -> Window:
-    assert isinstance(module, nn.AvgPool2d)
-    kernel = _pair(module.kernel_size)
-    if module.divisor_override not in (None, math.prod(kernel)):
-        raise _unsupported(name, module, "expected no divisor_override")
-    if _pair(module.padding) != (0, 0) and not module.count_include_pad:
-        raise _unsupported(name, module, "expected count_include_pad=True")
-    if module.ceil_mode:
-        raise _unsupported(name, module, "expected ceil_mode=False")
-    return _pool_window(module, (1, 1))
-
-
-def _pool_window(module: Any, dilation: tuple[int, int]) -> Window:
-    kernel, padding = _pair(module.kernel_size), _pair(module.padding)
-    return Window(kernel, _pair(module.stride), dilation, padding, padding)
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
-
-
-def _quantise(layer: Layer, precision: str) -> None:
-    """Its weights as they are kept; those of a shortcut share the scale of their output."""
-    if layer.weight is None or precision == "fp32":
-        return
-    if precision == "bf16":
-        layer.weight = layer.weight.to(torch.bfloat16)
-        if layer.shortcut_weight is not None:
-            layer.shortcut_weight = layer.shortcut_weight.to(torch.bfloat16)
-        return
-    most = layer.weight.flatten(1).abs().amax(1)
-    if layer.shortcut_weight is not None:
-        most = torch.maximum(most, layer.shortcut_weight.flatten(1).abs().amax(1))
-    scale = torch.where(most > 0, most / 127, torch.ones_like(most))
-
-    def rounded(weight: Tensor) -> Tensor:
-        shape = (-1, *[1] * (weight.dim() - 1))
-        return (weight / scale.view(shape)).round().clamp(-127, 127).to(torch.int8)
-
-    layer.weight, layer.scale = rounded(layer.weight), scale
-    if layer.shortcut_weight is not None:
-        layer.shortcut_weight = rounded(layer.shortcut_weight)
-
-
-def _check_finite(layer: Layer) -> None:
-    for key in Layer.TENSORS:
-        tensor = getattr(layer, key)
-        if tensor is not None and not bool(tensor.isfinite().all()):
-            raise UsageError(f"{layer.name}: expected a finite {key}, got inf or NaN")
-    if layer.threshold is not None and not bool((layer.threshold > 0).all()):
-        raise UsageError(f"{layer.name}: expected thresholds > 0")

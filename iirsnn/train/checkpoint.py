@@ -1,4 +1,4 @@
-"""The state of an optimiser as a checkpoint holds it."""
+"""What a checkpoint holds: the weights of a network, the state of an optimiser."""
 
 from __future__ import annotations
 
@@ -7,6 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..errors import RunError, one_line
+from ..models import Network
+
+
+def load_weights(network: Network, weights: dict[str, Tensor]) -> None:
+    """Load a checkpoint's weights.
+
+    Raises:
+        RunError: they are those of another network.
+    """
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise RunError(f"checkpoint: of another network ({one_line(error)})") from error
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

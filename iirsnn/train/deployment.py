@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from ..errors import RunError, UsageError
 from ..event import EventNetwork
-from .data import ImageFiles, ImageSet, MemoryImages
+from .images import ImageFiles, ImageSet, MemoryImages
 from .pipeline import Pipeline
 
 

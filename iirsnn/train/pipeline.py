@@ -17,13 +17,14 @@ from ..measure.evaluation import accuracies, count_operations, evaluating
 from ..measure.provenance import commit, machine
 from ..models import Network, build
 from ..nn import use_spike_layers
-from . import data, freed_memory
+from . import checkpoint, data, freed_memory
 from .data import Splits
 from .processes import Processes
 from .recipe import Recipe
 from .run_folder import RunFolder
+from .seeds import derive_seed
 from .stage_order import Stage, stages
-from .stage_training import StageTraining, derive_seed, load_weights
+from .stage_training import StageTraining
 from .stopping import StopRequest
 
 #: Test images that operations and spikes are counted on at most.
@@ -127,7 +128,7 @@ class Pipeline:
         """
         tensors, _ = self.folder.load_checkpoint(name, "best")
         network = self._untrained(name)
-        load_weights(network, tensors)
+        checkpoint.load_weights(network, tensors)
         return self._place(network)
 
     def converted(self, timesteps: int) -> Network:

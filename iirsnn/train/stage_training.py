@@ -7,33 +7,33 @@ and the number of steps done are all that a checkpoint holds.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from rich.console import Console
-from torch import Tensor, nn
-from torchvision.transforms import v2
+from torch import Tensor
 
-from ..errors import RunError, one_line
+from ..errors import RunError
 from ..measure.energy import EnergyPenalty
 from ..measure.evaluation import loss_and_accuracy
 from ..models import Network
-from ..nn import SharedDropout, neurons
+from ..nn import neurons
 from . import checkpoint, data
 from .data import Splits
+from .objective import Objective
 from .processes import Processes
 from .progress import Board, StageProgress
-from .recipe import StageConfig
 from .run_folder import RunFolder
+from .running_sums import Reading, Sums
+from .schedule import make_optimizer, set_dropout, set_learning_rate
+from .seeds import derive_seed
 from .stage_order import Stage
 from .stopping import Stopped, StopRequest
 
@@ -121,7 +121,7 @@ class StageTraining:
         if self.processes.main:
             progress = self.progress
             self.sums.start(progress.loss_sum, progress.right, progress.seen)
-        # evaluation_mode: no DistributedDataParallel, see iirsnn.parallel
+        # evaluation_mode: no DistributedDataParallel, see iirsnn.train.processes
         self.model = accelerator.prepare_model(network, evaluation_mode=True)
         self.optimizer = accelerator.prepare_optimizer(self.optimizer)
         if self.runtime.compile:
@@ -341,161 +341,8 @@ class StageTraining:
             for name, tensor in tensors.items()
             if name.startswith("network.")
         }
-        load_weights(self.network, weights)
+        checkpoint.load_weights(self.network, weights)
         checkpoint.unpack_optimizer(self.optimizer, tensors, header["optimizer"])
         if self.accelerator.scaler is not None and header["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(header["scaler"])
         self.progress = Progress(**header["progress"])
-
-
-class Reading(NamedTuple):
-    """What a process has added up of an epoch.
-
-    Attributes:
-        loss, right, seen: sums over its images.
-        bad_step, bad_loss: the first step whose loss was not finite, and that loss; or 0.
-    """
-
-    loss: float
-    right: int
-    seen: int
-    bad_step: int
-    bad_loss: float
-
-
-class Sums:
-    """Loss and right answers of an epoch, added up on the device: only `read` waits for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._sums = torch.zeros(4, dtype=dtype, device=device)
-        self._seen = 0
-
-    def start(self, loss: float = 0.0, right: int = 0, seen: int = 0) -> None:
-        """Begin an epoch, or go on with one."""
-        self._sums = self._sums.new_tensor([loss, right, 0, 0])
-        self._seen = seen
-
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor, step: int) -> None:
-        """Add the mean loss of some images, [] in fp32, and what was made of them in a step."""
-        loss = loss.detach().to(self._sums.dtype)
-        right = (logits.detach().argmax(1) == labels).sum()
-        total, hits, bad_step, bad_loss = self._sums.unbind()
-        first_bad = ~loss.isfinite() & (bad_step == 0)
-        self._sums = torch.stack(
-            [
-                total + loss * len(labels),
-                hits + right,
-                torch.where(first_bad, step, bad_step),
-                torch.where(first_bad, loss, bad_loss),
-            ]
-        )
-        self._seen += len(labels)
-
-    def read(self) -> Reading:
-        """The sums so far."""
-        loss, right, bad_step, bad_loss = self._sums.tolist()
-        return Reading(loss, int(right), self._seen, int(bad_step), bad_loss)
-
-
-class Objective:
-    """What a stage minimises, but for the energy: labels, mixed or smoothed, and a teacher's.
-
-    Args:
-        config: of the stage.
-        classes: number of classes.
-        teacher: in eval mode hereafter; None for none.
-    """
-
-    def __init__(self, config: StageConfig, classes: int, teacher: Network | None = None) -> None:
-        self.config = config
-        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
-        self.mixup = v2.MixUp(alpha=config.mixup, num_classes=classes) if config.mixup else None
-
-    def targets(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """What the network is to see and say: images, and labels or class probabilities.
-
-        Args:
-            images: [B, C, H, W].
-            labels: int64 [B].
-        """
-        return (images, labels) if self.mixup is None else self.mixup(images, labels)
-
-    def loss(self, logits: Tensor, images: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of a batch, a scalar.
-
-        Args:
-            logits: float [B, classes], what the network said to the images.
-            images: [B, C, H, W].
-            targets: int64 [B], or float [B, classes].
-        """
-        config = self.config
-        loss = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
-        if self.teacher is None:
-            return loss
-        temperature = config.teacher_temperature
-        with torch.no_grad():
-            soft = F.softmax(self.teacher(images).float() / temperature, 1)
-        # the square keeps the gradient's size whatever the temperature
-        distance = F.cross_entropy(logits / temperature, soft) * temperature**2
-        return (1 - config.teacher_weight) * loss + config.teacher_weight * distance
-
-
-def load_weights(network: Network, weights: dict[str, Tensor]) -> None:
-    """Load a checkpoint's weights.
-
-    Raises:
-        RunError: they are those of another network.
-    """
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        raise RunError(f"checkpoint: of another network ({one_line(error)})") from error
-
-
-def make_optimizer(network: Network, config: StageConfig) -> torch.optim.Optimizer:
-    """The optimiser of a stage; thresholds and leaks have no weight decay."""
-    own = {id(p) for neuron in neurons(network) for p in neuron.parameters()}
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if id(p) not in own]},
-        {
-            "params": [p for p in parameters if id(p) in own],
-            "weight_decay": 0.0,
-            "factor": config.neuron_rate,
-        },
-    ]
-    groups = [group for group in groups if group["params"]]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            groups,
-            config.learning_rate,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        )
-    return torch.optim.Adam(
-        groups, config.learning_rate, weight_decay=config.weight_decay, amsgrad=True
-    )
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: StageConfig, done: float) -> None:
-    """Set the learning rate for a stage of which the fraction `done` in [0, 1) is over."""
-    if config.schedule == "cosine":
-        factor = 0.5 * (1 + math.cos(math.pi * done))
-    else:
-        factor = config.decay ** -sum(done >= milestone for milestone in config.milestones)
-    for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate * factor * group.get("factor", 1.0)
-
-
-def set_dropout(network: nn.Module, p: float) -> None:
-    """Set the probability of every SharedDropout."""
-    for module in network.modules():
-        if isinstance(module, SharedDropout):
-            module.p = p
-
-
-def derive_seed(*parts: object) -> int:
-    """A 63-bit seed that depends on all parts and on nothing else."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1

@@ -20,8 +20,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from iirsnn.errors import RunError, UsageError
-from iirsnn.train import data
-from iirsnn.train.data import Augmented, DataConfig, eval_batches, load, train_batches
+from iirsnn.train import data_sets
+from iirsnn.train.data import DataConfig, eval_batches, load, train_batches
+from iirsnn.train.images import Augmented
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +30,7 @@ def empty_places(tmp_path, monkeypatch):
     """No test sees the data of this machine or reaches a network."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(data, "_DEBIAN_FASHION_MNIST", tmp_path / "debian")
+    monkeypatch.setattr(data_sets, "_DEBIAN_FASHION_MNIST", tmp_path / "debian")
     closed = "http://127.0.0.1:9/"
     monkeypatch.setattr(FashionMNIST, "mirrors", [closed])
     for source in (CIFAR10, CIFAR100):

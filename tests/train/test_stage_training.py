@@ -18,18 +18,16 @@ from iirsnn.conversion import to_spiking
 from iirsnn.errors import RunError
 from iirsnn.models import vgg
 from iirsnn.nn import neurons
-from iirsnn.train import data, recipe, stage_training
-from iirsnn.train.data import MemoryImages, Splits
+from iirsnn.train import data, recipe
+from iirsnn.train.data import Splits
+from iirsnn.train.images import MemoryImages
+from iirsnn.train.objective import Objective
 from iirsnn.train.pipeline import Pipeline
 from iirsnn.train.recipe import StageConfig
 from iirsnn.train.run_folder import RunFolder
-from iirsnn.train.stage_training import (
-    Objective,
-    StageTraining,
-    derive_seed,
-    make_optimizer,
-    set_learning_rate,
-)
+from iirsnn.train.schedule import make_optimizer, set_learning_rate
+from iirsnn.train.seeds import derive_seed
+from iirsnn.train.stage_training import StageTraining
 from tests.conftest import QUICK, command
 from tests.test_atomic_files import files_of_at_most
 
@@ -308,7 +306,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(with_ann, monk
         calls.append(1)
         return loss(*arguments, **options) * (1 if len(calls) < 5 else math.nan)
 
-    monkeypatch.setattr(stage_training.F, "cross_entropy", diverging)
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", diverging)
     last = with_ann.path / "stages" / "T2" / "last.safetensors"
     message = rf"stage T2, step 3: the loss is nan; the last good checkpoint is kept: {last}"
     with pytest.raises(RunError, match=message):
@@ -325,7 +323,7 @@ def test_the_first_loss_that_is_not_finite_names_the_checkpoint_it_started_from(
 ):
     loss = torch.nn.functional.cross_entropy
     monkeypatch.setattr(
-        stage_training.F, "cross_entropy", lambda *a, **options: loss(*a, **options) * math.inf
+        torch.nn.functional, "cross_entropy", lambda *a, **options: loss(*a, **options) * math.inf
     )
     with pytest.raises(RunError, match=r"stage T2, step 1: the loss is inf; .*that of stage ann"):
         training_of(with_ann).run(Console(quiet=True))
