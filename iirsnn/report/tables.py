@@ -1,4 +1,4 @@
-"""Tables on a console, whose cells are never cut, and how they write large numbers."""
+"""Tables on a console, whose numbers are never cut, and how they write large ones."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ def print_table(
 ) -> None:
     """Print a table; one that is too wide becomes several, each with the first column.
 
+    A number is never cut; words are folded where they leave no room for one.
+
     Args:
         console: where to.
         title: above it.
@@ -42,8 +44,13 @@ def print_table(
         made = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
         for index in shown:
             column = columns[index]
-            justify = "left" if column.left else "right"
-            made.add_column(column.header, justify=justify, no_wrap=True, style=column.style)  # type: ignore[arg-type]
+            made.add_column(
+                column.header,
+                justify="left" if column.left else "right",
+                style=column.style,
+                no_wrap=not column.left,
+                overflow="fold",
+            )
         for number, row in enumerate(rows):
             if total and number == len(rows) - 1:
                 made.add_section()

@@ -1,17 +1,20 @@
 """deploy, predict and energy: what they print and write, and one line for every bad input."""
 
+import io
 import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from iirsnn import convert
 from iirsnn.conversion import NeuronConfig, fold_batch_norm
 from iirsnn.event import EventNetwork
 from iirsnn.measure.evaluation import count_operations
 from iirsnn.models.resnet import Plan, resnet
+from iirsnn.report import engine_energy
 from iirsnn.report.engine_energy import beside
 from iirsnn.train import data, recipe
 from iirsnn.train.run_folder import RunFolder
@@ -88,6 +91,21 @@ def test_energy_counts_the_engine_beside_the_ann(iirsnn, finished_copy):
         assert spikes["spikes"] / spikes["neurons"] == pytest.approx(rate, rel=1e-3), layer
     other = iirsnn("energy", finished_copy, "--stage", 2, "--precision", "int8")
     assert "One image, T = 2, int8 weights" in other.out
+
+
+def test_the_table_keeps_its_numbers_at_60_columns(iirsnn, finished_copy):
+    assert iirsnn("energy", finished_copy).code == 0
+    report = json.loads((finished_copy / "energy.json").read_text())
+    texts = []
+    for width in (60, 200):
+        console = Console(file=io.StringIO(), width=width, color_system=None)
+        engine_energy.show(report, console)
+        texts.append(console.file.getvalue())
+    narrow, wide = texts
+    assert "…" not in narrow
+    assert all(len(line) <= 60 for line in narrow.splitlines())
+    tables = wide[: wide.index("Means over")]
+    assert {word for word in tables.split() if word[0].isdigit()} <= set(narrow.split())
 
 
 def test_bad_input(iirsnn, finished, deployed, tmp_path):

@@ -108,6 +108,15 @@ def test_tables(seeds, other):
     assert any("why \\| not" in row for row in rows)
 
 
+def test_tables_keep_their_numbers_at_60_columns(seeds, other):
+    comparison = compare.build([*seeds, other])
+    narrow, wide = printed(comparison, 60), printed(comparison, 200)
+    assert "…" not in narrow
+    assert all(len(line) <= 60 for line in narrow.splitlines())
+    tables = wide[: wide.index("What the recipes differ in")]
+    assert {word for word in tables.split() if word[0].isdigit()} <= set(narrow.split())
+
+
 def test_what_most_recipes_share_is_said_once(finished, tmp_path):
     settings = {
         "plain": {},

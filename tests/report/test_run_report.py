@@ -118,6 +118,16 @@ def test_tables_fit_into_80_columns_uncut(timesteps, layers):
         assert number in text, number
 
 
+@pytest.mark.parametrize("width", [60, 40])
+def test_tables_keep_their_numbers_on_a_narrow_console(width):
+    report = large_report((5, 4, 3, 2, 1), 15)
+    narrow, wide = printed(report, width), printed(report, 200)
+    assert "…" not in narrow
+    assert all(len(line) <= width for line in narrow.splitlines())
+    tables = wide[: wide.index("All per image")]
+    assert {word for word in tables.split() if word[0].isdigit()} <= set(narrow.split())
+
+
 def test_a_run_that_is_not_finished_is_reported_as_far_as_it_is(finished_copy):
     for name in ("report.json", *PICTURES):
         (finished_copy / name).unlink()
