@@ -123,8 +123,7 @@ def show(comparison: dict[str, Any], console: Console) -> None:
             print_table(console, title, [Column("", left=True), *map(Column, header[1:])], rows)
             continue
         table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))  # of words: they wrap
-        table.add_column(header[0], no_wrap=True)
-        for column in header[1:]:
+        for column in header:
             table.add_column(column, overflow="fold")
         for row in rows:
             table.add_row(*row)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,10 +147,10 @@ def not_compiled(monkeypatch):
 def test_compiling_at_first_use_takes_the_same_recipe(not_compiled, monkeypatch):
     # without a GPU it does not compile for one, though a toolkit may be installed
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    calls = []
-    monkeypatch.setattr(cpp_extension, "load", lambda **how: calls.append(how) or "the module")
+    calls, module = [], SimpleNamespace(build_info=dict)
+    monkeypatch.setattr(cpp_extension, "load", lambda **how: calls.append(how) or module)
     assert build.load() is None
-    assert sys.modules["iirsnn._C"] == "the module"
+    assert sys.modules["iirsnn._C"] is module
     recipe = build.recipe("0")
     assert calls[0]["sources"] == recipe["sources"]
     assert calls[0]["extra_cflags"] == recipe["cxx"]
