@@ -26,7 +26,8 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     _: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print it and exit.")
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print it and exit."),
     ] = False,
 ) -> None:
     pass
