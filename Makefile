@@ -12,7 +12,7 @@ BENCH_FLAGS ?=
 # The CUDA kernels take minutes to compile and need nvcc: gpu-check builds them, the rest does not.
 export IIRSNN_BUILD_CUDA ?= 0
 
-SOURCES := setup.py iirsnn/_build.py $(shell find csrc -type f)
+SOURCES := setup.py iirsnn/ops/build.py $(shell find csrc -type f)
 
 .PHONY: help demo test bench bench-check lint format gpu-check clean
 
@@ -30,11 +30,18 @@ $(VENV)/.torch:
 	    $(BIN)/pip install --quiet --disable-pip-version-check setuptools wheel ninja pybind11 torch torchvision
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml $(SOURCES)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[test,lint]'
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation
+
+# A demo needs no linters and no test tools.
+$(VENV)/.train: $(VENV)/.torch pyproject.toml $(SOURCES)
+	$(PIP_INSTALL) --editable '.[train]'
 	@touch $@
 
-demo: $(VENV)/.installed
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml $(SOURCES)
+	$(PIP_INSTALL) --editable '.[train,test,lint]'
+	@touch $@ $(VENV)/.train
+
+demo: $(VENV)/.train
 	@if [ -f $(DEMO)/recipe.yaml ]; then rm -rf $(DEMO); fi
 	$(BIN)/iirsnn train digits --out $(DEMO) $(DEMO_FLAGS)
 
@@ -76,7 +83,7 @@ lint: $(VENV)/.installed
 
 gpu-check: $(VENV)/.torch
 	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('gpu-check: no CUDA device found on this machine, nothing was checked')"
-	IIRSNN_BUILD_CUDA=1 $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation $(PIP_FLAGS) --editable '.[test]'
+	IIRSNN_BUILD_CUDA=1 $(PIP_INSTALL) $(PIP_FLAGS) --editable '.[test]'
 	$(BIN)/python benchmarks/gpu_check.py
 
 format: $(VENV)/.installed

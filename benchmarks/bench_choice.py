@@ -14,7 +14,7 @@ from networks import Step, batch_of, networks
 from torch import nn
 
 from iirsnn import use_spike_layers
-from iirsnn.spike_layers import _SPIKE_LAYERS
+from iirsnn.nn.spike_layers import _SPIKE_LAYERS
 
 ALL = torch.get_num_threads()
 DENSITIES = (0.05, 0.10, 0.15, 0.20, 0.30, 0.40, 0.60)

@@ -36,7 +36,7 @@ from event_contenders import (
 )
 
 from iirsnn.event import EventNetwork
-from iirsnn.provenance import commit
+from iirsnn.measure.provenance import commit
 
 DENSITIES = (0.05, 0.10, 0.15, 0.20, 0.30, 0.40, 0.60)
 ALL = torch.get_num_threads()

@@ -13,7 +13,8 @@ from contenders import LIMIT, available
 from one_process import cache_misses as misses_of
 
 import iirsnn
-from iirsnn import allocator, provenance
+from iirsnn.measure import provenance
+from iirsnn.train import freed_memory
 
 
 def pytest_addoption(parser):
@@ -23,7 +24,7 @@ def pytest_addoption(parser):
     group.addoption("--resume", action="store_true", help="leave out groups of this commit")
     group.addoption(
         "--allocator",
-        choices=allocator.POLICIES,
+        choices=freed_memory.POLICIES,
         default="retain",
         help="freed memory stays with the process, as iirsnn train has it, or goes back",
     )
@@ -32,7 +33,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     traffic.watch_inductor()
-    kept = allocator.apply(config.getoption("--allocator"))
+    kept = freed_memory.apply(config.getoption("--allocator"))
     config.stash[ALLOCATOR] = "retain" if kept else "system"
     config.addinivalue_line("markers", "telling: timed without --full as well")
     config.stash[STARTED] = time.monotonic()

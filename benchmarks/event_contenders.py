@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from iirsnn.conversion import fold_batch_norm
 from torch import Tensor, nn
 
 from iirsnn import FusedLIF, Network, Readout, SharedDropout, convert
-from iirsnn.convert import fold_batch_norm
 from iirsnn.event import EventNetwork
 from iirsnn.models import ModelConfig, build
-from iirsnn.pipeline import Pipeline, open_data
-from iirsnn.run_folder import RunFolder
+from iirsnn.train.pipeline import Pipeline, open_data
+from iirsnn.train.run_folder import RunFolder
 
 Contender = Callable[[Tensor], object]
 Draw = Callable[[int], Tensor]  # batch -> images [batch, C, H, W], new ones in every call

@@ -12,14 +12,7 @@ from contenders import CONTENDERS, LIMIT, Limit, available, iirsnn_lif, referenc
 from sameness import Sameness
 from torch import Tensor, nn
 
-from iirsnn import (
-    BatchNormLIF,
-    FusedLIF,
-    Network,
-    Readout,
-    TimeSequential,
-    use_spike_layers,
-)
+from iirsnn import BatchNormLIF, FusedLIF, Network, Readout, TimeSequential, use_spike_layers
 from iirsnn.functional import lif
 from iirsnn.models.vgg import LAYERS, vgg
 

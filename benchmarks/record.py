@@ -63,7 +63,7 @@ Group = dict[str, Any]
 
 def machine() -> dict[str, str]:
     """What a time belongs to: machine (with threads), processor (with its model), capability."""
-    from iirsnn import provenance
+    from iirsnn.measure import provenance
 
     name = provenance.machine()
     return {"machine": name, "processor": processor(), "capability": capability()}
@@ -82,7 +82,7 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 def capability() -> str:
     """The instruction set that the CPU kernels use; "none" where they are not compiled."""
-    from iirsnn.backend import why_not
+    from iirsnn.ops.backend import why_not
 
     if why_not("cpu", "cpu") is not None:
         return "none"

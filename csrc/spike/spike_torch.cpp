@@ -1,4 +1,4 @@
-// Checks, allocation and threads of the spike_* ops. Their schemas are defined in iirsnn/spike_ops.py.
+// Checks, allocation and threads of the spike_* ops. Their schemas are defined in iirsnn/ops/spike.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from iirsnn._build import CXX_FLAGS
+from iirsnn.ops.build import CXX_FLAGS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
