@@ -42,9 +42,8 @@ IIRSNN_INLINE void load_weights(const Forward& work, int64_t group, int64_t outp
     const scalar_t* from =
         weight + (group * conv.group_outputs() + output) * pitch + tap * conv.group_channels() + channel;
     const Floats factor = spread<kBytes>(scale);
-    // a few rows of weights at a time: rows a power of two apart share the lines of few sets of the cache
-    for (int64_t k = 0; k < kWidth; k += L) {
-      for (int64_t c = 0; c < channels; c += L) {
+    for (int64_t c = 0; c < channels; c += L) {
+      for (int64_t k = 0; k < kWidth; k += L) {
         Floats rows[L];
         if (c + L <= channels && k + L <= outputs) {
           IIRSNN_REGISTERS

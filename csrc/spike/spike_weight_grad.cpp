@@ -108,9 +108,8 @@ IIRSNN_INLINE void write_tile(const WeightGrad& work, int64_t group, int64_t cha
     using Floats = Register<float, kBytes>;
     constexpr int L = kFloats<kBytes>;
     const Floats factor = spread<kBytes>(scale);
-    // a few rows of the gradient at a time: rows a power of two apart share the lines of few sets of the cache
-    for (int64_t k = 0; k < outputs; k += L) {
-      for (int64_t c = 0; c < channels; c += L) {
+    for (int64_t c = 0; c < channels; c += L) {
+      for (int64_t k = 0; k < outputs; k += L) {
         Floats rows[L];
         const bool full = c + L <= channels;
         IIRSNN_REGISTERS
