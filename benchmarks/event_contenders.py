@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from iirsnn.conversion import fold_batch_norm
 from torch import Tensor, nn
 
 from iirsnn import FusedLIF, Network, Readout, SharedDropout, convert
+from iirsnn.conversion import fold_batch_norm
 from iirsnn.event import EventNetwork
 from iirsnn.models import ModelConfig, build
 from iirsnn.train.pipeline import Pipeline, open_data
