@@ -495,8 +495,7 @@ def test_built_in_costs_where_no_cache_can_be_written(monkeypatch, tmp_path):
 
 
 def test_a_cost_is_a_line_through_two_times():
-    cost = events_or_dense._cost(dense=2.0, sparse=0.4, denser=1.0)
-    assert cost == events_or_dense.Cost(0.1, 1.0)
+    assert events_or_dense._cost(dense=2.0, sparse=0.4, denser=1.0) == events_or_dense.Cost(
         0.1, 1.0
     )
     noise = events_or_dense._cost(dense=2.0, sparse=1.0, denser=0.9)
@@ -508,8 +507,7 @@ def test_a_cost_is_a_line_through_two_times():
 CONV, LINEAR = events_or_dense.SHAPES[1].product, events_or_dense.SHAPES[5].product
 
 
-    shapes = events_or_dense.SHAPES
-    faked = {key: dict.fromkeys(shapes, cost) for key in events_or_dense.BUILT_IN[FLOAT]}
+def costs_of(cost, changes=()):
     """The same cost everywhere, but for `changes`: {(pass, kind, shape): cost}."""
     faked = {
         key: dict.fromkeys(events_or_dense.SHAPES, cost) for key in events_or_dense.BUILT_IN[FLOAT]
