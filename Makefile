@@ -14,7 +14,7 @@ export IIRSNN_BUILD_CUDA ?= 0
 
 SOURCES := setup.py iirsnn/_build.py $(shell find csrc -type f)
 
-.PHONY: help demo test bench bench-check lint format gpu-check clean
+.PHONY: help demo test sanitize bench bench-check lint format gpu-check clean
 
 help:
 	@echo "make demo       train on scikit-learn's digits, from the ANN to one timestep"
@@ -41,6 +41,16 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+# The engine alone: neither torch nor Python, so that nothing else is reported.
+ENGINE := $(filter-out %/bind.cpp,$(wildcard csrc/event/*.cpp)) $(wildcard csrc/simd/*.cpp)
+sanitize:
+	@mkdir -p build
+	for kinds in thread address,undefined; do \
+	    $(CXX) -std=c++17 -O1 -g -ffp-contract=off -Wno-psabi -pthread -Icsrc -fsanitize=$$kinds \
+	        -fno-sanitize-recover=all $(ENGINE) tests/native/shared_engine.cpp -o build/shared_engine && \
+	    build/shared_engine || exit 1; \
+	done
+
 # The libraries compared with; one that cannot be installed is reported as missing.
 $(VENV)/.bench: $(VENV)/.installed
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[bench]' || \
@@ -64,7 +74,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' tests/native)
 
 gpu-check: $(VENV)/.torch
 	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('gpu-check: no CUDA device found on this machine, nothing was checked')"
@@ -74,7 +84,7 @@ gpu-check: $(VENV)/.torch
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*')
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*' tests/native)
 
 clean:
 	rm -rf $(VENV) build *.egg-info iirsnn/*.so

@@ -7,6 +7,7 @@ them in a file, and hands images over.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import math
 import threading
@@ -90,6 +91,27 @@ class Layer:
 
     TENSORS = ("weight", "scale", "bias", "threshold", "leak", "shortcut_weight")
     WINDOWS = ("window", "shortcut_window")
+
+    __hash__ = None  # type: ignore[assignment]  # it can change
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all is the same, tensors bit for bit."""
+        if not isinstance(other, Layer):
+            return NotImplemented
+        mine, theirs = vars(self), vars(other)
+        return all(
+            _same_tensor(mine[key], theirs[key])
+            if key in Layer.TENSORS
+            else mine[key] == theirs[key]
+            for key in mine
+        )
+
+    def __repr__(self) -> str:
+        weight = ""
+        if self.weight is not None:
+            kind = str(self.weight.dtype).removeprefix("torch.")
+            weight = f", weight={kind}{list(self.weight.shape)}"
+        return f"Layer({self.kind}, {self.name!r}{weight})"
 
 
 @dataclass
@@ -222,6 +244,24 @@ class EventNetwork:
             self._warn_if_dense()
         return torch.from_numpy(logits)
 
+    __hash__ = None  # type: ignore[assignment]  # its layers can change
+
+    def __eq__(self, other: object) -> bool:
+        """Whether their files would be the same."""
+        if not isinstance(other, EventNetwork):
+            return NotImplemented
+        return all(
+            getattr(self, f.name) == getattr(other, f.name) for f in dataclasses.fields(self)
+        )
+
+    def __repr__(self) -> str:
+        shape = None if self.image_shape is None else list(self.image_shape)
+        head = f"EventNetwork(T={self.timesteps}, {self.precision}, image_shape={shape}"
+        return "\n".join([head, *(f"  {layer}" for layer in self.layers)]) + ")"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _from_bytes, (checkpoint.to_bytes(*self._contents()),)
+
     def statistics(self) -> list[LayerStatistics]:
         """What each layer did in this thread's last call.
 
@@ -258,9 +298,10 @@ class EventNetwork:
         return found
 
     def density(self) -> float:
-        """Additions of this thread's last call over the operations of a dense network on its images.
+        """Additions of this thread's last call over the operations of a dense network.
 
-        Only layers that see spikes count. Above about `DENSE_WINS` the dense network is faster.
+        Only layers that see spikes count, dense ones once an image. Above about `DENSE_WINS` the
+        dense network is faster.
         """
         layers = [s for s in self.statistics() if s.dense_operations and not s.multiplications]
         dense = sum(layer.dense_operations for layer in layers)
@@ -272,6 +313,9 @@ class EventNetwork:
         Raises:
             RunError: it cannot be written.
         """
+        checkpoint.save(Path(path), *self._contents())
+
+    def _contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, layers = {}, []
         for index, layer in enumerate(self.layers):
             entry = {
@@ -294,7 +338,7 @@ class EventNetwork:
             "layers": layers,
             "notes": self.notes,
         }
-        checkpoint.save(Path(path), tensors, header)
+        return tensors, header
 
     @classmethod
     def load(cls, path: str | Path) -> EventNetwork:
@@ -303,7 +347,12 @@ class EventNetwork:
         Raises:
             RunError: missing, truncated, damaged, of a newer format, or no such network.
         """
-        tensors, header = checkpoint.load(Path(path))
+        return cls._made_of(*checkpoint.load(Path(path)), path)
+
+    @classmethod
+    def _made_of(
+        cls, tensors: dict[str, Tensor], header: dict[str, Any], path: str | Path
+    ) -> EventNetwork:
         version = header.get("event_format")
         if not isinstance(version, int):
             raise RunError(f"{path}: a checkpoint of iirsnn, but no event network")
@@ -393,6 +442,17 @@ class EventNetwork:
                 RuntimeWarning,
                 stacklevel=3,
             )
+
+
+def _from_bytes(content: bytes) -> EventNetwork:
+    """The network whose file would hold these bytes."""
+    return EventNetwork._made_of(*checkpoint.from_bytes(content), "event network")
+
+
+def _same_tensor(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _extension() -> Any:

@@ -24,6 +24,14 @@ constexpr int kHelpers = 255, kJobs = 32;
 // each other within this time.
 constexpr std::chrono::microseconds kPatience{50};
 
+using Clock = std::chrono::steady_clock;
+
+// A thread that shares its core with another process is stopped for milliseconds, in the middle of a task. If it took
+// this much longer for one than the caller, which waited, it rests for a multiple of the time that it was waited for.
+constexpr std::chrono::microseconds kStopped{200};
+constexpr int kRest = 20;
+constexpr std::chrono::milliseconds kLongestRest{200};
+
 void pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -35,13 +43,13 @@ void pause() {
 // Whether done() was true before the patience was over.
 template <typename Done>
 bool spin_until(const Done& done) {
-  const auto end = std::chrono::steady_clock::now() + kPatience;
+  const auto end = Clock::now() + kPatience;
   do {
     for (int i = 0; i < 32; ++i) {
       if (done()) return true;
       pause();
     }
-  } while (std::chrono::steady_clock::now() < end);
+  } while (Clock::now() < end);
   return false;
 }
 
@@ -58,36 +66,48 @@ class alignas(64) Job {
     task_ = task;
     context_ = context;
     failed_ = false;
+    longest_ = Clock::duration{0};
+    idle_ = Clock::time_point{};
     undone_ = count;
     waiting_ = (((waiting_ >> 32) + 1) << 32) | count;  // from here on tasks are taken
   }
 
-  // Runs the tasks that are left, one by one.
-  void work(int worker) {
+  // Runs the tasks that are left, one by one. Returns for how long the caller had to wait for one of them because the
+  // system had stopped this thread.
+  Clock::duration work(int worker) {
+    Clock::duration held{0};
     uint64_t seen = waiting_;
     while (uint32_t(seen) != 0) {
       const uint32_t count = count_;
       const Task task = task_;
       const void* const context = context_;
-      if (worker >= threads_) return;
+      if (worker >= threads_) break;
       if (!waiting_.compare_exchange_weak(seen, seen - 1)) continue;
-      run(task, context, count - uint32_t(seen), worker);
+      held = std::max(held, run(task, context, count - uint32_t(seen), worker));
       seen = waiting_;
     }
+    return held;
   }
 
   // Until all tasks are done. Throws what one of them has thrown.
   void finish() {
     const auto done = [this] { return undone_ == 0; };
+    if (done()) return rethrow();
+    idle_ = Clock::now();
     if (!spin_until(done)) {
       std::unique_lock lock(mutex_);
       all_done_.wait(lock, done);
     }
-    if (failed_) std::rethrow_exception(std::exchange(error_, nullptr));
+    rethrow();
   }
 
  private:
-  void run(Task task, const void* context, uint32_t index, int worker) {
+  void rethrow() {
+    if (failed_) std::rethrow_exception(std::exchange(error_, nullptr));
+  }
+
+  Clock::duration run(Task task, const void* context, uint32_t index, int worker) {
+    const Clock::time_point start = Clock::now();
     if (!failed_) {
       try {
         task(context, index, worker);
@@ -95,12 +115,19 @@ class alignas(64) Job {
         if (!failed_.exchange(true)) error_ = std::current_exception();
       }
     }
+    const Clock::time_point end = Clock::now(), idle = idle_;
+    Clock::duration held{0};
+    if (worker == 0) {
+      longest_ = std::max<Clock::duration>(longest_, end - start);
+    } else if (idle != Clock::time_point{} && end - start > 4 * longest_.load() + kStopped) {
+      held = end - idle;
+    }
     if (--undone_ == 0 && worker != 0) {
-      {
-        const std::lock_guard lock(mutex_);
-      }  // the caller either has not looked yet, or sleeps
+      mutex_.lock();  // the caller either has not looked yet, or sleeps
+      mutex_.unlock();
       all_done_.notify_one();
     }
+    return held;
   }
 
   std::atomic<bool> reserved_{false};
@@ -110,6 +137,8 @@ class alignas(64) Job {
   std::atomic<const void*> context_{nullptr};
   alignas(64) std::atomic<uint64_t> waiting_{0};  // the generation; below it, the number of tasks that nobody has taken
   alignas(64) std::atomic<uint32_t> undone_{0};
+  std::atomic<Clock::duration> longest_{};  // of the caller's own tasks
+  std::atomic<Clock::time_point> idle_{};   // since when the caller has nothing to do but to wait
   std::atomic<bool> failed_{false};
   std::exception_ptr error_;
   std::mutex mutex_;
@@ -155,9 +184,8 @@ class ThreadPool {
     for (int i = 0; i < std::min<int>(count, helper_count_); ++i) {
       Helper& helper = helpers_[i];
       if (!helper.asleep) continue;
-      {
-        const std::lock_guard lock(helper.mutex);
-      }
+      helper.mutex.lock();  // it either has not looked yet, or sleeps
+      helper.mutex.unlock();
       helper.called.notify_one();
     }
   }
@@ -186,7 +214,9 @@ class ThreadPool {
   void help(int number) {
     Helper& helper = helpers_[number];
     for (uint64_t seen = calls_;; seen = calls_) {
-      for (Job& job : jobs_) job.work(number + 1);
+      Clock::duration held{0};
+      for (Job& job : jobs_) held = std::max(held, job.work(number + 1));
+      if (held > held.zero()) std::this_thread::sleep_for(std::min<Clock::duration>(kRest * held, kLongestRest));
       const auto called = [&] { return calls_ != seen; };
       if (spin_until(called)) continue;
       std::unique_lock lock(helper.mutex);
