@@ -14,7 +14,7 @@ export IIRSNN_BUILD_CUDA ?= 0
 
 SOURCES := setup.py iirsnn/ops/build.py $(shell find csrc -type f)
 
-.PHONY: help demo test bench bench-check lint format gpu-check clean
+.PHONY: help demo test sanitize bench bench-check lint format gpu-check clean
 
 help:
 	@echo "make demo       train on scikit-learn's digits, from the ANN to one timestep"
@@ -47,6 +47,16 @@ demo: $(VENV)/.train
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# The engine alone: neither torch nor Python, so that nothing else is reported.
+ENGINE := $(filter-out %/bind.cpp,$(wildcard csrc/event/*.cpp)) $(wildcard csrc/simd/*.cpp)
+sanitize:
+	@mkdir -p build
+	for kinds in thread address,undefined; do \
+	    $(CXX) -std=c++17 -O1 -g -ffp-contract=off -Wno-psabi -pthread -Icsrc -fsanitize=$$kinds \
+	        -fno-sanitize-recover=all $(ENGINE) tests/native/shared_engine.cpp -o build/shared_engine && \
+	    build/shared_engine || exit 1; \
+	done
 
 # The libraries compared with, each by itself and with build isolation: one that fails costs no other. None may change
 # the torch that the kernels are compiled against.

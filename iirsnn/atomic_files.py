@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
+from safetensors.torch import load as deserialized
+from safetensors.torch import save as serialized
 from torch import Tensor
 
 from .errors import RunError
@@ -44,13 +45,24 @@ def save(
     Raises:
         RunError: the file cannot be written (a full disk, no permission); the old ones are intact.
     """
+    content = to_bytes(tensors, header)
+    # safetensors' own save_file writes through a file of a random name, which a kill leaves behind
+    write_atomically(path, lambda file: Path(file).write_bytes(content), previous)
+
+
+def to_bytes(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
+    """What `save` writes into a file."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     checked = {"format": FORMAT, "crc32": _checksum(contiguous), **header}
-    metadata = {_KEY: json.dumps(checked)}
-    # safetensors' own save_file writes through a file of a random name, which a kill leaves behind
-    write_atomically(
-        path, lambda file: Path(file).write_bytes(to_bytes(contiguous, metadata)), previous
-    )
+    return serialized(contiguous, {_KEY: json.dumps(checked)})
+
+
+def from_bytes(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the header that `to_bytes` took. Raises as `load` does."""
+    with _reading("checkpoint"):
+        size = int.from_bytes(content[:8], "little")
+        header = _header(json.loads(content[8 : 8 + size])["__metadata__"], "checkpoint")
+        return _whole(deserialized(content), header, "checkpoint")
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -60,24 +72,40 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         Damaged: truncated, changed since it was written, or no checkpoint at all.
         RunError: missing, or of another program or a newer version of this one.
     """
+    name = f"checkpoint {path}"
+    with _reading(name), safe_open(path, framework="pt") as file:
+        header = _header(file.metadata() or {}, name)
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return _whole(tensors, header, name)
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if _KEY not in metadata:
-                raise RunError(f"checkpoint {path}: a safetensors file, but not one of iirsnn's")
-            header = json.loads(metadata[_KEY])
-            if header["format"] > FORMAT:
-                raise RunError(
-                    f"checkpoint {path}: expected format {FORMAT} or older, got {header['format']};"
-                    " a newer iirsnn wrote it"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        yield
     except FileNotFoundError as error:
-        raise RunError(f"checkpoint {path}: no such file") from error
+        raise RunError(f"{name}: no such file") from error
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"checkpoint {path}: truncated or no checkpoint ({error})") from error
+        raise Damaged(f"{name}: truncated or no checkpoint ({error})") from error
+
+
+def _header(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
+    if _KEY not in metadata:
+        raise RunError(f"{name}: a safetensors file, but not one of iirsnn's")
+    header = json.loads(metadata[_KEY])
+    if header["format"] > FORMAT:
+        raise RunError(
+            f"{name}: expected format {FORMAT} or older, got {header['format']};"
+            " a newer iirsnn wrote it"
+        )
+    return header
+
+
+def _whole(
+    tensors: dict[str, Tensor], header: dict[str, Any], name: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if "crc32" in header and header.pop("crc32") != _checksum(tensors):
-        raise Damaged(f"checkpoint {path}: its content is not what was written")
+        raise Damaged(f"{name}: its content is not what was written")
     return tensors, header
 
 

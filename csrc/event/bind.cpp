@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "event/engine.h"
+#include "event/plan.h"
 
 namespace py = pybind11;
 
@@ -28,10 +29,10 @@ Precision precision(const std::string& name) {
   throw std::invalid_argument("precision: expected fp32, bf16 or int8, got '" + name + "'");
 }
 
-Fires reset(const std::string& name) {
+Reset reset(const std::string& name) {
   const char* const names[] = {"soft", "hard", "none", "soft_delayed"};
   for (int i = 0; i < 4; ++i) {
-    if (name == names[i]) return Fires(i);
+    if (name == names[i]) return Reset(i);
   }
   throw std::invalid_argument("reset: expected soft, hard, none or soft_delayed, got '" + name + "'");
 }
@@ -88,7 +89,7 @@ void add_readout(Engine& engine, const PySynapses& given, const std::string& pre
   engine.add_readout(one, parameters(precision_name, bias, scale, one.outputs));
 }
 
-Array run(Engine& engine, const Array& images) {
+py::tuple run(const Engine& engine, const Array& images, int threads) {
   const Shape shape = engine.shape(0);
   if (images.ndim() != 4 || images.shape(1) != shape.channels || images.shape(2) != shape.height ||
       images.shape(3) != shape.width) {
@@ -98,21 +99,28 @@ Array run(Engine& engine, const Array& images) {
   Array logits({py::ssize_t(images.shape(0)), py::ssize_t(engine.outputs())});
   const float* from = images.data();
   float* to = logits.mutable_data();
-  const py::gil_scoped_release release;
-  engine.run(from, images.shape(0), to);
-  return logits;
+  std::shared_ptr<const Call> call;
+  {
+    const py::gil_scoped_release release;
+    call = engine.run(from, images.shape(0), to, threads);
+  }
+  return py::make_tuple(logits, std::const_pointer_cast<Call>(call));
 }
 
-py::array_t<uint64_t> bits(const Engine& engine, int64_t source) {
+py::array_t<uint64_t> bits(const Engine& engine, const Call& call, int64_t source) {
   const Shape shape = engine.shape(source);
-  const std::vector<uint64_t>& all = engine.bits(source);
-  const py::ssize_t rows = shape.height, columns = shape.width, words = (shape.channels + kWord - 1) / kWord;
+  if (source < 1 || source > int64_t(call.bits.size())) {
+    throw std::invalid_argument("source: expected the number of a layer, 1 to " + std::to_string(call.bits.size()) +
+                                ", got " + std::to_string(source));
+  }
+  const std::vector<uint64_t>& all = call.bits[source - 1];
+  const py::ssize_t rows = shape.height, columns = shape.width, words = ceil_div(shape.channels, kWord);
   return py::array_t<uint64_t>({py::ssize_t(all.size()) / (rows * columns * words), rows, columns, words}, all.data());
 }
 
-py::list report(const Engine& engine) {
+py::list report(const Call& call) {
   py::list layers;
-  for (const LayerReport& layer : engine.report()) {
+  for (const LayerReport& layer : call.report) {
     py::dict entry;
     entry["spikes"] = layer.spikes;
     entry["neurons"] = layer.neurons;
@@ -126,9 +134,54 @@ py::list report(const Engine& engine) {
   return layers;
 }
 
+using Size = std::array<int64_t, 3>;  // channels, rows, columns
+
+// [(first output, outputs, first image, images, first row, rows)] of a layer's tasks.
+std::vector<std::array<int64_t, 6>> tasks(const Size& out, int64_t images, int64_t steps,
+                                          const std::string& precision_name, bool rows, int threads) {
+  const Precision chosen = precision(precision_name);
+  const Load load{{out[0], out[1], out[2]}, images, steps, round_up(out[0], row_unit(chosen)), chosen, rows, threads};
+  std::vector<std::array<int64_t, 6>> found;
+  for (const Strip& s : cut(load)) {
+    found.push_back({s.output, s.outputs, s.first, s.last - s.first, s.top, s.bottom - s.top});
+  }
+  return found;
+}
+
+std::vector<uint8_t> carried(const Array& weight, int64_t groups, int64_t most) {
+  if (weight.ndim() != 3 || groups < 1 || weight.shape(0) % groups != 0) {
+    throw std::invalid_argument("weight: expected float32 [outputs, channels / groups, taps], outputs in whole groups");
+  }
+  const Filters filters{weight.data(), weight.shape(0), groups, weight.shape(1), weight.shape(2)};
+  return carries(filters, 0, filters.outputs, 0, filters.group_channels * groups, most);
+}
+
+std::vector<std::array<int64_t, 4>> reach(const Size& in, const Numbers& numbers, int64_t top, int64_t bottom) {
+  const Shape from{in[0], in[1], in[2]};
+  const Shape to = output_shape(from, 1, window(numbers));
+  std::vector<std::array<int64_t, 4>> found;
+  for (const Tap& tap : taps(window(numbers), from, to.width, top, bottom, from.width, 1, 1)) {
+    found.push_back({tap.in, tap.out, tap.rows, tap.columns});
+  }
+  return found;
+}
+
+void bind_plan(py::module_ m) {
+  m.doc() = "How the engine cuts its work, for tests; see csrc/event/plan.h.";
+  m.def("tasks", &tasks, py::arg("out"), py::arg("images"), py::arg("steps"), py::arg("precision"), py::arg("rows"),
+        py::arg("threads"), "[(first output, outputs, first image, images, first row, rows)] of a layer's tasks.");
+  m.def("carries", &carried, py::arg("weight"), py::arg("groups"), py::arg("most"),
+        "Carry [word][tap] of int8 weights [outputs, channels / groups, taps]: 0 none, 1 before, 2 by digit.");
+  m.def("taps", &reach, py::arg("shape"), py::arg("window"), py::arg("top"), py::arg("bottom"),
+        "[(first pixel, first position, rows, columns)] of each tap over the rows [top, bottom) of the output.");
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
+  bind_plan(m.def_submodule("event_plan"));
+  py::class_<Call, std::shared_ptr<Call>>(m, "EventCall", "What one call of an EventEngine did.")
+      .def("report", &report, "One dict a layer.");
   py::class_<Engine>(m, "EventEngine", "A spiking network that adds weights where spikes are; see csrc/event/engine.h.")
       .def(py::init([](int64_t channels, int64_t height, int64_t width, int64_t timesteps) {
              return std::make_unique<Engine>(Shape{channels, height, width}, timesteps);
@@ -151,10 +204,11 @@ void bind(py::module_& m) {
             return py::make_tuple(s.channels, s.height, s.width);
           },
           py::arg("source"))
-      .def("run", &run, py::arg("images"), "float32 [count, channels, height, width] -> logits [count, classes]")
-      .def("bits", &bits, py::arg("source"),
-           "uint64 [digit of the count * image * timestep, row, column, word of 64 channels] after a run.")
-      .def("report", &report, "One dict a layer, of the last run.");
+      .def("run", &run, py::arg("images"), py::arg("threads"),
+           "float32 [count, channels, height, width] -> logits [count, classes], EventCall. Any number of threads may "
+           "call it at once.")
+      .def("bits", &bits, py::arg("call"), py::arg("source"),
+           "uint64 [digit of the count * image * timestep, row, column, word of 64 channels] of a call.");
 }
 
 }  // namespace iirsnn::event

@@ -9,21 +9,10 @@
 #include <vector>
 
 #include "event/kernels.h"
+#include "event/memory.h"
+#include "event/shape.h"
 
 namespace iirsnn::event {
-
-struct Shape {
-  int64_t channels, height, width;
-};
-
-struct Pair {
-  int64_t y, x;
-};
-
-struct Window {
-  Pair kernel{1, 1}, stride{1, 1}, dilation{1, 1};
-  Pair before{0, 0}, after{0, 0};  // zero padding at the top left and the bottom right
-};
 
 // A convolution from a source: 0 is the image, others are what Engine::add_* returned.
 struct Synapses {
@@ -49,7 +38,7 @@ struct LayerParameters {
 struct NeuronParameters {
   const float* threshold;  // [outputs]
   const float* leak;       // [outputs]
-  Fires reset;
+  Reset reset;
   float v_reset;
 };
 
@@ -63,6 +52,22 @@ struct LayerReport {
   double milliseconds = 0;
 };
 
+// What one call did, and the memory that it worked in.
+struct Call {
+  int64_t images = 0;
+  std::vector<LayerReport> report;          // in the order of adding
+  std::vector<std::vector<uint64_t>> bits;  // of source i at i - 1:
+                                            // [digit of the count][image][timestep][row][column][word of 64 channels]
+  Memory sums;
+};
+
+struct Network;
+struct Source;
+struct Step;
+struct Connection;
+class Shelf;
+
+// Once its readout is there an engine does not change: any number of threads may run it at once.
 class Engine {
  public:
   Engine(Shape image, int64_t timesteps);
@@ -79,37 +84,20 @@ class Engine {
   Shape shape(int64_t source) const;
   int64_t outputs() const;  // of the readout
 
-  // images [count][channels][height][width] -> logits [count][outputs], summed over the timesteps.
-  void run(const float* images, int64_t count, float* logits);
-
-  // Bits of a source after a run: [digit of the count][image][timestep][row][column][word of 64 channels].
-  const std::vector<uint64_t>& bits(int64_t source) const;
-
-  const std::vector<LayerReport>& report() const { return report_; }  // of the last run, in the order of adding
+  // images [count][channels][height][width] -> logits [count][outputs], summed over the timesteps; by the calling
+  // thread and up to threads - 1 others. Once nobody holds the Call, a later one takes over its memory.
+  std::shared_ptr<const Call> run(const float* images, int64_t count, float* logits, int threads) const;
 
  private:
-  struct Spikes;
-  struct Connection;
-  struct Step;
-  struct Strip;
-
-  const Spikes& spikes(int64_t source) const;
-  int64_t add_step(std::unique_ptr<Step> step, int64_t planes);
+  const Source& source(int64_t number) const;
+  int64_t add_step(Step step, int64_t most);
   Connection connect(const Synapses& synapses, const LayerParameters& parameters) const;
-  std::unique_ptr<Step> layer(const std::vector<Synapses>& synapses, const LayerParameters& parameters) const;
-  std::unique_ptr<Step> pool(int64_t source, const Window& window) const;
+  Step layer(const std::vector<Synapses>& synapses, const LayerParameters& parameters) const;
+  Step pool(int64_t source, const Window& window) const;
   void pack();
-  std::vector<Strip> cut(const Step& step) const;
-  void run_pool(const Step& step, LayerReport& report);
-  void run_layer(const Step& step, const float* images, float* logits, LayerReport& report);
-  void add_up(const Step& step, const Strip& strip, const float* images, void* sums, LayerReport& report) const;
-  void finish(const Step& step, const Strip& strip, const void* sums, float* logits, LayerReport& report);
 
-  Shape image_;
-  int64_t timesteps_, count_ = 0;
-  std::vector<std::unique_ptr<Spikes>> spikes_;  // that of source i is at i - 1
-  std::vector<std::unique_ptr<Step>> steps_;
-  std::vector<LayerReport> report_;
+  std::unique_ptr<Network> network_;
+  std::shared_ptr<Shelf> shelf_;
 };
 
 }  // namespace iirsnn::event

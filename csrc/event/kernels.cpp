@@ -649,13 +649,13 @@ void fire_as(const Neurons& work, Fired& fired) {
     return work.skip ? run<FireOnce<kInteger, true>>(&work, &fired) : run<FireOnce<kInteger, false>>(&work, &fired);
   }
   switch (work.reset) {
-    case Fires::soft:
+    case Reset::soft:
       return run<FireOverTime<kInteger, Reset::soft>>(&work, &fired);
-    case Fires::hard:
+    case Reset::hard:
       return run<FireOverTime<kInteger, Reset::hard>>(&work, &fired);
-    case Fires::none:
+    case Reset::none:
       return run<FireOverTime<kInteger, Reset::none>>(&work, &fired);
-    case Fires::soft_delayed:
+    case Reset::soft_delayed:
       return run<FireOverTime<kInteger, Reset::soft_delayed>>(&work, &fired);
   }
 }
@@ -697,8 +697,6 @@ void add_tile(Precision precision, const Additions& work, Work& done) {
       return work.width == 32 ? add_events<Bf16, 32>(work, done) : add_events<Bf16, 64>(work, done);
     case Precision::int8:
       return add_integer_tile<Integer<int8_t>>(work, done);
-    case Precision::int16:
-      return add_integer_tile<Integer<int16_t>>(work, done);
   }
 }
 
@@ -710,8 +708,6 @@ void add_stream(Precision precision, const Additions& work, Work& done) {
       return run<StreamLoop<Bf16>>(&work, &done);
     case Precision::int8:
       return run<StreamLoop<Integer<int8_t>>>(&work, &done);
-    case Precision::int16:  // whole rows are kept as int8
-      return;
   }
 }
 

@@ -9,18 +9,17 @@
 
 #include <cstdint>
 
+#include "lif/lif_step.h"
+#include "simd/memory.h"
 #include "simd/scalar.h"
 
 namespace iirsnn::event {
 
-// int16 holds int8 weights in twice the room: widening them costs more than reading them from the cache.
-enum class Precision : int { fp32 = 0, bf16 = 1, int8 = 2, int16 = 3 };
-
-constexpr int kWord = 64;  // channels in a word
+enum class Precision : int { fp32 = 0, bf16 = 1, int8 = 2 };  // of weights
 
 // Outputs that rows are padded to, and outputs whose sums a tile kernel keeps in registers.
 constexpr int row_unit(Precision precision) { return precision == Precision::fp32 ? 16 : 32; }
-constexpr bool is_integer(Precision precision) { return precision == Precision::int8 || precision == Precision::int16; }
+constexpr bool is_integer(Precision precision) { return precision == Precision::int8; }
 constexpr int tile_width(Precision precision) { return is_integer(precision) ? 128 : 64; }
 constexpr int weight_bytes(Precision precision) {
   return precision == Precision::fp32 ? 4 : precision == Precision::int8 ? 1 : 2;
@@ -99,8 +98,6 @@ struct Products {
 };
 void add_products(const Products& work);
 
-enum class Fires : int { soft = 0, hard = 1, none = 2, soft_delayed = 3 };  // as Reset in lif_step.h
-
 // Sums -> spikes, over time where there is more than one timestep.
 struct Neurons {
   const void* sums;  // [image][timestep][position][width], or without timesteps when the current is constant
@@ -114,7 +111,7 @@ struct Neurons {
   const float* threshold;  // [width]; so are scale, bias and leak
   const float* leak;
   float v_reset;
-  Fires reset;
+  Reset reset;
   const uint64_t* skip;  // counts added to the current, laid out as the output, or null
   int skip_planes;
   int64_t skip_plane;   // words from plane to plane

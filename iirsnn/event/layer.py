@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..errors import UsageError
@@ -23,7 +24,7 @@ class Window:
         return [*self.kernel, *self.stride, *self.dilation, *self.before, *self.after]
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Layer:
     """A layer of the engine. Tensors are those of the file; what is None is not of its kind.
 
@@ -60,6 +61,27 @@ class Layer:
     TENSORS = ("weight", "scale", "bias", "threshold", "leak", "shortcut_weight")
     WINDOWS = ("window", "shortcut_window")
 
+    __hash__ = None  # type: ignore[assignment]  # it can change
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all is the same, tensors bit for bit."""
+        if not isinstance(other, Layer):
+            return NotImplemented
+        mine, theirs = vars(self), vars(other)
+        return all(
+            _same_tensor(mine[key], theirs[key])
+            if key in Layer.TENSORS
+            else mine[key] == theirs[key]
+            for key in mine
+        )
+
+    def __repr__(self) -> str:
+        weight = ""
+        if self.weight is not None:
+            kind = str(self.weight.dtype).removeprefix("torch.")
+            weight = f", weight={kind}{list(self.weight.shape)}"
+        return f"Layer({self.kind}, {self.name!r}{weight})"
+
 
 def check_finite(layer: Layer) -> None:
     """Raises UsageError for a tensor that is not finite, or a threshold that is not above 0."""
@@ -69,3 +91,9 @@ def check_finite(layer: Layer) -> None:
             raise UsageError(f"{layer.name}: expected a finite {key}, got inf or NaN")
     if layer.threshold is not None and not bool((layer.threshold > 0).all()):
         raise UsageError(f"{layer.name}: expected thresholds > 0")
+
+
+def _same_tensor(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and torch.equal(a, b)

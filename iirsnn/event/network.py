@@ -7,8 +7,10 @@ file, and hands images over.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import math
+import threading
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,9 +67,14 @@ class LayerStatistics:
     milliseconds: float
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class EventNetwork:
     """A spiking network that runs by events; made by `from_model` or `load`.
+
+    Any number of threads may call one at once, with batches of any size: they share its weights.
+    `statistics`, `spikes` and `density` tell of the calling thread's own last call.
+    Copies and pickles are made through the bytes of its file. Two are equal (==) when their files
+    would be.
 
     Attributes:
         layers: in order.
@@ -87,7 +94,8 @@ class EventNetwork:
     def __post_init__(self) -> None:
         self._engine: Any = None
         self._dense: list[int] = []
-        self._images = 0
+        self._building = threading.Lock()
+        self._last = threading.local()  # call: the EventCall of a thread's last call; images: its
         self._judged = False
         if self.image_shape is not None:
             self._build(self.image_shape)
@@ -143,58 +151,82 @@ class EventNetwork:
             got = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise UsageError(f"images: expected a float tensor [B, C, H, W], got {got}")
         if self.image_shape is None:
-            channels, height, width = images.shape[1:]
-            self._build((channels, height, width))
+            with self._building:
+                if self.image_shape is None:
+                    channels, height, width = images.shape[1:]
+                    self._build((channels, height, width))
         if tuple(images.shape[1:]) != self.image_shape:
             expected = ", ".join(map(str, self.image_shape or ()))
             raise UsageError(f"images: expected [B, {expected}], got {list(images.shape)}")
         images = images.detach().to("cpu", torch.float32).contiguous()
         if not math.isfinite(float(images.sum())) and not bool(images.isfinite().all()):
             raise UsageError("images: expected finite values, got inf or NaN")
-        logits = torch.from_numpy(self._engine.run(images.numpy()))
-        self._images = len(images)
+        self._last.call = None  # its memory is for this call
+        logits, call = self._engine.run(images.numpy(), torch.get_num_threads())
+        self._last.call, self._last.images = call, len(images)
         if not self._judged and len(images):
             self._judged = True
             self._warn_if_dense()
-        return logits
+        return torch.from_numpy(logits)
+
+    __hash__ = None  # type: ignore[assignment]  # its layers can change
+
+    def __eq__(self, other: object) -> bool:
+        """Whether their files would be the same."""
+        if not isinstance(other, EventNetwork):
+            return NotImplemented
+        return all(
+            getattr(self, f.name) == getattr(other, f.name) for f in dataclasses.fields(self)
+        )
+
+    def __repr__(self) -> str:
+        shape = None if self.image_shape is None else list(self.image_shape)
+        head = f"EventNetwork(T={self.timesteps}, {self.precision}, image_shape={shape}"
+        return "\n".join([head, *(f"  {layer}" for layer in self.layers)]) + ")"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _from_bytes, (atomic_files.to_bytes(*self._contents()),)
 
     def statistics(self) -> list[LayerStatistics]:
-        """What each layer did in the last call.
+        """What each layer did in this thread's last call.
 
         Raises:
-            RunError: there was no call yet.
+            RunError: this thread has made no call yet.
         """
-        if self._engine is None or not self._engine.report():
-            raise RunError("statistics: expected a call of the network first")
+        call, images = self._last_call("statistics")
         return [
-            LayerStatistics(layer.name, dense_operations=dense * self._images, **counted)
-            for layer, dense, counted in zip(
-                self.layers, self._dense, self._engine.report(), strict=True
-            )
+            LayerStatistics(layer.name, dense_operations=dense * images, **counted)
+            for layer, dense, counted in zip(self.layers, self._dense, call.report(), strict=True)
         ]
 
+    def _last_call(self, what: str) -> tuple[Any, int]:
+        if getattr(self._last, "call", None) is None:
+            raise RunError(f"{what}: expected a call of the network by this thread first")
+        return self._last.call, self._last.images
+
     def spikes(self) -> list[Tensor]:
-        """Spikes of the last call: of each layer with neurons, bool [T, B, C, H, W].
+        """Spikes of this thread's last call: of each layer with neurons, bool [T, B, C, H, W].
 
         Raises:
-            RunError: there was no call yet.
+            RunError: this thread has made no call yet.
         """
-        self.statistics()
+        call, images = self._last_call("spikes")
         found = []
         for index, layer in enumerate(self.layers):
             if layer.threshold is None:
                 continue
             # little-endian words: byte k of a word holds channels 8k to 8k + 7
-            words = self._engine.bits(index + 1)
+            words = self._engine.bits(call, index + 1)
             bits = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")
             spikes = torch.from_numpy(bits[..., : len(layer.threshold)]).bool()
-            found.append(spikes.unflatten(0, (self._images, self.timesteps)).permute(1, 0, 4, 2, 3))
+            found.append(spikes.unflatten(0, (images, self.timesteps)).permute(1, 0, 4, 2, 3))
         return found
 
     def density(self) -> float:
-        """Additions of the last call over the operations of a dense network that runs once.
+        """Additions of this thread's last call over the operations of a dense network.
 
-        Only layers that see spikes count. Above about `DENSE_WINS` the dense network is faster.
+        Only layers that see spikes count, dense ones once an image. Above about `DENSE_WINS` the
+        dense network is faster.
         """
         layers = [s for s in self.statistics() if s.dense_operations and not s.multiplications]
         dense = sum(layer.dense_operations for layer in layers)
@@ -206,6 +238,9 @@ class EventNetwork:
         Raises:
             RunError: it cannot be written.
         """
+        atomic_files.save(Path(path), *self._contents())
+
+    def _contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, layers = {}, []
         for index, layer in enumerate(self.layers):
             entry = {
@@ -228,7 +263,7 @@ class EventNetwork:
             "layers": layers,
             "notes": self.notes,
         }
-        atomic_files.save(Path(path), tensors, header)
+        return tensors, header
 
     @classmethod
     def load(cls, path: str | Path) -> EventNetwork:
@@ -237,7 +272,12 @@ class EventNetwork:
         Raises:
             RunError: missing, truncated, damaged, of a newer format, or no such network.
         """
-        tensors, header = atomic_files.load(Path(path))
+        return cls._made_of(*atomic_files.load(Path(path)), path)
+
+    @classmethod
+    def _made_of(
+        cls, tensors: dict[str, Tensor], header: dict[str, Any], path: str | Path
+    ) -> EventNetwork:
         version = header.get("event_format")
         if not isinstance(version, int):
             raise RunError(f"{path}: a checkpoint of iirsnn, but no event network")
@@ -327,6 +367,11 @@ class EventNetwork:
                 RuntimeWarning,
                 stacklevel=3,
             )
+
+
+def _from_bytes(content: bytes) -> EventNetwork:
+    """The network whose file would hold these bytes."""
+    return EventNetwork._made_of(*atomic_files.from_bytes(content), "event network")
 
 
 def _extension() -> Any:

@@ -115,6 +115,8 @@ class FusedLIF(nn.Module):
     def extra_repr(self) -> str:
         def show(name: str) -> str:
             value = getattr(self, name).detach()
+            if value.is_meta:
+                return f"{name}=meta"
             low, high = value.min().item(), value.max().item()
             text = f"{low:.4g}" if low == high else f"{low:.4g}..{high:.4g}"
             return f"{name}={text}" + (" (fixed)" if name not in self._parameters else "")

@@ -10,7 +10,7 @@ from torch import Tensor
 from .backend import choose
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedSpikes:
     """Spikes [T, *neurons] as bits.
 
@@ -28,6 +28,18 @@ class PackedSpikes:
         """The spikes, 0 or 1, as float32, float64, float16 or bfloat16 [T, *neurons]."""
         unpack = choose(backend, self.bits.device).unpack
         return unpack(self.bits, list(self.shape), list(self.stride), dtype)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both hold the same bits, in the same layout, on the same device."""
+        if not isinstance(other, PackedSpikes):
+            return NotImplemented
+        return (
+            (self.shape, self.stride, self.bits.device)
+            == (other.shape, other.stride, other.bits.device)
+        ) and torch.equal(self.bits, other.bits)
+
+    def __hash__(self) -> int:
+        return hash((self.shape, self.stride))
 
     def to(self, device: torch.device | str) -> PackedSpikes:
         return PackedSpikes(self.bits.to(device), self.shape, self.stride)

@@ -871,7 +871,7 @@ def test_residual_blocks(level, timesteps, precision):
     e = step(conv(d, fourth, padding=1) + conv(c, short, stride=2))
     assert all(0.05 < s.mean() < 0.95 for s in (a, c, d, e))
     expected = conv(e, last.view(3, 40, 3, 3)).flatten(1).unflatten(0, (timesteps, 4)).sum(0)
-    assert torch.equal(torch.from_numpy(engine.run(x.numpy())), expected)
+    assert torch.equal(torch.from_numpy(engine.run(x.numpy(), 1)[0]), expected)
 
 
 def test_engine_checks_what_it_is_given():
@@ -900,6 +900,6 @@ def test_engine_checks_what_it_is_given():
     with pytest.raises(ValueError, match="skips: expected spikes of the layer's own shape"):
         neurons(source=spikes, shape=(8, 8, 2, 2), skips=[(spikes, 1.0)])
     with pytest.raises(ValueError, match="expected a readout as its last layer"):
-        engine.run(np.zeros((1, 1, 4, 4), np.float32))
+        engine.run(np.zeros((1, 1, 4, 4), np.float32), 1)
     with pytest.raises(ValueError, match=r"images: expected float32 \[count, 1, 4, 4\]"):
-        engine.run(np.zeros((1, 4, 4), np.float32))
+        engine.run(np.zeros((1, 4, 4), np.float32), 1)

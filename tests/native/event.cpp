@@ -16,7 +16,7 @@ const char* precision_name(Precision precision) {
 // Layers of random weights, such that neurons fire now and then.
 class Network {
  public:
-  Network(Shape image, int64_t timesteps, Precision precision, Fires reset)
+  Network(Shape image, int64_t timesteps, Precision precision, Reset reset)
       : engine(image, timesteps), precision_(precision), reset_(reset), image_(image) {}
 
   int64_t conv(int64_t source, int64_t outputs, const Window& window, int64_t groups = 1,
@@ -43,17 +43,17 @@ class Network {
   Hash run(int64_t count) {
     const auto images = random_.reals<float>(count * image_.channels * image_.height * image_.width, 0, 1);
     std::vector<float> logits(count * engine.outputs());
-    engine.run(images.data(), count, logits.data());
+    const std::shared_ptr<const Call> call = engine.run(images.data(), count, logits.data(), 2);
     Hash hash;
     hash.add(logits);
     for (const int64_t source : sources_) {
-      const std::vector<uint64_t>& bits = engine.bits(source);
+      const std::vector<uint64_t>& bits = call->bits[source - 1];
       int64_t set = 0;
       for (const uint64_t word : bits) set += __builtin_popcountll(word);
       if (set == 0) throw std::runtime_error("event: layer " + std::to_string(source) + " is silent");
       hash.add(bits);
     }
-    for (const LayerReport& report : engine.report()) {
+    for (const LayerReport& report : call->report) {
       hash.add(report.spikes).add(report.additions).add(report.multiplications);
     }
     return hash;
@@ -81,7 +81,7 @@ class Network {
 
   Random random_{4};
   Precision precision_;
-  Fires reset_;
+  Reset reset_;
   Shape image_;
   float unit_ = 1;
   std::vector<int64_t> sources_;
@@ -92,7 +92,7 @@ Window window(int64_t kernel, int64_t stride = 1, int64_t padding = 0, int64_t d
 }
 
 // Widths of every tile, pools, counts, a skip of spikes and one of counts, groups, stride, dilation, whole rows.
-void convolutions(Precision precision, int64_t timesteps, Fires reset, const std::string& name) {
+void convolutions(Precision precision, int64_t timesteps, Reset reset, const std::string& name) {
   Network net({3, 11, 10}, timesteps, precision, reset);
   int64_t x = net.conv(0, 20, window(3, 1, 1));
   x = net.conv(x, 64, window(3, 1, 1));
@@ -112,7 +112,7 @@ void convolutions(Precision precision, int64_t timesteps, Fires reset, const std
 
 // Layers of one position: rows for a few images, tiles for many.
 void linear(Precision precision, const std::string& name) {
-  Network net({70, 1, 1}, 1, precision, Fires::soft);
+  Network net({70, 1, 1}, 1, precision, Reset::soft);
   int64_t x = net.conv(0, 600, window(1));
   x = net.conv(x, 400, window(1));
   net.readout(x, 10);
@@ -126,9 +126,9 @@ void event_cases() {
   for (const Precision precision : {Precision::fp32, Precision::bf16, Precision::int8}) {
     const std::string name = std::string("event/") + precision_name(precision);
     linear(precision, name + "/linear");
-    convolutions(precision, 1, Fires::soft, name + "/T1");
+    convolutions(precision, 1, Reset::soft, name + "/T1");
     for (int reset = 0; reset < 4; ++reset) {
-      convolutions(precision, 3, Fires(reset), name + "/T3/" + resets[reset]);
+      convolutions(precision, 3, Reset(reset), name + "/T3/" + resets[reset]);
     }
   }
 }

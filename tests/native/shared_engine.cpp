@@ -1,0 +1,181 @@
+// One engine, called by four threads at once with batches of different sizes and thread counts: every call has to give
+// what a single thread gives alone. Built with sanitizers by `make sanitize`; needs neither torch nor Python.
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <random>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "event/engine.h"
+#include "event/thread_pool.h"
+
+using namespace iirsnn::event;
+
+namespace {
+
+constexpr int64_t kClasses = 10, kMost = 9;
+std::atomic<int> failures{0};
+
+// Allocations that this thread may still make before one fails; negative: any number.
+thread_local int allocations_left = -1;
+
+void expect(bool right, const char* what) {
+  if (right) return;
+  std::printf("FAILED: %s\n", what);
+  ++failures;
+}
+
+std::vector<float> numbers(size_t count, float low, float high, unsigned seed, bool integers = false) {
+  std::mt19937 random(seed);
+  std::vector<float> made(count);
+  for (float& value : made) {
+    value = low + (high - low) * float(random() % 4096) / 4096;
+    if (integers) value = float(int(value));
+  }
+  return made;
+}
+
+struct Layer {
+  int64_t source, outputs;
+  Window window;
+  int64_t groups = 1;
+  std::vector<Skip> skips{};
+};
+
+class Case {
+ public:
+  Case(Precision precision, int64_t timesteps) : precision_(precision), engine({2, 13, 11}, timesteps) {
+    const Window same{{3, 3}, {1, 1}, {1, 1}, {1, 1}, {1, 1}}, half{{2, 2}, {2, 2}};
+    const int64_t first = neurons({0, 70, same});
+    const int64_t pooled = engine.add_average_pool(first, half);
+    const int64_t second = neurons({pooled, 140, same, 2});
+    const int64_t third = neurons({second, 140, same, 1, {{second, 1.0f}}});
+    const int64_t small = engine.add_max_pool(third, {{3, 3}, {3, 3}});
+    const int64_t hidden = neurons({small, 200, {{2, 1}}});
+    const Parameters p(*this, hidden, kClasses, {});
+    engine.add_readout({hidden, p.weight.data(), kClasses, 1, {}}, p.layer());
+  }
+
+  std::vector<float> call(const std::vector<float>& images, int64_t count, int threads) const {
+    std::vector<float> logits(count * kClasses);
+    const auto made = engine.run(images.data(), count, logits.data(), threads);
+    for (const LayerReport& layer : made->report) {
+      for (int64_t value : {layer.spikes, layer.additions, layer.multiplications, layer.weight_bytes}) {
+        logits.push_back(float(value));
+      }
+    }
+    return logits;
+  }
+
+ private:
+  struct Parameters {
+    Parameters(const Case& n, int64_t source, int64_t outputs, const Window& window, int64_t groups = 1)
+        : precision(n.precision_), bias(numbers(outputs, -0.5f, 0.5f, 1)), scale(outputs, 0.01f), ones(outputs, 1.0f) {
+      const bool integers = precision == Precision::int8 && source != 0;
+      const float most = integers ? 127.0f : 0.3f;
+      weight = numbers(outputs * n.engine.shape(source).channels / groups * window.kernel.y * window.kernel.x, -most,
+                       most, unsigned(outputs), integers);
+    }
+    LayerParameters layer() const { return {precision, bias.data(), scale.data()}; }
+
+    Precision precision;
+    std::vector<float> weight, bias, scale, ones;
+  };
+
+  int64_t neurons(const Layer& l) {
+    const Parameters p(*this, l.source, l.outputs, l.window, l.groups);
+    const NeuronParameters fires{p.ones.data(), p.ones.data(), Reset::soft, 0};
+    return engine.add_neurons({{l.source, p.weight.data(), l.outputs, l.groups, l.window}}, l.skips, p.layer(), fires);
+  }
+
+  Precision precision_;
+
+ public:
+  Engine engine;
+};
+
+void threads_share_an_engine(const Case& network) {
+  const std::vector<float> images = numbers(kMost * 2 * 13 * 11, -1.0f, 2.0f, 7);
+  std::vector<std::vector<float>> alone;
+  for (int64_t count = 0; count <= kMost; ++count) alone.push_back(network.call(images, count, 1));
+  std::vector<std::thread> callers;
+  for (int caller = 0; caller < 4; ++caller) {
+    callers.emplace_back([&, caller] {
+      for (int turn = 0; turn < 12; ++turn) {
+        const int64_t count = (caller * 5 + turn * 7) % (kMost + 1);
+        const std::vector<float> together = network.call(images, count, 1 + (caller + turn) % 3);
+        expect(together == alone[count], "a call beside others gives what it gives alone");
+      }
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+}
+
+void exceptions_reach_the_caller() {
+  for (int threads : {1, 2, 3}) {
+    std::atomic<int> done{0};
+    bool caught = false;
+    try {
+      iirsnn::parallel_for(100, threads, [&](int64_t i, int) {
+        if (i == 37) throw std::runtime_error("37");
+        ++done;
+      });
+    } catch (const std::runtime_error& error) {
+      caught = std::strcmp(error.what(), "37") == 0;
+    }
+    expect(caught, "the exception of a task is thrown by the loop");
+    expect(done < 100, "no task follows all others after an exception");
+    done = 0;
+    iirsnn::parallel_for(100, threads, [&](int64_t, int) { ++done; });
+    expect(done == 100, "the next loop is whole");
+  }
+}
+
+void memory_may_run_out(const Case& network) {
+  const std::vector<float> images = numbers(kMost * 2 * 13 * 11, -1.0f, 2.0f, 7);
+  const std::vector<float> right = network.call(images, 3, 2);
+  int failed = 0;
+  for (int allowed = 0;; ++allowed) {
+    std::vector<float> logits(3 * kClasses);
+    allocations_left = allowed;
+    try {
+      network.engine.run(images.data(), 3, logits.data(), 2);
+      allocations_left = -1;
+      break;
+    } catch (const std::bad_alloc&) {
+      allocations_left = -1;
+      ++failed;
+    }
+    expect(network.call(images, 3, 2) == right, "a call after one that had no memory");
+  }
+  expect(failed > 10, "calls without memory throw bad_alloc");
+}
+
+}  // namespace
+
+// Fails where it is told to: memory_may_run_out.
+void* operator new(size_t size) {
+  if (allocations_left == 0) throw std::bad_alloc();
+  if (allocations_left > 0) --allocations_left;
+  if (void* made = std::malloc(size ? size : 1)) return made;
+  throw std::bad_alloc();
+}
+void operator delete(void* made) noexcept { std::free(made); }
+void operator delete(void* made, size_t) noexcept { std::free(made); }
+
+int main() {
+  for (Precision precision : {Precision::fp32, Precision::bf16, Precision::int8}) {
+    for (int64_t timesteps : {1, 2}) {
+      const Case network(precision, timesteps);
+      threads_share_an_engine(network);
+      memory_may_run_out(network);
+    }
+  }
+  exceptions_reach_the_caller();
+  std::printf(failures ? "shared_engine: %d failures\n" : "shared_engine: passed\n", failures.load());
+  return failures ? 1 : 0;
+}
