@@ -31,8 +31,8 @@ struct BackwardBlock {
   bool detach_reset;
   SlopeRow<acc_t> slope_row;
   acc_t scale;
-  acc_t* sums;       // see ChannelSums; or null: not wanted
-  acc_t *membranes;  // scratch: [kSegment] rows
+  acc_t* sums;                                               // see ChannelSums; or null: not wanted
+  acc_t* membranes;                                          // scratch: [kSegment] rows
   acc_t *checkpoints, *slopes, *grad_membrane, *grad_reset;  // scratch: a row a segment but for the last; rows
 };
 
@@ -58,7 +58,8 @@ struct BackwardRows {
       for (int t = 0; t < length; ++t) {
         const scalar_t* x = b.x + (start + t) * b.x_stride;
         const scalar_t* next = t + 1 < length ? x + b.x_stride : b.grad_s + (start + t) * b.grad_s_stride;
-        acc_t* h = visit < last && t + 1 == length ? b.checkpoints + segment * kRow<acc_t> : b.membranes + t * kRow<acc_t>;
+        acc_t* h =
+            visit < last && t + 1 == length ? b.checkpoints + segment * kRow<acc_t> : b.membranes + t * kRow<acc_t>;
         charge_row<kBytes>(b, x, before, start + t > 0, h, next);
         before = h;
       }
@@ -69,7 +70,11 @@ struct BackwardRows {
         before = t > 0 ? h - kRow<acc_t> : first;
         acc_t* carried = at > 0 ? b.grad_membrane : b.grad_v0;
         b.slope_row(h, &b.parameters, b.scale, b.slopes, b.n);
-        step_row<kBytes>(b, at, h, before, carry, carried, sums);
+        if (kNormalised || b.sums) {
+          step_row<kBytes, true>(b, at, h, before, carry, carried, sums);
+        } else {
+          step_row<kBytes, false>(b, at, h, before, carry, carried, sums);
+        }
         carry = carried;
       }
     }
@@ -127,14 +132,16 @@ struct BackwardRows {
   }
 
   // carry, carried: the gradient of the membrane after and before the timestep, or null: 0, and not wanted.
-  template <int kBytes, typename V>
+  template <int kBytes, bool kSummed, typename V>
   static IIRSNN_INLINE void step_row(const Block& b, int64_t t, const acc_t* h, const acc_t* before, const acc_t* carry,
-                                     acc_t* carried, V* sums) {
+                                     acc_t* carried, V* totals) {
     using P = typename Parts<scalar_t, kBytes>::P;
     const scalar_t *x = b.x + t * b.x_stride, *grad_s = b.grad_s + t * b.grad_s_stride;
     const scalar_t* next = t > 0 ? grad_s - b.grad_s_stride : b.next;
     scalar_t* grad_x = b.grad_x + t * b.grad_x_stride;
     const P zero = P(acc_t(0));
+    V sums[kSums<kNormalised>];  // in registers
+    for (int k = 0; kSummed && k < kSums<kNormalised>; ++k) sums[k] = totals[k];
     for (int i = 0; i < b.n; i += V::kSize) {
       prefetch<V>(next + i);
       IIRSNN_REGISTERS
@@ -142,7 +149,7 @@ struct BackwardRows {
         const int j = i + part * P::kSize;
         const Neuron<P> neuron = neuron_at<P>(b.parameters, j, b.v_reset);
         P v = zero;
-        if ((b.sums || kReset == Reset::soft_delayed) && before) {
+        if ((kSummed || kReset == Reset::soft_delayed) && before) {
           v = load<P>(before + j);
           if (t > 0) v = discharge<kReset>(v, neuron);
         }
@@ -157,7 +164,7 @@ struct BackwardRows {
         if constexpr (kReset == Reset::soft_delayed) {
           if (!b.detach_reset) store(b.grad_reset + j, state.grad_reset);
         }
-        if (!b.sums) continue;
+        if constexpr (!kSummed) continue;
         add_part(sums[kThresholdSum], part, grad.threshold);
         if (before) add_part(sums[kLeakSum], part, grad.leak);
         if constexpr (kNormalised) {
@@ -165,8 +172,9 @@ struct BackwardRows {
           add_part(sums[kDotSum], part, grad.x * (load<P>(x + j) - parameter<P>(b.parameters, kMean, j)));
         }
       }
-      if (b.sums && b.parameters.along) add_to_rows(b, i, sums);
+      if (kSummed && b.parameters.along) add_to_rows(b, i, sums);
     }
+    for (int k = 0; kSummed && k < kSums<kNormalised>; ++k) totals[k] = sums[k];
   }
 
   // What the spike of v0 owes, after the last step; its slopes are in b.slopes.

@@ -48,8 +48,13 @@ void grad_x_blocks(const BnLif& args, Channels<float>& channels, int64_t first_c
     for_each_block(shape, chunk, [&](const Range& range) {
       const auto* x = static_cast<const scalar_t*>(args.x) + range.begin;
       auto* grad_x = static_cast<scalar_t*>(args.grad_x) + range.begin;
-      GradBlock<scalar_t> block{whole_vectors<scalar_t>(range.n), shape.timesteps, x, shape.x_stride_t, grad_x,
-                                shape.neurons, channels.of(range)};
+      GradBlock<scalar_t> block{whole_vectors<scalar_t>(range.n),
+                                shape.timesteps,
+                                x,
+                                shape.x_stride_t,
+                                grad_x,
+                                shape.neurons,
+                                channels.of(range)};
       const bool copied = staged<scalar_t>(range.n);
       if (copied) {
         block.x_stride = block.grad_x_stride = kRow<scalar_t>;
@@ -69,8 +74,8 @@ void grad_x_blocks(const BnLif& args, Channels<float>& channels, int64_t first_c
 void bn_lif_backward_cpu(const BnLif& args, int64_t first_chunk, int64_t last_chunk) {
   const NormalisedChannels normalised(args);
   Channels<float> channels = normalised.of(args);
-  LifBackward call{args.shape, args.reset, args.v_reset, args.detach_reset, args.surrogate, args.surrogate_scale,
-                   args.grad_s, args.grad_s_stride_t};
+  LifBackward call{args.shape,     args.reset,           args.v_reset, args.detach_reset,
+                   args.surrogate, args.surrogate_scale, args.grad_s,  args.grad_s_stride_t};
   call.x = args.x;
   call.grad_x = args.grad_x;
   if (args.shape.dtype == DType::float32) {
