@@ -12,15 +12,15 @@ BENCH_FLAGS ?=
 # The CUDA kernels take minutes to compile and need nvcc: gpu-check builds them, the rest does not.
 export IIRSNN_BUILD_CUDA ?= 0
 
-SOURCES := setup.py iirsnn/_build.py $(shell find csrc -type f)
+SOURCES := setup.py iirsnn/ops/build.py $(shell find csrc -type f)
 
 .PHONY: help demo test bench bench-check lint format gpu-check clean
 
 help:
 	@echo "make demo       train on scikit-learn's digits, from the ANN to one timestep"
 	@echo "make test       run the tests"
-	@echo "make bench      run the benchmarks (leave the machine alone meanwhile): table and plots in benchmarks/results/"
-	@echo "make bench-check  a short run: does iirsnn still hold the committed ratios?"
+	@echo "make bench      run every benchmark (leave the machine alone meanwhile): table and plots in benchmarks/results/"
+	@echo "make bench-check  the telling rows: does iirsnn still hold the committed ratios?"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make gpu-check  build the CUDA kernels, test and time every GPU kernel on this machine's GPU"
 
@@ -30,30 +30,45 @@ $(VENV)/.torch:
 	    $(BIN)/pip install --quiet --disable-pip-version-check setuptools wheel ninja pybind11 torch torchvision
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml $(SOURCES)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[test,lint]'
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation
+
+# A demo needs no linters and no test tools.
+$(VENV)/.train: $(VENV)/.torch pyproject.toml $(SOURCES)
+	$(PIP_INSTALL) --editable '.[train]'
 	@touch $@
 
-demo: $(VENV)/.installed
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml $(SOURCES)
+	$(PIP_INSTALL) --editable '.[train,test,lint]'
+	@touch $@ $(VENV)/.train
+
+demo: $(VENV)/.train
 	@if [ -f $(DEMO)/recipe.yaml ]; then rm -rf $(DEMO); fi
 	$(BIN)/iirsnn train digits --out $(DEMO) $(DEMO_FLAGS)
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-# The libraries compared with; one that cannot be installed is reported as missing.
+# The libraries compared with, each by itself and with build isolation: one that fails costs no other. None may change
+# the torch that the kernels are compiled against.
+PEERS := onnx onnxruntime openvino 'spikingjelly>=2.0' 'snntorch>=1.0' 'norse>=1.1' 'sinabs>=3.1'
 $(VENV)/.bench: $(VENV)/.installed
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[bench]' || \
-	    echo "make: not every library of the extra [bench] could be installed; the results say which are missing"
+	@$(BIN)/pip list --format=freeze --disable-pip-version-check | grep -E '^(torch|torchvision|numpy)==' > $@.constraint
+	@for peer in $(PEERS); do \
+	    $(BIN)/pip install --quiet --disable-pip-version-check --constraint $@.constraint "$$peer" > $@.log 2>&1 || \
+	        { echo "make: $$peer could not be installed, the results will call it missing:"; tail -n 1 $@.log; }; \
+	done
+	@rm -f $@.log $@.constraint
 	@touch $@
 
-# BENCH_FLAGS="--resume" goes on with a run that was cut short; "-k lif" runs a part.
+# Every row, into benchmarks/results/<machine>-<capability>.json. A second call goes on where the first one was cut short:
+# rows of this commit are left out. BENCH_FLAGS="-k lif" runs a part; IIRSNN_CPU_CAPABILITY=avx2 another instruction set.
 bench: $(VENV)/.bench
-	$(BIN)/python -m pytest benchmarks --benchmark-only $(BENCH_FLAGS)
-	$(BIN)/python benchmarks/record.py report
+	results=$$($(BIN)/python benchmarks/record.py name) && \
+	    $(BIN)/python -m pytest benchmarks --benchmark-only --full --resume --results $$results $(BENCH_FLAGS) && \
+	    $(BIN)/python benchmarks/record.py report $$results
 
 # A loss has to show twice: on a shared machine a busy minute looks like one.
-QUICK := $(BIN)/python -m pytest benchmarks --benchmark-only --quick --results build/bench-check
+QUICK := $(BIN)/python -m pytest benchmarks --benchmark-only --results build/bench-check
 bench-check: $(VENV)/.bench
 	@rm -f build/bench-check*.json
 	$(QUICK).json
@@ -64,17 +79,17 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/native/*.h' 'tests/native/*.cpp')
 
 gpu-check: $(VENV)/.torch
 	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('gpu-check: no CUDA device found on this machine, nothing was checked')"
-	IIRSNN_BUILD_CUDA=1 $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation $(PIP_FLAGS) --editable '.[test]'
+	IIRSNN_BUILD_CUDA=1 $(PIP_INSTALL) $(PIP_FLAGS) --editable '.[test]'
 	$(BIN)/python benchmarks/gpu_check.py
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*')
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*' 'tests/native/*.h' 'tests/native/*.cpp')
 
 clean:
 	rm -rf $(VENV) build *.egg-info iirsnn/*.so

@@ -1,4 +1,4 @@
-"""The compiled extension iirsnn._C, where torch and a compiler are at hand; nothing else."""
+"""The packages, and the compiled extension iirsnn._C where torch and a compiler are at hand."""
 
 import importlib.util
 import os
@@ -6,14 +6,14 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 
 
 def load_build():
-    """iirsnn/_build.py by its path: importing the package would need torch."""
-    spec = importlib.util.spec_from_file_location("_build", ROOT / "iirsnn" / "_build.py")
+    """iirsnn/ops/build.py by its path: importing the package would need torch."""
+    spec = importlib.util.spec_from_file_location("build", ROOT / "iirsnn" / "ops" / "build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -53,4 +53,6 @@ def extension():
     return {"ext_modules": [module], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
 
 
-setup(**extension())
+# what pyproject.toml places beside the package cannot be found in it
+BESIDE = ["iirsnn.csrc", "iirsnn.kernels", "iirsnn.recipes"]
+setup(packages=[*find_packages(include=["iirsnn", "iirsnn.*"]), *BESIDE], **extension())

@@ -27,10 +27,18 @@ class Two(nn.Module):
         return self.neuron(self.norm(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_step(benchmark, in_turns, shape, layout, dtype):
+def cases():
+    for shape in SHAPES:
+        for layout in FORMATS:
+            for dtype in (torch.float32, torch.bfloat16):
+                telling = shape == SHAPES[0] and dtype == torch.float32
+                marks = [pytest.mark.telling] if telling else []
+                name = "x".join(map(str, shape)) + f"-{layout}-{str(dtype)[6:]}"
+                yield pytest.param(shape, layout, dtype, marks=marks, id=name)
+
+
+@pytest.mark.parametrize(("shape", "layout", "dtype"), list(cases()))
+def test_step(race, shape, layout, dtype):
     timesteps, batch, channels, size = shape
 
     def normal():
@@ -50,8 +58,15 @@ def test_step(benchmark, in_turns, shape, layout, dtype):
 
         return run
 
+    facts = {
+        "subject": "batch_norm",
+        "timesteps": timesteps,
+        "batch": batch,
+        "channels": channels,
+        "size": size,
+        "layout": layout,
+        "dtype": str(dtype)[6:],
+        "threads": torch.get_num_threads(),
+    }
     calls = {"two modules": step(two), "BatchNormLIF": step(fused)}
-    found = benchmark.pedantic(in_turns, (calls,), {"rounds": 21}, rounds=1)
-    ratio = found["BatchNormLIF"] / found["two modules"]
-    benchmark.extra_info.update({"ratio": ratio, **found, "threads": torch.get_num_threads()})
-    print(f"\n{ratio:.2f} of {found['two modules'] * 1e3:.2f} ms", end="")
+    race(calls, facts, {}, 2.0, (21, 21), limit="two modules")

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from iirsnn import reference
-from iirsnn.backend import why_not
 from iirsnn.functional import lif
+from iirsnn.ops import reference
+from iirsnn.ops.backend import why_not
 
 TIMESTEPS = (1, 2, 4, 5, 8)
 DTYPES = (torch.float32, torch.bfloat16)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contenders import CONTENDERS, LIMIT, REUSED, Contender, Limit, available, current, prepared
+from contenders import LIMIT, REUSED, Contender, Limit, available, current, prepared
 from traffic import Kept, Traffic
 
 CHANNELS, SIDE = 64, 32
@@ -115,15 +115,6 @@ def case_of(timesteps, dtype, size, threads):
     return Case(timesteps, dtype, size)
 
 
-def call(name, timesteps, elements):
-    """One contender's forward and backward alone, for a process of its own."""
-    contender = next(c for c in CONTENDERS if c.name == name)
-    neuron = contender.neuron()
-    x = current((timesteps, elements // timesteps // CHANNELS, CHANNELS))
-    leaf = prepared(contender, x).requires_grad_()
-    return lambda: torch.autograd.grad(neuron(leaf), leaf, torch.ones_like(leaf))
-
-
 def cases():
     """All T and threads in both sizes for fp32; bf16, and one thread out of cache, at T = 1, 4."""
     for threads in sorted({1, ALL}):
@@ -131,13 +122,13 @@ def cases():
             for dtype in (torch.float32, torch.bfloat16):
                 whole = dtype == torch.float32 and (size == "in" or threads == ALL)
                 for timesteps in (1, 2, 4, 5, 8) if whole else (1, 4):
-                    quick = threads == ALL and dtype == torch.float32 and timesteps in (1, 4)
+                    telling = threads == ALL and dtype == torch.float32 and timesteps in (1, 4)
                     yield pytest.param(
                         timesteps,
                         dtype,
                         size,
                         threads,
-                        marks=[pytest.mark.quick] if quick else [],
+                        marks=[pytest.mark.telling] if telling else [],
                         id=f"T{timesteps}-{str(dtype)[6:]}-{size}-{threads}threads",
                     )
 

@@ -3,7 +3,7 @@
     pytest benchmarks/bench_train_step.py --benchmark-only -s
 
 All contenders have the same weights, and every layer the same density of spikes. Before it is
-timed, each has to give iirsnn's gradient for the first layer's weights (see networks.Sameness).
+timed, each of its layers has to be iirsnn's, from the same inputs (see sameness.py).
 Weights and images come in torch's own layout, those of the large batch in channels_last too, those
 of the sweep in that alone.
 """
@@ -11,10 +11,13 @@ of the sweep in that alone.
 import pytest
 import torch
 import traffic
-from networks import Sameness, Step, batch_of, densities, makers, networks, neurons, noisy
+from networks import Step, batch_of, densities, makers, networks, neurons, same_layers
+from one_process import in_subprocess
+from sameness import Sameness
 
 ALL = torch.get_num_threads()
 DENSITY = 0.15
+SAME = 8  # images that layers are compared by
 SWEEP = (0.05, 0.10, 0.20, 0.30, 0.40)
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 #: Where a step takes long; of the two torch.compile the faster one.
@@ -37,14 +40,7 @@ def prepare(name, timesteps, batch, density, only, layout):
     calls, rows = {}, {}
     elements = neurons(name) * timesteps * batch
 
-    def gradient(key):
-        inner = getattr(found[key], "_orig_mod", found[key])
-        return inner.get_parameter("layers.0.weight").grad.clone()
-
-    Step(found["iirsnn"], noisy(images), labels)()
-    other = gradient("iirsnn")
-    Step(found["iirsnn"], images, labels)()
-    same = Sameness(gradient("iirsnn"), other)
+    same = Sameness(found["iirsnn"], images[:SAME])
     for key, network in found.items():
         step = Step(network, images, labels)
         if "torch.compile" in key:  # compiles before anything is counted
@@ -56,12 +52,11 @@ def prepare(name, timesteps, batch, density, only, layout):
             step.backward(loss)
         rows[key] = {"kept": kept.bytes / elements, "bytes": moved.bytes / elements}
         if key != "limit":
-            rows[key]["difference"] = same.check(key, gradient(key))
+            rows[key]["difference"] = same_layers(same, key, network)
         del kept, loss
         calls[key] = step
     measured = densities(found["iirsnn"], images)
-    facts = {"sensitivity": same.sensitivity, "measured_density": sum(measured) / len(measured)}
-    return calls, rows, facts
+    return calls, rows, {"measured_density": sum(measured) / len(measured)}
 
 
 def run(race, name, timesteps, batch, density, sweep, layout, only=(), seconds=8.0, rounds=(3, 11)):
@@ -80,7 +75,14 @@ def run(race, name, timesteps, batch, density, sweep, layout, only=(), seconds=8
     race(calls, facts, rows, seconds, rounds)
 
 
-@pytest.mark.parametrize("timesteps", [pytest.param(1, marks=pytest.mark.quick), 2, 5])
+@pytest.mark.telling
+def test_telling(race):
+    """What the full set measures with more contenders, layouts and rounds."""
+    only = tuple(name for name in STRONGEST if "compile" not in name)
+    run(race, "vgg16", 1, 16, DENSITY, False, "channels_last", only, rounds=(3, 5))
+
+
+@pytest.mark.parametrize("timesteps", [1, 2, 5])
 @pytest.mark.parametrize("name", ["vgg9", "vgg16"])
 def test_step(race, name, timesteps):
     run(race, name, timesteps, 8, DENSITY, sweep=False, layout="contiguous")
@@ -107,7 +109,7 @@ def test_memory(benchmark, keep_group, contender):
     rows = {}
 
     def measure():
-        rows[contender] = traffic.in_subprocess(
+        rows[contender] = in_subprocess(
             "step", contender, name, str(timesteps), str(batch), str(DENSITY)
         )
 

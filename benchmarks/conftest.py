@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import statistics
 import time
 from pathlib import Path
 
@@ -11,19 +10,21 @@ import record
 import torch
 import traffic
 from contenders import LIMIT, available
+from one_process import cache_misses as misses_of
 
 import iirsnn
-from iirsnn import allocator, provenance
+from iirsnn.measure import provenance
+from iirsnn.train import freed_memory
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("iirsnn", "benchmarks of iirsnn")
-    group.addoption("--results", type=Path, help="JSON (default: results/<machine>.json)")
+    group.addoption("--results", type=Path, help="JSON (default: build/bench/<machine>.json)")
+    group.addoption("--full", action="store_true", help="every row, not the telling ones alone")
     group.addoption("--resume", action="store_true", help="leave out groups of this commit")
-    group.addoption("--quick", action="store_true", help="only what make bench-check compares")
     group.addoption(
         "--allocator",
-        choices=allocator.POLICIES,
+        choices=freed_memory.POLICIES,
         default="retain",
         help="freed memory stays with the process, as iirsnn train has it, or goes back",
     )
@@ -32,9 +33,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     traffic.watch_inductor()
-    kept = allocator.apply(config.getoption("--allocator"))
+    kept = freed_memory.apply(config.getoption("--allocator"))
     config.stash[ALLOCATOR] = "retain" if kept else "system"
-    config.addinivalue_line("markers", "quick: part of make bench-check")
+    config.addinivalue_line("markers", "telling: timed without --full as well")
     config.stash[STARTED] = time.monotonic()
 
 
@@ -42,7 +43,7 @@ STARTED, ALLOCATOR = pytest.StashKey(), pytest.StashKey()
 
 
 def results_file(config):
-    return config.getoption("--results") or record.default_file(provenance.machine())
+    return config.getoption("--results") or record.default_file(record.BUILD)
 
 
 def key_of(item):
@@ -51,26 +52,46 @@ def key_of(item):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out what --quick and --resume say; which and how many is in the summary."""
+    """Leaves out what is not telling (unless --full) and what --resume finds done."""
     done = {}
     if config.getoption("--resume"):
         commit = commit_of_code()
         groups = record.load(results_file(config))["groups"]
         done = {key for key, group in groups.items() if group["commit"] == commit}
-    quick = config.getoption("--quick")
+    full = config.getoption("--full")
     out = [
         item
         for item in items
-        if key_of(item) in done or (quick and item.get_closest_marker("quick") is None)
+        if key_of(item) in done or not (full or item.get_closest_marker("telling"))
     ]
     config.hook.pytest_deselected(items=out)
     items[:] = [item for item in items if item not in out]
 
 
+@pytest.fixture
+def say(request):
+    return lambda line: tell(request.config, line)
+
+
+def tell(config, line):
+    """A line on the terminal at once, whether or not pytest captures what tests print."""
+    with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        config.get_terminal_writer().line(line, flush=True)
+
+
 def pytest_runtest_setup(item):
+    seconds = time.monotonic() - item.config.stash[STARTED]
     limit = item.config.getoption("--stop-after")
-    if limit is not None and time.monotonic() - item.config.stash[STARTED] > limit:
+    if limit is not None and seconds > limit:
         pytest.skip(f"--stop-after {limit:.0f}: run again with --resume")
+    items = item.session.items
+    place = f"[{items.index(item) + 1} of {len(items)}, {seconds:.0f} s]"
+    tell(item.config, f"\n{place} {key_of(item)}")
+
+
+def pytest_sessionfinish(session):
+    if session.items and results_file(session.config).exists():
+        tell(session.config, f"\nresults: {results_file(session.config)}")
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
@@ -85,21 +106,9 @@ def commit_of_code():
 
 
 @pytest.fixture
-def in_turns():
-    """Times several functions round robin, so that a busy moment of the machine hits all of them.
-
-    in_turns({name: function}, rounds) -> {name: median seconds}; each is called once before.
-    """
-
-    def run(functions, rounds=15):
-        times = {name: [] for name in functions}
-        for function in functions.values():
-            function()
-        for _ in range(rounds):
-            one_round(functions, times)
-        return {name: statistics.median(taken) for name, taken in times.items()}
-
-    return run
+def full(request):
+    """Whether every contender takes part, those that have to be compiled for minutes too."""
+    return request.config.getoption("--full")
 
 
 def one_round(functions, times, order=None):
@@ -118,18 +127,18 @@ SLOW = 8  # times the limit: such contenders sit out most rounds where rounds ar
 def race(benchmark, request):
     """Times the contenders of one group in turns and puts them into the results file.
 
-    race(functions, facts, rows, seconds, rounds): functions {name: call}, the limit among them;
+    race(functions, facts, rows, seconds, rounds): functions {name: call}, `limit` among them;
     facts and rows go into the group and its contenders as they are. Between rounds[0] and rounds[1]
     rounds, as `seconds` allow, in an order drawn anew each time; contenders many times slower than
     the limit take part in rounds[0] of them, evenly spread. pytest-benchmark times whole rounds.
     """
 
-    def run(functions, facts, rows, seconds, rounds=(5, 51)):
+    def run(functions, facts, rows, seconds, rounds=(5, 51), limit=LIMIT):
         slow, count = set(), rounds[0]
         if rounds[0] != rounds[1]:
             first = {name: [] for name in functions}
             one_round(functions, first)
-            slow = {name for name, taken in first.items() if taken[0] > SLOW * first[LIMIT][0]}
+            slow = {name for name, taken in first.items() if taken[0] > SLOW * first[limit][0]}
             fast = sum(taken[0] for name, taken in first.items() if name not in slow)
             spent = rounds[0] * sum(first[name][0] for name in slow)
             count = max(rounds[0], min(rounds[1], int((seconds - spent) / fast)))
@@ -143,7 +152,7 @@ def race(benchmark, request):
             one_round(functions, times, order if whole else [n for n in order if n not in slow])
 
         benchmark.pedantic(turn, rounds=count, iterations=1)
-        found = record.summary(times)
+        found = record.summary(times, limit)
         for name, row in found.items():
             row.update(rows.get(name, {}))
         group = {
@@ -155,18 +164,15 @@ def race(benchmark, request):
         benchmark.extra_info.update(group)
         keep(request, group)
         for name, row in found.items():
-            print(
-                f"\n{name:<36} {row['median_ms']:10.3f} ms {row['ratio']:7.2f} x limit "
-                f"({row['rounds']} rounds)",
-                end="",
-            )
+            line = f"  {name:<36} {row['median_ms']:10.3f} ms {row['ratio']:7.2f} x {limit}"
+            tell(request.config, f"{line} ({row['rounds']} rounds)")
 
     return run
 
 
 @pytest.fixture
-def keep_group(request, cache_misses):
-    """keep_group(facts, rows): puts a group that was not timed into the results file."""
+def keep_group(request):
+    """keep_group(facts, rows): puts a group that `race` did not time into the results file."""
     return lambda facts, rows: keep(
         request, {**facts, "commit": commit_of_code(), "contenders": rows}
     )
@@ -175,25 +181,27 @@ def keep_group(request, cache_misses):
 def keep(request, group):
     found, missing = available()
     facts = {
-        "machine": provenance.machine(),
+        **record.machine(),
         "versions": dict([c.version.split() for c in found]),
         "missing": missing,
         "notes": {c.name: c.note for c in found if c.note},
-        "cache_misses": request.getfixturevalue("cache_misses"),
     }
+    if request.config.getoption("--full"):
+        facts["cache_misses"] = request.getfixturevalue("cache_misses")
+    for row in group["contenders"].values():
+        row["capability"] = facts["capability"]
+    group["processor"] = facts["processor"]
     record.store(results_file(request.config), facts, key_of(request.node), group)
 
 
 @pytest.fixture(scope="session")
 def cache_misses():
     """Last-level-cache misses per neuron and timestep, or why they were not counted, in words."""
-    timesteps, elements = 4, 2**23
-    counted = {
-        name: traffic.cache_misses(name, timesteps, elements)
-        for name in ("iirsnn", "torch.compile", "SpikingJelly")
-    }
-    if any(isinstance(count, str) for count in counted.values()):
-        return "not counted: " + next(c for c in counted.values() if isinstance(c, str))
+    timesteps, elements, counted = 4, 2**23, {}
+    for name in ("iirsnn", "torch.compile", "SpikingJelly"):
+        counted[name] = misses_of(name, timesteps, elements)
+        if isinstance(counted[name], str):
+            return f"not counted: {counted[name]}"
     return "forward and backward, T = 4, per neuron and timestep: " + ", ".join(
         f"{name} {count / elements:.3f}" for name, count in counted.items()
     )

@@ -251,3 +251,12 @@ def prepared(contender: Contender, x: Tensor) -> Tensor:
     """x [T, B, ...] as the contender takes it: scaled, [B, T, ...] if it wants that."""
     x = x * contender.input_scale if contender.input_scale != 1 else x
     return x.transpose(0, 1).contiguous() if contender.batch_first else x
+
+
+def both_passes(name: str, timesteps: int, elements: int) -> Callable[[], Any]:
+    """One contender's forward and backward of float32, alone."""
+    contender = next(c for c in CONTENDERS if c.name == name)
+    neuron = contender.neuron()
+    x = current((timesteps, elements // timesteps // 64, 64))
+    leaf = prepared(contender, x).requires_grad_()
+    return lambda: torch.autograd.grad(neuron(leaf), leaf, torch.ones_like(leaf))

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from iirsnn.event import EventNetwork
-from iirsnn.event_flips import Flip, trace_flips
-from iirsnn.pipeline import Pipeline, open_data
-from iirsnn.provenance import commit, machine
-from iirsnn.run_folder import RunFolder
+from iirsnn.event.flips import Flip, trace_flips
+from iirsnn.measure.provenance import commit, machine
+from iirsnn.train.pipeline import Pipeline, open_data
+from iirsnn.train.run_folder import RunFolder
 
 
 def main() -> None:

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import bench_gpu
 
 import iirsnn
-from iirsnn.env import installed
-from iirsnn.provenance import commit
+from iirsnn.measure.provenance import commit
+from iirsnn.ops.environment import installed
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -8,17 +8,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from contenders import LIMIT, Limit, available, iirsnn_lif, reference
+from contenders import CONTENDERS, LIMIT, Limit, available, iirsnn_lif, reference
+from sameness import Sameness
 from torch import Tensor, nn
 
-from iirsnn import (
-    BatchNormLIF,
-    FusedLIF,
-    Network,
-    Readout,
-    TimeSequential,
-    use_spike_layers,
-)
+from iirsnn import BatchNormLIF, FusedLIF, Network, Readout, TimeSequential, use_spike_layers
 from iirsnn.functional import lif
 from iirsnn.models.vgg import LAYERS, vgg
 
@@ -178,7 +172,8 @@ def networks(
 
     density: forced on every layer at 16 images; None leaves BatchNorm as it is made.
     layout: of the weights, before spike layers turn theirs into channels_last.
-    Norse multiplies its input by 1 - leak: there BatchNorm's weight and bias are larger instead.
+    Norse multiplies its input by 1 - leak: there BatchNorm's weight and bias are larger instead
+    (by `input_scale`).
     """
     made, missing = makers()
     weights = with_neurons(name, iirsnn_lif, timesteps)
@@ -187,7 +182,6 @@ def networks(
         force_density(weights, torch.randn(16, *IMAGE, generator=generator), density)
     shared = {key: value for key, value in weights.named_parameters()}
     shared |= {key: value for key, value in weights.named_buffers() if "threshold" not in key}
-    scales = {c.name: c.input_scale for c in available()[0]}
     found = {}
     for contender, make in made.items():
         if only and contender not in only:
@@ -202,7 +196,7 @@ def networks(
             if key in own
         }
         inner.load_state_dict(mine, strict=False, assign=True)
-        scale = scales.get(contender, 1.0)
+        scale = input_scale(contender)
         if scale != 1:
             for module in inner.modules():
                 if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -211,6 +205,17 @@ def networks(
         network.to(memory_format=layout)
         found[contender] = FINISH[contender](network) if contender in FINISH else network
     return found, missing
+
+
+def input_scale(name: str) -> float:
+    """What a contender's neurons want their input multiplied by."""
+    return next((c.input_scale for c in CONTENDERS if c.name == name), 1.0)
+
+
+def same_layers(sameness: Sameness, name: str, network: nn.Module) -> float:
+    """The largest difference of a contender's layers, see `Sameness.check`."""
+    batch_first = isinstance(network, BatchFirst)
+    return sameness.check(name, network, input_scale(name), batch_first)
 
 
 class Step:
@@ -235,36 +240,6 @@ class Step:
         loss = self.forward()
         self.backward(loss)
         return loss.detach()
-
-
-def noisy(images: Tensor) -> Tensor:
-    """The images, each pixel 1e-5 off."""
-    generator = torch.Generator().manual_seed(3)
-    return images + 1e-5 * torch.randn(images.shape, generator=generator)
-
-
-class Sameness:
-    """Whether a result (logits, a gradient) is that of the same network.
-
-    expected: iirsnn's result; other: its result for `noisy` images. Spiking networks are chaotic:
-    at T = 5, a rounding error moves one current across the threshold, and from there a deep network
-    of random weights goes another way. So a library whose rounding differs (most give the same
-    bits) is allowed a relative difference of 1 %, or 3 times what noise of 1e-5 does to iirsnn.
-    """
-
-    def __init__(self, expected: Tensor, other: Tensor) -> None:
-        self.expected = expected
-        self.sensitivity = self.difference(other)
-
-    def difference(self, result: Tensor) -> float:
-        return float((result - self.expected).norm() / self.expected.norm())
-
-    def check(self, name: str, result: Tensor) -> float:
-        """The relative difference; raises AssertionError where it is another network."""
-        found = self.difference(result)
-        if not found <= max(0.01, 3 * self.sensitivity):
-            raise AssertionError(f"{name}: another network: its result differs by {found:.2g}")
-        return found
 
 
 def batch_of(size: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """The results file: one JSON of groups, its table and plots, and the comparison of two of them.
 
+    python benchmarks/record.py name                    this machine's committed results
     python benchmarks/record.py report FILE.json        FILE.md and FILE-*.png beside it
     python benchmarks/record.py check NEW.json ...       exit code 1 where iirsnn lost in each
 
@@ -11,8 +12,10 @@ Groups are written one by one, so a run that was cut short goes on where it was 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
+import platform
 import re
 import statistics
 import sys
@@ -22,8 +25,22 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent / "results"
+BUILD = FOLDER.parent.parent / "build" / "bench"  # of runs that are not to be committed
 LIMIT = "limit"
 PLACES = {"in": "in cache", "out": "out of cache"}
+#: Best dense / events at 15 % spikes, by capability, precision and batch.
+GOALS_EVENT = {
+    ("avx2", "fp32", 1): ">= 3.2",
+    ("avx2", "fp32", 16): ">= 3.0",
+    ("avx2", "bf16", 1): ">= 4",
+    ("avx2", "int8", 1): ">= 3.2",
+    ("avx2", "int8", 16): ">= 2.9",
+    ("avx512", "fp32", 1): ">= 4.8",
+    ("avx512", "fp32", 16): ">= 3.6",
+    ("avx512", "bf16", 1): ">= 6",
+    ("avx512", "int8", 1): ">= 2.5",
+    ("avx512", "int8", 16): ">= 2",
+}
 LOSS = 0.25  # a ratio may be this much larger than the committed one
 COLORS = {
     "iirsnn": "#c1121f",
@@ -44,9 +61,39 @@ COLORS = {
 Group = dict[str, Any]
 
 
-def default_file(machine: str) -> Path:
-    """results/<machine>.json, from what provenance.machine() says."""
-    return FOLDER / (re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-") + ".json")
+def machine() -> dict[str, str]:
+    """What a time belongs to: machine (with threads), processor (with its model), capability."""
+    from iirsnn.measure import provenance
+
+    name = provenance.machine()
+    return {"machine": name, "processor": processor(), "capability": capability()}
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The first processor's name, family and model: one name may stand for several."""
+    if not cpuinfo.exists():
+        return platform.processor() or platform.machine()
+    lines = cpuinfo.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    rows = {key.strip(): value.strip() for key, _, value in (row.partition(":") for row in lines)}
+    name = rows.get("model name", platform.machine())
+    parts = [f"{key.split()[-1]} {rows[key]}" for key in ("cpu family", "model") if key in rows]
+    return f"{name} ({', '.join(parts)})" if parts else name
+
+
+def capability() -> str:
+    """The instruction set that the CPU kernels use; "none" where they are not compiled."""
+    from iirsnn.ops.backend import why_not
+
+    if why_not("cpu", "cpu") is not None:
+        return "none"
+    return importlib.import_module("iirsnn._C").build_info()["cpu_capability"]
+
+
+def default_file(folder: Path = FOLDER) -> Path:
+    """<machine>-<capability>.json in the folder, for the machine this runs on."""
+    here = machine()
+    name = f"{here['machine']} {here['capability']}".lower()
+    return folder / (re.sub(r"[^a-z0-9]+", "-", name).strip("-") + ".json")
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -67,7 +114,7 @@ def store(path: Path, facts: dict[str, Any], key: str, group: Group) -> None:
     os.replace(part, path)
 
 
-def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+def summary(times: dict[str, list[float]], limit: str = LIMIT) -> dict[str, dict[str, Any]]:
     """Seconds of each round -> median, p20 and p80 in ms, and the median's ratio to the limit."""
     found = {}
     for name, taken in times.items():
@@ -80,9 +127,9 @@ def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
             "p80_ms": 1e3 * cuts[7],
             "rounds": len(taken),
         }
-    limit = found[LIMIT]["median_ms"]
+    least = found[limit]["median_ms"]
     for row in found.values():
-        row["ratio"] = row["median_ms"] / limit
+        row["ratio"] = row["median_ms"] / least
     return found
 
 
@@ -99,6 +146,8 @@ def compare(
     """
     lost, unknown = [], []
     for key, group in measured["groups"].items():
+        if LIMIT not in group["contenders"]:
+            continue
         before = committed["groups"].get(key)
         if before is None:
             unknown.append(f"{key}: not in the committed results")
@@ -183,8 +232,9 @@ def _lif_tables(results: dict[str, Any]) -> list[str]:
     cases = {(g["what"], g["size"], g["dtype"], g["threads"]): None for g in lif}
     for what, size, dtype, threads in sorted(cases):
         groups = chosen(results, subject="lif", what=what, size=size, dtype=dtype, threads=threads)
+        conditions = f"{dtype}, {threads} threads, {results['capability']}"
         mebibytes = groups[0]["elements"] * groups[0]["element_size"] / 2**20
-        lines += [f"### LIF {what}, {PLACES[size]}, {dtype}, {threads} threads", ""]
+        lines += [f"### LIF {what}, {PLACES[size]}, {conditions}", ""]
         lines += [
             f"x of about {mebibytes:.0f} MiB. Ratio to the limit's time (ns per neuron and "
             "timestep); bytes read and written per neuron and timestep, + kept for backward.",
@@ -220,7 +270,8 @@ def _network_tables(results: dict[str, Any]) -> list[str]:
         for group in chosen(results, subject=subject):
             lines += [
                 f"### {title}: {group['network']}, T = {group['timesteps']}, batch "
-                f"{group['batch']}, {group['density']:.0%} spikes, {group['threads']} threads"
+                f"{group['batch']}, {group['density']:.0%} spikes, {group['threads']} threads, "
+                + results["capability"]
                 + _layout(group),
                 "",
             ]
@@ -252,6 +303,83 @@ def _network_tables(results: dict[str, Any]) -> list[str]:
         ]
         lines += _markdown(["", "peak, MiB", "above the start, MiB"], rows)
     return lines
+
+
+def _event_tables(results: dict[str, Any]) -> list[str]:
+    """Milliseconds over the density, a table for each batch and number of threads."""
+    lines = []
+    events = chosen(results, subject="event")
+    for batch, threads in sorted({(g["batch"], g["threads"]) for g in events}):
+        groups = [g for g in events if (g["batch"], g["threads"]) == (batch, threads)]
+        lines += [
+            f"### EventNetwork: {groups[0]['network']}, T = 1, batch {batch}, {threads} threads, "
+            + results["capability"],
+            "",
+            "Milliseconds; below, the best dense network's time / that of events, of one precision "
+            "(bf16 against fp32).",
+            "",
+        ]
+        rows = [
+            [
+                name,
+                *(_number(g["contenders"].get(name, {}).get("median_ms"), 3) for g in groups),
+            ]
+            for name in _names(groups)
+        ]
+        rows += [
+            [f"best dense / events {name}", *(_number(g["times_faster"].get(name)) for g in groups)]
+            for name in ("fp32", "bf16", "int8")
+        ]
+        lines += _markdown(["", *(f"{g['density']:.0%}" for g in groups)], rows)
+    return lines
+
+
+def _choice_tables(results: dict[str, Any]) -> list[str]:
+    """What spike_layers=auto takes beside always and never."""
+    lines = []
+    choices = chosen(results, subject="choice")
+    for what in dict.fromkeys(group["what"] for group in choices):
+        groups = [group for group in choices if group["what"] == what]
+        batch, threads = groups[0]["batch"], groups[0]["threads"]
+        title = f"### spike_layers: {what}, batch {batch}, {threads} threads, "
+        lines += [title + results["capability"], ""]
+        rows = [
+            [
+                f"{group['density']:.0%}",
+                *(_number(group["contenders"][name]["median_ms"]) for name in CHOICES),
+                _number(regret(group)),
+            ]
+            for group in groups
+        ]
+        header = ["density", *(f"{name}, ms" for name in CHOICES), "auto / better of the others"]
+        lines += _markdown(header, rows)
+    return lines
+
+
+CHOICES = ("auto", "always", "never")
+
+
+def regret(group: Group) -> float:
+    """Time of auto as a fraction of the better one's of always and never."""
+    times = {name: group["contenders"][name]["median_ms"] for name in CHOICES}
+    return times["auto"] / min(times["always"], times["never"])
+
+
+def _batch_norm_table(results: dict[str, Any]) -> list[str]:
+    groups = chosen(results, subject="batch_norm")
+    rows = [
+        [
+            f"{g['timesteps']} x {g['batch']} x {g['channels']} x {g['size']} x {g['size']}",
+            g["layout"],
+            g["dtype"],
+            *(_number(row["median_ms"]) for row in g["contenders"].values()),
+            _number(g["contenders"]["BatchNormLIF"]["ratio"]),
+        ]
+        for g in groups
+    ]
+    header = ["T, B, C, H, W", "layout", "dtype", "two modules, ms", "BatchNormLIF, ms", "ratio"]
+    title = f"### BatchNormLIF, {results['capability']}"
+    return [title, "", *_markdown(header, rows)] if rows else []
 
 
 def break_even(points: list[tuple[float, float]]) -> str:
@@ -303,7 +431,7 @@ def goals(results: dict[str, Any]) -> list[list[str]]:
         rows.append(
             [
                 f"{name}: step, {best} / fastest other",
-                "<= 1; <= 0.62 by events",
+                f"<= 1; <= {0.6 if results['capability'] == 'avx2' else 0.62} by events",
                 f"{ours[best]['median_ms'] / other:.2f}",
             ]
         )
@@ -314,6 +442,21 @@ def goals(results: dict[str, Any]) -> list[list[str]]:
         rows.append(
             [f"{name}: kept for backward, {least} / SpikingJelly", "<= 0.4", f"{kept[least]:.2f}"]
         )
+    choices = chosen(results, subject="choice")
+    if choices:
+        worst = max(choices, key=regret)
+        found = f"{regret(worst):.2f} at worst ({worst['what']}, {worst['density']:.0%})"
+        rows.append(["spike_layers=auto / better of always and never", "<= 1.03", found])
+    rows += [
+        [
+            f"VGG16 by events, T = 1, batch {group['batch']}, {group['density']:.0%}, "
+            f"{group['threads']} threads, {name}: best dense / events",
+            GOALS_EVENT.get((results["capability"], name, group["batch"]), ""),
+            f"{ratio:.2f}",
+        ]
+        for group in chosen(results, subject="event", density=0.15, threads=1)
+        for name, ratio in group["times_faster"].items()
+    ]
     peaks = {
         name: own["peak"]
         for group in chosen(results, subject="memory")
@@ -333,11 +476,16 @@ def goals(results: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _of(results: dict[str, Any]) -> str:
+    """Machine, processor and capability, in words."""
+    return f"{results['machine']}, {results['capability']} ({results['processor']})"
+
+
 def table(results: dict[str, Any]) -> str:
     """The whole file as Markdown."""
     commits = sorted({group["commit"] for group in results["groups"].values()})
     lines = [
-        f"# Benchmarks: {results['machine']}",
+        f"# Benchmarks: {_of(results)}",
         "",
         f"`make bench` at commit {', '.join(commits)}; "
         + ", ".join(f"{key} {value}" for key, value in results["versions"].items())
@@ -364,7 +512,8 @@ def table(results: dict[str, Any]) -> str:
         lines.append(f"- Last-level-cache misses: {misses}")
     lines.append("")
     lines += ["### Goals", "", *_markdown(["", "goal", "measured"], goals(results))]
-    return "\n".join(lines + _network_tables(results) + _lif_tables(results))
+    tables = (_network_tables, _choice_tables, _event_tables, _batch_norm_table, _lif_tables)
+    return "\n".join(lines + [line for make in tables for line in make(results)])
 
 
 # ---- The plots ----
@@ -419,7 +568,7 @@ def plot_lif(results: dict[str, Any], path: Path, size: str = "out") -> None:
         limit = "x.clone()" if what == "forward" else "torch.add(x, g)"
         row[2].set_title(f"{what}: time / time of {limit}")
     _legend(figure)
-    figure.suptitle(f"LIF, fp32, {PLACES[size]}; {results['machine']}")
+    figure.suptitle(f"LIF, fp32, {PLACES[size]}; {_of(results)}")
     figure.savefig(path, dpi=110)
 
 
@@ -438,7 +587,7 @@ def plot_steps(results: dict[str, Any], path: Path) -> None:
         _lines(axes[1][column], groups, lambda g, own: own.get("kept"), "linear")
         axes[1][column].set_title("bytes kept per neuron and timestep")
     _legend(figure)
-    figure.suptitle(f"Training step, fp32; {results['machine']}")
+    figure.suptitle(f"Training step, fp32; {_of(results)}")
     figure.savefig(path, dpi=110)
 
 
@@ -499,17 +648,19 @@ def report(path: Path) -> list[Path]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Tables, plots and comparison of results.")
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("name", help="print this machine's committed results file")
     reporting = commands.add_parser("report", help="write FILE.md and plots")
     reporting.add_argument("file", type=Path, nargs="?", help="default: this machine's")
     checking = commands.add_parser("check", help="compare ratios; exit code 1 on a loss")
     checking.add_argument("file", type=Path, nargs="+", help="of new runs; the least ratio counts")
     checking.add_argument("--committed", type=Path, help="default: this machine's")
     options = parser.parse_args()
-    from iirsnn.provenance import machine
-
+    if options.command == "name":
+        print(default_file())
+        return 0
     if options.command == "check":
-        return check(options.committed or default_file(machine()), *options.file)
-    for written in report(options.file or default_file(machine())):
+        return check(options.committed or default_file(), *options.file)
+    for written in report(options.file or default_file()):
         print(f"wrote {written}")
     return 0
 

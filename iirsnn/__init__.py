@@ -1,18 +1,52 @@
-"""Spiking networks shrunk in time to one timestep: fused LIF kernels and IIR-SNN training."""
+"""Spiking networks shrunk in time to one timestep: fused LIF kernels and IIR-SNN training.
 
-from . import functional
-from .batch_norm import BatchNormLIF
-from .convert import convert
-from .env import env_report
-from .models import Network, Readout, SharedDropout, TimeSequential
-from .neuron import FusedLIF
-from .packed import PackedSpikes
-from .spike_layers import SpikeAvgPool2d, SpikeConv2d, SpikeLinear, use_spike_layers
+Public names are loaded when they are asked for, so `import iirsnn` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import conversion, event, functional, models, nn, ops
+    from .conversion import NeuronConfig, convert
+    from .models import Network
+    from .nn import (
+        BatchNormLIF,
+        FusedLIF,
+        Readout,
+        SharedDropout,
+        SpikeAvgPool2d,
+        SpikeConv2d,
+        SpikeLinear,
+        TimeSequential,
+        use_spike_layers,
+    )
+    from .ops import PackedSpikes
+    from .ops.environment import env_report
+
+_ROOM_OF = {
+    "BatchNormLIF": "nn",
+    "FusedLIF": "nn",
+    "Network": "models",
+    "NeuronConfig": "conversion",
+    "PackedSpikes": "ops",
+    "Readout": "nn",
+    "SharedDropout": "nn",
+    "SpikeAvgPool2d": "nn",
+    "SpikeConv2d": "nn",
+    "SpikeLinear": "nn",
+    "TimeSequential": "nn",
+    "convert": "conversion",
+    "env_report": "ops.environment",
+    "use_spike_layers": "nn",
+}
+_ROOMS = ("conversion", "event", "functional", "models", "nn", "ops")
 
 __all__ = [
     "BatchNormLIF",
     "FusedLIF",
     "Network",
+    "NeuronConfig",
     "PackedSpikes",
     "Readout",
     "SharedDropout",
@@ -20,8 +54,27 @@ __all__ = [
     "SpikeConv2d",
     "SpikeLinear",
     "TimeSequential",
+    "conversion",
     "convert",
     "env_report",
+    "event",
     "functional",
+    "models",
+    "nn",
+    "ops",
     "use_spike_layers",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"{__name__}.{name}")
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import choose
 from .errors import check_choice
-from .packed import PackedSpikes
-from .reference import RESETS, SURROGATES, acc_dtype
+from .ops.backend import choose
+from .ops.packed import PackedSpikes
+from .ops.reference import RESETS, SURROGATES, acc_dtype
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

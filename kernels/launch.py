@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from iirsnn.errors import check_choice
-from iirsnn.reference import empty_spikes
+from iirsnn.ops.reference import empty_spikes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -23,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from iirsnn.ops import empty_membrane
-from iirsnn.reference import empty_spikes
+from iirsnn.ops.lif import empty_membrane
+from iirsnn.ops.reference import empty_spikes
 
 from .launch import check_current, code, gradient_in_order, in_order
 from .step import (

@@ -1,4 +1,4 @@
-"""The Triton twins of the ops of iirsnn/ops.py: same arguments, fakes and autograd."""
+"""The Triton twins of the ops of iirsnn/ops/lif.py: same arguments, fakes and autograd."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iirsnn import ops as contract
+from iirsnn.ops import lif as contract
 
 from .launch import on_device_of
 from .lif import lif_backward, lif_forward

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from iirsnn.ops import empty_bits, empty_membrane
+from iirsnn.ops.lif import empty_bits, empty_membrane
 
 from .launch import check_current, code, in_order
 from .lif import SEGMENT, load_same, load_steps, segmented

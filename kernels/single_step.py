@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from iirsnn.reference import empty_spikes
+from iirsnn.ops.reference import empty_spikes
 
 from .launch import check_current, code, gradient_in_order
 from .step import SURROGATES, spike, surrogate

@@ -1,6 +1,6 @@
 """One neuron, one timestep, on the device: what csrc/lif/lif_step.h is to the C++ kernels.
 
-The equation stands in iirsnn.functional.lif; names and rounding are those of iirsnn/reference.py.
+The equation stands in iirsnn.functional.lif; names and rounding are those of iirsnn.ops.reference.
 Membranes are float32 and equal the reference's bit for bit (a zero may differ in its sign).
 """
 

@@ -106,7 +106,7 @@ def assert_one_line(result, code, *parts):
 @pytest.fixture
 def quick():
     """The digits recipe, cut down to a run of seconds."""
-    from iirsnn import recipe
+    from iirsnn.train import recipe
 
     return recipe.load("digits", QUICK)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from iirsnn._build import _NVCC_FLAGS
+from iirsnn.ops.build import _NVCC_FLAGS
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"

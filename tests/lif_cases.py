@@ -1,6 +1,6 @@
 """The cases every implementation of the LIF ops is tested on, and what each must satisfy.
 
-An implementation is four callables with the arguments of the ops of iirsnn/ops.py. Forward is
+An implementation is four callables with the arguments of the ops of iirsnn/ops/lif.py. Forward is
 compared with the reference by ==. Backward is compared with the reference's autograd in float64.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iirsnn import reference
+from iirsnn.ops import reference
 
 V_RESET = 0.125
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch.distributed import TCPStore
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["iirsnn.cli", "tests.test_training"])
+_context.set_forkserver_preload(["iirsnn.cli.train", "tests.train.test_stage_training"])
 _stores = []
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iirsnn import backend, reference
 from iirsnn.functional import lif
+from iirsnn.ops import backend, reference
 
 
 class Ops(TorchDispatchMode):

@@ -680,7 +680,7 @@ void Engine::add_up(const Step& step, const Strip& strip, const float* images, v
       } else {
         add_tile(step.precision, work, done);
       }
-      report.additions += done.events * outputs + done.merges * strip.outputs;
+      report.additions += (done.events + done.doublings) * outputs;
       report.weight_bytes += done.events * outputs * weight_bytes(step.precision);
     }
   }

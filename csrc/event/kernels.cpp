@@ -16,6 +16,7 @@ namespace {
 struct Fp32 {
   using weight_t = float;
   using sum_t = float;
+  using Wide = Fp32;  // what rows become once where many visits read them
   static constexpr int kUnit = row_unit(Precision::fp32);
 
   template <int kWidth, int kBytes>
@@ -24,28 +25,18 @@ struct Fp32 {
     static constexpr int kLanes = kBytes / 4, kRegisters = kWidth / kLanes;
     Floats v[kRegisters];
 
-    IIRSNN_INLINE void zero() {
-      IIRSNN_REGISTERS
-      for (int i = 0; i < kRegisters; ++i) v[i] = Floats{};
-    }
     IIRSNN_INLINE void load(const float* sums) {
       IIRSNN_REGISTERS
       for (int i = 0; i < kRegisters; ++i) v[i] = load_register<Floats>(sums + i * kLanes);
     }
-    IIRSNN_INLINE void add(const float* row) {
+    // += row * 2^digit, by doubling
+    IIRSNN_INLINE void add(const float* row, int digit) {
       IIRSNN_REGISTERS
-      for (int i = 0; i < kRegisters; ++i) v[i] += load_register<Floats>(row + i * kLanes);
+      for (int i = 0; i < kRegisters; ++i) add(i, load_register<Floats>(row + i * kLanes), digit);
     }
-    // sums += this * 2^digit, by doubling
-    IIRSNN_INLINE void merge(float* sums, int digit) {
-      for (; digit > 0; --digit) {
-        IIRSNN_REGISTERS
-        for (int i = 0; i < kRegisters; ++i) v[i] += v[i];
-      }
-      IIRSNN_REGISTERS
-      for (int i = 0; i < kRegisters; ++i) {
-        store_register(sums + i * kLanes, load_register<Floats>(sums + i * kLanes) + v[i]);
-      }
+    IIRSNN_INLINE void add(int i, Floats part, int digit) {
+      for (; digit > 0; --digit) part += part;
+      v[i] += part;
     }
     IIRSNN_INLINE void store(float* sums) const {
       IIRSNN_REGISTERS
@@ -58,23 +49,33 @@ struct Fp32 {
 struct Bf16 {
   using weight_t = uint16_t;
   using sum_t = float;
+  using Wide = Fp32;
   static constexpr int kUnit = row_unit(Precision::bf16);
 
   template <int kWidth, int kBytes>
   struct Sum : Fp32::Sum<kWidth, kBytes> {
     using Base = Fp32::Sum<kWidth, kBytes>;
-    using Base::v;
+    using typename Base::Floats;
     using Words = Register<uint32_t, kBytes>;
     static constexpr int kOf16 = 64 / kBytes;  // registers of 16 outputs
 
-    IIRSNN_INLINE void add(const uint16_t* row) {
+    IIRSNN_INLINE void add(const uint16_t* row, int digit) {
+      each(row, [&](int i, const Floats& part) IIRSNN_INLINE_LAMBDA { Base::add(i, part, digit); });
+    }
+    static IIRSNN_INLINE void widen(const uint16_t* row, float* wide) {
+      each(row, [&](int i, const Floats& part) IIRSNN_INLINE_LAMBDA { store_register(wide + i * Base::kLanes, part); });
+    }
+
+   private:
+    template <typename F>
+    static IIRSNN_INLINE void each(const uint16_t* row, F f) {
       IIRSNN_REGISTERS
       for (int i = 0; i < kWidth / 32; ++i) {
         IIRSNN_REGISTERS
         for (int j = 0; j < kOf16; ++j) {
           const Words pairs = load_register<Words>(row + i * 32 + j * (kBytes / 2));
-          v[2 * i * kOf16 + j] += (typename Base::Floats)(pairs << 16);  // the same bits
-          v[(2 * i + 1) * kOf16 + j] += (typename Base::Floats)(pairs & 0xffff0000u);
+          f(2 * i * kOf16 + j, (Floats)(pairs << 16));  // the same bits
+          f((2 * i + 1) * kOf16 + j, (Floats)(pairs & 0xffff0000u));
         }
       }
     }
@@ -86,6 +87,7 @@ template <typename stored_t>  // int8_t or int16_t
 struct Integer {
   using weight_t = stored_t;
   using sum_t = int16_t;
+  using Wide = Integer<int16_t>;
   static constexpr int kUnit = row_unit(Precision::int8);
 
   template <int kWidth, int kBytes>
@@ -95,28 +97,24 @@ struct Integer {
     static constexpr int kLanes = kBytes / 2, kRegisters = kWidth / kLanes;
     Shorts v[kRegisters];
 
-    IIRSNN_INLINE void zero() {
-      IIRSNN_REGISTERS
-      for (int i = 0; i < kRegisters; ++i) v[i] = Shorts{};
-    }
     IIRSNN_INLINE void load(const int16_t* sums) {
       IIRSNN_REGISTERS
       for (int i = 0; i < kRegisters; ++i) v[i] = load_register<Shorts>(sums + i * kLanes);
     }
-    IIRSNN_INLINE void add(const int8_t* row) {
+    IIRSNN_INLINE void add(const int8_t* row, int digit) {
       IIRSNN_REGISTERS
       for (int i = 0; i < kRegisters; ++i) {
-        v[i] += __builtin_convertvector(load_register<Bytes>(row + i * kLanes), Shorts);
+        v[i] += widened<Shorts>(load_register<Bytes>(row + i * kLanes)) << digit;
       }
     }
-    IIRSNN_INLINE void add(const int16_t* row) {
+    IIRSNN_INLINE void add(const int16_t* row, int digit) {
       IIRSNN_REGISTERS
-      for (int i = 0; i < kRegisters; ++i) v[i] += load_register<Shorts>(row + i * kLanes);
+      for (int i = 0; i < kRegisters; ++i) v[i] += load_register<Shorts>(row + i * kLanes) << digit;
     }
-    IIRSNN_INLINE void merge(int16_t* sums, int digit) {
+    static IIRSNN_INLINE void widen(const int8_t* row, int16_t* wide) {
       IIRSNN_REGISTERS
       for (int i = 0; i < kRegisters; ++i) {
-        store_register(sums + i * kLanes, load_register<Shorts>(sums + i * kLanes) + (v[i] << digit));
+        store_register(wide + i * kLanes, widened<Shorts>(load_register<Bytes>(row + i * kLanes)));
       }
     }
     IIRSNN_INLINE void store(int16_t* sums) const {
@@ -139,7 +137,7 @@ IIRSNN_INLINE void carry_over(const Additions& work, int digit) {
     IIRSNN_REGISTERS
     for (int k = 0; k < 2; ++k) {
       const int64_t at = i + k * kLanes;
-      const Ints part = __builtin_convertvector(load_register<Half>(sums + at), Ints);
+      const Ints part = widened<Ints>(load_register<Half>(sums + at));
       store_register(totals + at, load_register<Ints>(totals + at) + (part << digit));
     }
     store_register(sums + i, Register<int16_t, kBytes>{});
@@ -157,8 +155,8 @@ struct TileVisit {
   int64_t pitch;
   IIRSNN_INLINE TileVisit(int64_t pitch) : pitch(pitch) {}
 
-  IIRSNN_INLINE void add(Sum& sum, uint64_t bits, const weight_t* rows) const {
-    for (; bits; bits &= bits - 1) sum.add(rows + int64_t(__builtin_ctzll(bits)) * pitch);
+  IIRSNN_INLINE void add(Sum& sum, uint64_t bits, const weight_t* rows, int digit = 0) const {
+    for (; bits; bits &= bits - 1) sum.add(rows + int64_t(__builtin_ctzll(bits)) * pitch, digit);
   }
   IIRSNN_INLINE void prefetch(const weight_t* row) const {
     for (int i = 0; i < kWidth; i += 64 / int(sizeof(weight_t))) __builtin_prefetch(row + i, 0, 2);
@@ -175,17 +173,16 @@ struct TileVisit {
     Sum sum;
     sum.load(sums);
     add(sum, bits[0] & mask, rows);
-    sum.store(sums);
     for (int digit = 1; digit < planes; ++digit) {
       const uint64_t set = bits[digit * plane] & mask;
-      if (!set) continue;
-      done.events += __builtin_popcountll(set);
-      done.merges += digit + 1;
-      Sum high;
-      high.zero();
-      add(high, set, rows);
-      high.merge(sums, digit);
+      done.count(set, digit);
+      if (digit == 1) {
+        add(sum, set, rows, 1);  // most of them: without a loop
+      } else {
+        add(sum, set, rows, digit);
+      }
     }
+    sum.store(sums);
   }
 };
 
@@ -228,7 +225,7 @@ IIRSNN_INLINE void each_position(const Additions& work, const Tap& tap, const ui
 // rows of the next block among them and ask for them early: memory cannot guess the order in which events read rows.
 // With few visits most rows would be fetched in vain.
 constexpr int64_t kVisitsToPrefetch = 8;
-// From so many visits on, int8 rows are widened once for all of them.
+// From so many visits on, narrow rows are widened once for all of them.
 constexpr int64_t kVisitsToWiden = 24;
 
 // Outputs whose sums fit the registers.
@@ -252,7 +249,9 @@ struct TileLoop {
     const TileVisit<Weights, kPart, kBytes> stored(work.pitch);
     Work again;  // of the second part
     constexpr bool kIntegers = std::is_same_v<sum_t, int16_t>;
-    alignas(64) int16_t wide[std::is_same_v<weight_t, int8_t> ? kWord * kWidth : 1];
+    using Wide = typename Weights::Wide;
+    constexpr bool kNarrow = !std::is_same_v<Weights, Wide>;
+    alignas(64) typename Wide::weight_t wide[kNarrow ? kWord * kWidth : 1];
     each_block<Weights>(work, [&](const Tap& tap, const uint64_t* bits, uint64_t mask, const weight_t* rows, int here,
                                   Carry carry, bool) IIRSNN_INLINE_LAMBDA {
       if (kIntegers && carry != Carry::none) carry_over<kBytes>(work, 0);
@@ -262,8 +261,7 @@ struct TileLoop {
             each_position<sum_t>(work, tap, bits + digit * work.plane,
                                  [&](const uint64_t* in, sum_t* sums) IIRSNN_INLINE_LAMBDA {
                                    const uint64_t set = *in & mask;
-                                   done.events += __builtin_popcountll(set);
-                                   done.merges += digit && set ? digit + 1 : 0;
+                                   done.count(set, digit);
                                    for (int part = 0; part < kWidth; part += kPart) {
                                      stored.plain(set, rows + part, sums + part);
                                    }
@@ -287,34 +285,31 @@ struct TileLoop {
               }
             }
             if constexpr (kPlain) {
-              count.events += __builtin_popcountll(*in);
+              count.count(*in, 0);
               visit.plain(*in, rows + part, sums + part);
             } else {
-              count.events += __builtin_popcountll(*in & mask);
+              count.count(*in & mask, 0);
               visit.pooled(in, work.plane, work.planes, mask, rows + part, sums + part, count);
             }
           });
         }
       };
-      if constexpr (std::is_same_v<weight_t, int8_t>) {
+      if constexpr (kNarrow) {
         if (visits >= kVisitsToWiden) {
           const int skipped = __builtin_ctzll(mask);
           for (int c = skipped; c < skipped + here; ++c) {
             for (int part = 0; part < kWidth; part += kPart) {
-              typename TileVisit<Weights, kPart, kBytes>::Sum row;
-              row.zero();
-              row.add(rows + c * work.pitch + part);
-              row.store(wide + c * kWidth + part);
+              decltype(stored)::Sum::widen(rows + c * work.pitch + part, wide + c * kWidth + part);
             }
           }
-          return all(TileVisit<Integer<int16_t>, kPart, kBytes>(kWidth), static_cast<const int16_t*>(wide));
+          return all(TileVisit<Wide, kPart, kBytes>(kWidth), static_cast<const typename Wide::weight_t*>(wide));
         }
       }
       all(stored, rows);
     });
     if (kIntegers) carry_over<kBytes>(work, 0);
     done_->events += done.events;
-    done_->merges += done.merges;
+    done_->doublings += done.doublings;
   }
 };
 
@@ -349,17 +344,10 @@ struct StreamLoop {
         for (int k = 0; k < kRows; ++k) __builtin_prefetch(ahead[k] + i, 0, 2);
       }
       Sum<kBytes> sum;
-      if constexpr (kPlain) {
-        sum.load(sums + i);
-        IIRSNN_REGISTERS
-        for (int k = 0; k < kCount; ++k) sum.add(rows[k] + i);
-        sum.store(sums + i);
-      } else {
-        sum.zero();
-        IIRSNN_REGISTERS
-        for (int k = 0; k < kCount; ++k) sum.add(rows[k] + i);
-        sum.merge(sums + i, digit);
-      }
+      sum.load(sums + i);
+      IIRSNN_REGISTERS
+      for (int k = 0; k < kCount; ++k) sum.add(rows[k] + i, kPlain ? 0 : digit);
+      sum.store(sums + i);
     }
   }
   // Adds a group and asks for `soon` at the distance `shift`, then for `later`.
@@ -380,14 +368,14 @@ struct StreamLoop {
     Work done;
     std::vector<Group> groups;  // to be added; known so early that their rows can be asked for
     const int width = work.width, groups_ahead = kAhead / width;
-    const auto collect = [&](uint64_t bits, int digit, int merges, const weight_t* rows, sum_t* sums)
+    // rows that count 2^digit times, of which the sums take 2^shift
+    const auto collect = [&](uint64_t bits, int digit, int shift, const weight_t* rows, sum_t* sums)
                              IIRSNN_INLINE_LAMBDA {
-                               done.events += __builtin_popcountll(bits);
+                               done.count(bits, digit);
                                while (bits) {
-                                 if (groups.empty() || !groups.back().takes(sums, digit)) {
+                                 if (groups.empty() || !groups.back().takes(sums, shift)) {
                                    const weight_t* first = rows + __builtin_ctzll(bits) * work.pitch;
-                                   groups.push_back({{first, first, first, first}, sums, 0, digit});
-                                   done.merges += merges;
+                                   groups.push_back({{first, first, first, first}, sums, 0, shift});
                                  }
                                  Group& group = groups.back();
                                  for (; bits && group.count < kRows; bits &= bits - 1) {
@@ -404,8 +392,8 @@ struct StreamLoop {
       const weight_t* next = rows + (__builtin_ctzll(mask) + here) * work.pitch;
       for (int digit = 0; digit < (by_digit ? work.planes : 1); ++digit) {
         each_position<sum_t>(work, tap, bits, [&](const uint64_t* in, sum_t* sums) IIRSNN_INLINE_LAMBDA {
-          if (by_digit) return collect(in[digit * work.plane] & mask, 0, digit ? digit + 1 : 0, rows, sums);
-          for (int d = 0; d < work.planes; ++d) collect(in[d * work.plane] & mask, d, d ? d + 1 : 0, rows, sums);
+          if (by_digit) return collect(in[digit * work.plane] & mask, digit, 0, rows, sums);
+          for (int d = 0; d < work.planes; ++d) collect(in[d * work.plane] & mask, d, d, rows, sums);
         });
         const int64_t count = groups.size(), kept = complete || by_digit || share ? 0 : groups_ahead + 2;
         for (int64_t i = 0; i < count - kept; ++i) {
@@ -441,7 +429,7 @@ struct StreamLoop {
     });
     if (kIntegers) carry_over<kBytes>(work, 0);
     done_->events += done.events;
-    done_->merges += done.merges;
+    done_->doublings += done.doublings;
   }
 };
 

@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "simd/scalar.h"
+
 namespace iirsnn::event {
 
 // int16 holds int8 weights in twice the room: widening them costs more than reading them from the cache.
@@ -65,8 +67,14 @@ enum class Carry : uint8_t {
 };
 
 struct Work {
-  int64_t events = 0;  // rows added
-  int64_t merges = 0;  // additions that double and add up the digits of pooled counts, per output
+  int64_t events = 0;     // rows added
+  int64_t doublings = 0;  // of rows that a pooled count adds 2^digit times: an addition each
+
+  IIRSNN_INLINE void count(uint64_t bits, int digit) {
+    const int64_t rows = __builtin_popcountll(bits);
+    events += rows;
+    doublings += digit * rows;
+  }
 };
 
 // Adds the row of every set bit of every tap to the sums.

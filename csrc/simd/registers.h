@@ -7,7 +7,11 @@
 
 #include "simd/half.h"
 
-#if defined(__GNUC__) && !defined(__clang__)
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if defined(__GNUC__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors pass between inlined functions only
 #endif
 
@@ -66,10 +70,27 @@ IIRSNN_INLINE Register<number_t, kBytes> spread(number_t number) {
   return (Register<number_t, kBytes>)(bit_cast<bits_t>(number) - Register<bits_t, kBytes>{});
 }
 
+template <int kFirst, typename part_t, typename register_t, int... i>
+IIRSNN_INLINE part_t part_of(const register_t& r, std::integer_sequence<int, i...>) {
+  return (part_t)__builtin_shufflevector(r, r, (kFirst + i)...);
+}
+
 // Bit i of the result is the sign of lane i.
 template <int kBytes>
 IIRSNN_INLINE uint64_t sign_bits(const Register<int32_t, kBytes>& lanes) {
-#if defined(__x86_64__)
+#if defined(__aarch64__)
+  constexpr Register<int32_t, kBytes> kBits = {1, 2, 4, 8};
+  return uint32_t(vaddvq_s32((int32x4_t)((lanes >> 31) & kBits)));
+#elif defined(__x86_64__) && defined(__clang__)  // it knows wider registers in functions of wider targets only
+  if constexpr (kBytes == 16) {
+    return uint32_t(__builtin_ia32_movmskps((Register<float, 16>)lanes));
+  } else {
+    using Half = Register<int32_t, kBytes / 2>;
+    constexpr auto kHalf = std::make_integer_sequence<int, kBytes / 8>();
+    return sign_bits<kBytes / 2>(part_of<0, Half>(lanes, kHalf)) |
+           sign_bits<kBytes / 2>(part_of<kBytes / 8, Half>(lanes, kHalf)) << (kBytes / 8);
+  }
+#elif defined(__x86_64__)
   if constexpr (kBytes == 32) {
     uint32_t bits;
     asm("vmovmskps %1, %0" : "=r"(bits) : "x"(lanes));
@@ -88,16 +109,18 @@ IIRSNN_INLINE uint64_t sign_bits(const Register<int32_t, kBytes>& lanes) {
     return bits;
   }
 #else
-  constexpr Register<int32_t, kBytes> kBits = {1, 2, 4, 8};
-  const Register<int32_t, kBytes> bits = (lanes >> 31) & kBits;
-  return uint64_t(bits[0] + bits[1] + bits[2] + bits[3]);
+  uint64_t bits = 0;
+  for (int i = 0; i < kBytes / 4; ++i) bits |= uint64_t(lanes[i] < 0) << i;
+  return bits;
 #endif
 }
 
 // Past the caches, to an address that registers may be aligned to: where nobody will read it before it has left them.
 template <typename register_t>
 IIRSNN_INLINE void stream(void* to, const register_t& r) {
-#if defined(__x86_64__)
+#if defined(__clang__)
+  __builtin_nontemporal_store(r, static_cast<register_t*>(to));
+#elif defined(__x86_64__)
   if constexpr (sizeof(r) == 16) {
     asm("movntps %1, %0" : "=m"(*static_cast<register_t*>(to)) : "x"(r));
   } else {
@@ -121,6 +144,20 @@ IIRSNN_INLINE void narrow(const word_t& low, const word_t& high, halves_t& halve
   halves = __builtin_shufflevector((halves_t)low, (halves_t)high, (2 * i + 1)...);
 }
 
+// Whole numbers as ones of twice the size. Eight bytes GCC converts lane by lane: shuffled, they take two instructions.
+template <typename wide_t, typename numbers_t, int... i>
+IIRSNN_INLINE wide_t doubled(const numbers_t& numbers, std::integer_sequence<int, i...>) {
+  return (wide_t)__builtin_shufflevector(numbers, numbers, (i / 2)...) >> 4 * int(sizeof(wide_t) / (sizeof...(i) / 2));
+}
+template <typename wide_t, typename numbers_t>
+IIRSNN_INLINE wide_t widened(const numbers_t& numbers) {
+  if constexpr (sizeof(wide_t) > 16) {
+    return __builtin_convertvector(numbers, wide_t);
+  } else {
+    return doubled<wide_t>(numbers, std::make_integer_sequence<int, sizeof(wide_t) / sizeof(numbers[0])>());
+  }
+}
+
 // To lane i is added lane i + half, then lane i + half / 2, ...
 template <int half, typename register_t, int... i>
 IIRSNN_INLINE void fold(register_t& r, std::integer_sequence<int, i...> lanes) {
@@ -140,7 +177,7 @@ IIRSNN_INLINE Register<float, kBytes> load_part(const float* from) {
 template <int kBytes>
 IIRSNN_INLINE Register<float, kBytes> load_part(const BFloat16* from) {
   const auto halves = load_loose<Register<uint16_t, kBytes / 2>>(from);
-  return (Register<float, kBytes>)(__builtin_convertvector(halves, Register<uint32_t, kBytes>) << 16);
+  return (Register<float, kBytes>)(widened<Register<uint32_t, kBytes>>(halves) << 16);
 }
 template <int kBytes, typename scalar_t>
 IIRSNN_INLINE Register<float, kBytes> load_some(const scalar_t* from, int count) {  // zeros beyond `count`

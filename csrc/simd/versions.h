@@ -19,6 +19,12 @@
 #define IIRSNN_AVX512 __attribute__((target("bmi,avx512f,avx512bw,avx512vl,avx512dq" IIRSNN_WIDE)))
 #endif
 
+#if defined(__aarch64__) && !defined(__clang__)  // GCC would load whole rows ahead and spill the sums meanwhile
+#define IIRSNN_PORTABLE __attribute__((optimize("no-schedule-insns")))
+#else
+#define IIRSNN_PORTABLE
+#endif
+
 namespace iirsnn {
 
 // Loop::run<bytes of a register>, compiled for each instruction set; pick() is the one in force. Everything that run
@@ -27,7 +33,7 @@ template <typename Loop, typename Signature>
 struct Versions;
 template <typename Loop, typename... Args>
 struct Versions<Loop, void(Args...)> {
-  static void portable(Args... args) { Loop::template run<16>(args...); }
+  IIRSNN_PORTABLE static void portable(Args... args) { Loop::template run<16>(args...); }
 #if defined(__x86_64__)
   IIRSNN_AVX2 static void avx2(Args... args) { Loop::template run<32>(args...); }
   IIRSNN_AVX512 static void avx512(Args... args) { Loop::template run<64>(args...); }

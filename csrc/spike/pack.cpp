@@ -40,7 +40,7 @@ struct PackBits {
   template <int kBytes>
   static IIRSNN_INLINE void run(const Pack* work_, int64_t first, int64_t last, int64_t* nonzeros, bool* exact) {
     const Pack work = *work_;
-    const int64_t words = (work.channels + kWord - 1) / kWord;
+    const int64_t words = ceil_div(work.channels, kWord);
     const scalar_t* x = static_cast<const scalar_t*>(work.x) + first * work.channels * work.positions;
     uint64_t* to = static_cast<uint64_t*>(work.packed) + first * work.positions * words;
     const Register<float, kBytes> value = spread<kBytes>(work.table[1]);
@@ -121,7 +121,7 @@ struct UnpackLoop {
       }
       return;
     }
-    const int64_t words = (work.channels + kWord - 1) / kWord;
+    const int64_t words = ceil_div(work.channels, kWord);
     const uint64_t* from = static_cast<const uint64_t*>(work.source.data) + first * work.positions * words;
     using Ints = Register<int32_t, kBytes>;
     using Floats = Register<float, kBytes>;

@@ -8,10 +8,10 @@
 #include <cstdint>
 
 #include "lif/lif.h"
+#include "simd/memory.h"
 
 namespace iirsnn::sparse {
 
-constexpr int kWord = 64;    // channels in a word of bits
 constexpr int kTable = 256;  // values that a count may stand for
 
 enum class Kind : int {

@@ -1,4 +1,4 @@
-// Checks, allocation and threads of the spike_* ops. Their schemas are defined in iirsnn/spike_ops.py.
+// Checks, allocation and threads of the spike_* ops. Their schemas are defined in iirsnn/ops/spike.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -26,7 +26,7 @@ void check_4d(const char* name, IntArrayRef size) {
   TORCH_CHECK_VALUE(size.size() == 4, name, ": expected 4 dimensions, got ", size);
 }
 
-int64_t words(int64_t channels) { return (channels + kWord - 1) / kWord; }
+int64_t words(int64_t channels) { return ceil_div(channels, kWord); }
 
 Source source_of(const Tensor& packed, const Tensor& table, IntArrayRef size) {
   check_4d("size", size);

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..errors import check_choice
-from .layers import Readout, SharedDropout, TimeSequential
 from .network import Network
 from .resnet import PLANS, ResidualBlock, resnet
 from .vgg import HIDDEN, LAYERS, POOLS, vgg
@@ -13,10 +12,7 @@ from .vgg import HIDDEN, LAYERS, POOLS, vgg
 __all__ = [
     "ModelConfig",
     "Network",
-    "Readout",
     "ResidualBlock",
-    "SharedDropout",
-    "TimeSequential",
     "build",
     "resnet",
     "vgg",

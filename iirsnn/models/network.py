@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..encoding import direct
-from .layers import Readout, SharedDropout, TimeSequential
+from ..nn import Readout, SharedDropout, TimeSequential, direct
 
 
 class Network(nn.Module):

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from .layers import Readout, SharedDropout, TimeSequential
+from ..nn import Readout, SharedDropout, TimeSequential
 from .network import Network, initialise
 
 

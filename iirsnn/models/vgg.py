@@ -8,7 +8,7 @@ from itertools import pairwise
 from torch import nn
 
 from ..errors import check_choice
-from .layers import Readout, SharedDropout
+from ..nn import Readout, SharedDropout
 from .network import Network, initialise
 
 #: Output channels of the 3x3 convolutions and 2x2 pools ("A") of the networks in the authors' code.

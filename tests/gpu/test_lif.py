@@ -35,7 +35,7 @@ def backend(request):
 @pytest.fixture
 def ops(backend):
     """The ops of `backend`."""
-    reason = iirsnn.backend.why_not(backend, "cuda")
+    reason = iirsnn.ops.backend.why_not(backend, "cuda")
     if reason is not None:
         pytest.fail(reason)
     return Implementation.of(PREFIXES[backend], "cuda")
@@ -92,7 +92,7 @@ def test_spikes_and_membranes_have_the_bits_of_cpu_and_cuda(ops, case):
     how = options(case)
     got = ops.forward(on.x, on.threshold, on.leak, on.v0, *how, True)
     others = [("cpu", Implementation.of(""), a)]
-    if iirsnn.backend.why_not("cuda", "cuda") is None:
+    if iirsnn.ops.backend.why_not("cuda", "cuda") is None:
         others.append(("cuda", Implementation.of("", "cuda"), on))
     for name, other, b in others:
         wanted = other.forward(b.x, b.threshold, b.leak, b.v0, *how, True)

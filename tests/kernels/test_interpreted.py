@@ -4,8 +4,8 @@ import pytest
 import torch
 from iirsnn.kernels import tiles
 
-from iirsnn import reference
 from iirsnn.functional import lif
+from iirsnn.ops import reference
 from tests import lif_cases
 from tests.lif_cases import CASES, Implementation
 

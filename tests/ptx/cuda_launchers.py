@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iirsnn.reference import RESETS, SURROGATES, acc_dtype, empty_spikes
+from iirsnn.ops.reference import RESETS, SURROGATES, acc_dtype, empty_spikes
 from tests.cuda_compiler import compile_kernels
 from tests.lif_cases import Implementation
 

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from iirsnn.backend import why_not
-from iirsnn.reference import RESETS, SURROGATES, lif_forward
+from iirsnn.ops.backend import why_not
+from iirsnn.ops.reference import RESETS, SURROGATES, lif_forward
 from tests import lif_cases
 from tests.lif_cases import CASES, FEW, Case, inputs, options
 from tests.ptx.conftest import ptxrun_module

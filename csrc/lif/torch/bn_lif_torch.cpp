@@ -1,4 +1,4 @@
-// Checks, allocation and threads of the bn_lif ops, whose schemas are defined in iirsnn/batch_norm_ops.py.
+// Checks, allocation and threads of the bn_lif ops, whose schemas are defined in iirsnn/ops/batch_norm.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

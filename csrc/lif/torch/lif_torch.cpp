@@ -1,4 +1,4 @@
-// Checks, allocation and dispatch of the iirsnn ops. Their schemas are defined in iirsnn/ops.py.
+// Checks, allocation and dispatch of the iirsnn ops. Their schemas are defined in iirsnn/ops/lif.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

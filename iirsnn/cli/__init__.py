@@ -1,0 +1,71 @@
+"""The command line: iirsnn train | evaluate | report | compare | reproduce | deploy | ..."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+
+from ..errors import IirsnnError
+from ..train.stopping import Stopped
+from . import ending
+
+#: Modules of the packages that the extra [train] brings.
+EXTRA = frozenset(
+    {
+        "PIL",
+        "accelerate",
+        "filelock",
+        "matplotlib",
+        "omegaconf",
+        "rich",
+        "sklearn",
+        "torchvision",
+        "typer",
+    }
+)
+
+
+def main() -> None:
+    """Run the command line; an error the user can mend is one line, without a traceback."""
+    try:
+        _run(sys.argv[1:])
+    except Stopped as stopped:
+        if ending.is_main():
+            print(stopped)
+        ending.leave(0)
+    except (IirsnnError, OSError) as error:  # OSError: a full disk, a folder taken away
+        if ending.speaks():
+            print(f"error: {error}", file=sys.stderr)
+        ending.leave(getattr(error, "exit_code", 1))
+    except Exception:
+        if ending.speaks():  # a fault of ours: the traceback, once
+            raise
+        ending.leave(1)
+
+
+def _run(arguments: list[str]) -> None:
+    """Run one command. Without the extra [train] there are `env` and `--version`.
+
+    Raises:
+        IirsnnError: the command needs a package that is not installed.
+    """
+    try:
+        from .commands import app
+
+        app()
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in EXTRA:
+            raise
+        if arguments == ["--version"]:
+            print(f"iirsnn {version('iirsnn')}")
+        elif arguments == ["env"]:
+            from ..ops.environment import env_report
+
+            print(env_report())
+        else:
+            command = " ".join(["iirsnn", *arguments[:1]])
+            raise IirsnnError(
+                f"{command} needs the package {missing}, which is not installed: "
+                "pip install 'iirsnn[train]'"
+            ) from error

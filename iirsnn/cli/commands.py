@@ -1,0 +1,54 @@
+"""The commands by name. Each imports what it needs when it runs: help and version need no torch."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from . import deploy, results, train
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train spiking networks and shrink them in time to a single timestep.",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"iirsnn {version('iirsnn')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print it and exit."),
+    ] = False,
+) -> None:
+    pass
+
+
+def env() -> None:
+    """What is installed and built, and which backends can run."""
+    from ..ops.environment import env_report
+
+    typer.echo(env_report())
+
+
+for command in (
+    train.train,
+    results.evaluate,
+    results.report,
+    results.compare,
+    train.reproduce,
+    deploy.deploy,
+    deploy.predict,
+    deploy.energy,
+    env,
+):
+    app.command()(command)

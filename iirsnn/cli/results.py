@@ -1,0 +1,91 @@
+"""iirsnn evaluate | report | compare: what finished runs have reached."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from ..errors import RunError, check_choice
+from .console import Run, console
+
+if TYPE_CHECKING:
+    from ..train.data import Splits
+    from ..train.run_folder import RunFolder
+
+
+def evaluate(
+    run: Run,
+    stage: Annotated[str | None, typer.Option(help="One stage alone: ann, T5, ...")] = None,
+) -> None:
+    """Test accuracy of the finished stages, measured again from their checkpoints."""
+    from ..measure.evaluation import accuracies
+    from ..train import data
+    from ..train.pipeline import Pipeline, open_data
+    from ..train.run_folder import RunFolder
+
+    folder = RunFolder.read(run)
+    pipeline = Pipeline(folder, open_data(folder.recipe))
+    names = [s.name for s in pipeline.stages if folder.result(s.name) is not None]
+    if not names:
+        raise RunError(f"run {run}: no stage is finished yet")
+    if stage is not None:
+        check_choice("stage", stage, names)
+        names = [stage]
+    networks = [pipeline.trained(name) for name in names]
+    batches = data.eval_batches(pipeline.splits.test, folder.recipe.data)
+    table = Table("stage", "test accuracy")
+    for name, accuracy in zip(
+        names, accuracies(networks, batches, pipeline.accelerator.device), strict=True
+    ):
+        table.add_row(name, f"{accuracy:.2%}")
+    console.print(table)
+
+
+def report(run: Run) -> None:
+    """Time the networks, then write report.json and the plots, and print the table."""
+    from ..train.pipeline import open_data
+    from ..train.run_folder import RunFolder
+
+    with RunFolder.resume(run) as folder:
+        write_report(folder, open_data(folder.recipe))
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, or folders of runs.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for compare.json, compare.md and two plots.")
+    ] = None,
+) -> None:
+    """Runs side by side; runs that differ in their seed alone are one line."""
+    from ..report.compare import find
+
+    write_comparison(find(runs), out)
+
+
+def write_report(folder: RunFolder, splits: Splits) -> None:
+    """Write report.json and the plots of a run, and print its tables."""
+    from ..report import activity, run_report
+    from ..train.pipeline import Pipeline
+
+    built = run_report.build(folder, splits)
+    run_report.write(built, folder.path)
+    if built["stages"]:
+        activity.write(Pipeline(folder, splits), folder.path)
+    run_report.show(built, console)
+    console.print(f"Written: {folder.path}/report.json and plots", highlight=False)
+
+
+def write_comparison(
+    runs: list[Path], out: Path | None, reasons: dict[str, str] | None = None
+) -> None:
+    """Print runs side by side, and write the comparison to a folder where one is given."""
+    from ..report import compare
+
+    built = compare.build(runs, reasons)
+    compare.show(built, console)
+    if out is not None:
+        compare.write(built, out)
+        console.print(f"Written: {out}/compare.json, compare.md and plots", highlight=False)

@@ -1,0 +1,17 @@
+"""ANN to SNN: fold BatchNorm, exchange ReLU for neurons, balance their thresholds.
+
+Not `iirsnn.convert`: that is the function, and importing a package binds its name in the parent.
+"""
+
+from .ann_to_snn import NeuronConfig, convert, to_spiking
+from .batch_norm_folding import fold_batch_norm, folded
+from .thresholds import balance_thresholds
+
+__all__ = [
+    "NeuronConfig",
+    "balance_thresholds",
+    "convert",
+    "fold_batch_norm",
+    "folded",
+    "to_spiking",
+]

@@ -1,0 +1,140 @@
+"""The LIF neuron as a module. It knows shapes and state; which kernel runs is functional.lif's."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import check_choice
+from ..functional import lif
+from ..ops.reference import RESETS, SURROGATES
+
+
+class FusedLIF(nn.Module):
+    """Leaky integrate-and-fire neurons over time: the equation is in `iirsnn.functional.lif`.
+
+    Takes an input current [T, B, ...] and returns spikes of the same shape and dtype, or
+    (spikes, v [B, ...]) with return_v, or PackedSpikes with packed.
+
+    threshold, leak: where they start. channels=None: one of each for the layer; channels=C: one a
+        channel, along dim 2 of [T, B, C, ...]. learn_threshold, learn_leak: parameters, else
+        buffers.
+    stateful: keep the last membrane and start the next call from it, detached, so that a stream may
+        come in pieces of any length; `reset_state()` forgets it. The state follows .to() and is not
+        in the state_dict.
+    Raises ValueError for a value out of range or a state whose shape is not that of the input.
+    """
+
+    over_time = True  # takes [T, B, ...] as a whole, not one merged T*B axis
+    threshold: Tensor
+    leak: Tensor
+    state: Tensor | None
+
+    def __init__(
+        self,
+        threshold: float = 1.0,
+        leak: float = 1.0,
+        *,
+        channels: int | None = None,
+        learn_threshold: bool = True,
+        learn_leak: bool = True,
+        stateful: bool = False,
+        reset: str = "soft",
+        v_reset: float = 0.0,
+        detach_reset: bool = True,
+        surrogate: str = "triangle",
+        surrogate_scale: float | None = None,
+        packed: bool = False,
+        return_v: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if not 0 < threshold < math.inf:
+            raise ValueError(f"threshold: expected a finite number > 0, got {threshold}")
+        if not math.isfinite(leak):
+            raise ValueError(f"leak: expected a finite number, got {leak}")
+        if channels is not None and channels < 1:
+            raise ValueError(f"channels: expected None or a number >= 1, got {channels}")
+        check_choice("reset", reset, RESETS)
+        check_choice("surrogate", surrogate, tuple(SURROGATES))
+        self.channels = channels
+        self.stateful = stateful
+        self.reset = reset
+        self.v_reset = v_reset
+        self.detach_reset = detach_reset
+        self.surrogate = surrogate
+        self.surrogate_scale = surrogate_scale
+        self.packed = packed
+        self.return_v = return_v
+        self.backend = backend
+        self._hold("threshold", threshold, learn_threshold)
+        self._hold("leak", leak, learn_leak)
+        self.register_buffer("state", None, persistent=False)
+
+    def _hold(self, name: str, value: float, learn: bool) -> None:
+        tensor = torch.full((self.channels or 1,), float(value))
+        if learn:
+            self.register_parameter(name, nn.Parameter(tensor))
+        else:
+            self.register_buffer(name, tensor)
+
+    def forward(self, x: Tensor) -> Any:
+        result = lif(
+            x,
+            self.threshold,
+            self.leak,
+            self.state,
+            reset=self.reset,
+            v_reset=self.v_reset,
+            detach_reset=self.detach_reset,
+            surrogate=self.surrogate,
+            surrogate_scale=self.surrogate_scale,
+            packed=self.packed,
+            return_v=self.return_v or self.stateful,
+            backend=self.backend,
+        )
+        if not self.stateful:
+            return result
+        s, v = result
+        self.state = v.detach()
+        return (s, v) if self.return_v else s
+
+    def reset_state(self) -> None:
+        """Forget the membrane: the next call starts from 0."""
+        self.state = None
+
+    @torch.no_grad()
+    def constrain_(self) -> None:
+        """Clamp leak to <= 1 and threshold to >= 1e-3, in place; after each optimiser step."""
+        self.leak.clamp_(max=1.0)
+        self.threshold.clamp_(min=1e-3)
+
+    def extra_repr(self) -> str:
+        def show(name: str) -> str:
+            value = getattr(self, name).detach()
+            low, high = value.min().item(), value.max().item()
+            text = f"{low:.4g}" if low == high else f"{low:.4g}..{high:.4g}"
+            return f"{name}={text}" + (" (fixed)" if name not in self._parameters else "")
+
+        parts = [show("threshold"), show("leak")]
+        if self.channels is not None:
+            parts.append(f"channels={self.channels}")
+        parts.append(f"reset={self.reset}")
+        if self.reset == "hard":
+            parts.append(f"v_reset={self.v_reset:g}")
+        scale = self.surrogate_scale
+        parts.append(f"surrogate={self.surrogate}" + ("" if scale is None else f"({scale:g})"))
+        if not self.detach_reset:
+            parts.append("detach_reset=False")
+        parts += [name for name in ("stateful", "packed", "return_v") if getattr(self, name)]
+        if self.backend != "auto":
+            parts.append(f"backend={self.backend}")
+        return ", ".join(parts)
+
+
+def neurons(model: nn.Module) -> list[FusedLIF]:
+    """The spiking layers of a model, in the order they were registered."""
+    return [module for module in model.modules() if isinstance(module, FusedLIF)]

@@ -1,0 +1,125 @@
+"""Which code runs: the table of backends, chosen once per call, in the open.
+
+`auto` takes `cuda` then `triton` for a CUDA tensor, `cpu` for a CPU tensor, and where nothing else
+can run the plain torch `reference`, with one warning. A backend asked for by name runs or raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import check_choice
+from . import batch_norm, build, lif, reference  # noqa: F401  (they define the schemas)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The three entry points, each with the arguments of its op (see ops/lif.py)."""
+
+    forward: Callable[..., Any]
+    packed: Callable[..., Any]
+    unpack: Callable[..., Any]
+
+
+_COMPILED = Backend(
+    torch.ops.iirsnn.lif_forward, torch.ops.iirsnn.lif_packed, torch.ops.iirsnn.unpack_spikes
+)
+_REFERENCE = Backend(reference.lif_forward, reference.lif_packed, reference.unpack_spikes)
+NAMES = ("auto", "cpu", "cuda", "triton", "reference")
+
+with contextlib.suppress(ImportError):  # a loaded export needs its ops; lif() says why not
+    importlib.import_module("iirsnn._C")
+
+_compiled_reason: dict[str, str | None] = {}
+_warned: set[str] = set()
+
+
+def _compiled(device: str) -> str | None:
+    """Why the compiled kernels for `device` cannot run; None when they can."""
+    if "import" not in _compiled_reason:
+        _compiled_reason["import"] = build.load()
+    reason = _compiled_reason["import"]
+    if reason is None and device == "cuda":
+        info = importlib.import_module("iirsnn._C").build_info()
+        if not info["cuda"]:
+            reason = "iirsnn._C was built without CUDA (build with IIRSNN_BUILD_CUDA=1)"
+    return reason
+
+
+def _triton() -> str | None:
+    try:
+        importlib.import_module("iirsnn.kernels")
+    except ImportError as error:
+        return f"iirsnn.kernels cannot be imported: {error}"
+    return None
+
+
+def why_not(name: str, device: str) -> str | None:
+    """Why backend `name` cannot take a tensor of `device` ("cpu", "cuda", ...); None if it can."""
+    if name == "reference":
+        return None
+    if name == "triton":
+        if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+            return f"it takes CUDA tensors (CPU tensors under TRITON_INTERPRET=1), got {device}"
+        return _triton()
+    if device != name and device != "meta":
+        return f"it takes {name.upper()} tensors, got {device}"
+    return _compiled(name)
+
+
+def _resolve(name: str, device: str) -> str:
+    check_choice("backend", name, NAMES)
+    if name != "auto":
+        reason = why_not(name, device)
+        if reason is not None:
+            raise RuntimeError(f"backend: expected one that can run, got {name!r}: {reason}")
+        return name
+    candidates = ("cuda", "triton") if device == "cuda" else ("cpu",)
+    reasons = []
+    for candidate in candidates:
+        reason = why_not(candidate, device)
+        if reason is None:
+            return candidate
+        reasons.append(f"{candidate}: {reason}")
+    text = "; ".join(reasons)
+    if text not in _warned:
+        _warned.add(text)
+        warnings.warn(
+            f"iirsnn runs its slow plain-torch reference on {device} tensors ({text}). "
+            "Cure: `pip install --no-build-isolation .` where a C++ compiler is installed; "
+            'backend="reference" asks for it without this warning.',
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return "reference"
+
+
+# torch.compiler.assume_constant_result, without its import of torch._dynamo: that takes a second
+_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_compiled_cpu(name: str, device: torch.device) -> bool:
+    """Whether the backend `name` for tensors on `device` is `cpu`; raises what `choose` raises."""
+    return _resolve(name, device.type) == "cpu"
+
+
+def choose(name: str, device: torch.device) -> Backend:
+    """The backend `name` for tensors on `device`.
+
+    Raises ValueError for an unknown name, RuntimeError for a backend that cannot run there.
+    """
+    resolved = _resolve(name, device.type)
+    if resolved == "triton":
+        triton = torch.ops.iirsnn
+        return Backend(
+            triton.triton_lif_forward, triton.triton_lif_packed, triton.triton_unpack_spikes
+        )
+    return _REFERENCE if resolved == "reference" else _COMPILED

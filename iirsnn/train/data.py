@@ -1,0 +1,195 @@
+"""The splits of a data set and their batches, exactly repeatable from any batch on.
+
+The order of an epoch depends on (seed, epoch) alone and the augmentation of an image on
+(seed, epoch, index) alone; neither depends on the number of workers or on where an epoch starts,
+and no random state of the process is touched.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.model_selection import train_test_split
+from torch.utils.data import BatchSampler, DataLoader
+
+from ..errors import UsageError, check_choice
+from .data_sets import DATA_SETS
+from .images import ORDER, Augmented, ImageSet, MemoryImages, Sample, random_stream
+
+
+@dataclass
+class DataConfig:
+    """The data section of a recipe.
+
+    Attributes:
+        name: digits, fashion-mnist, cifar10, cifar100 or imagenet.
+        root: folder of the data; "" is the data set's default place.
+        download: fetch what is missing.
+        validation: fraction of the training set that is held out for every choice.
+        train_images: use so many training images only, as many of each class; 0 for all.
+        augment: random crops, mirroring and cutout of training images.
+        pad: border that crops reach into; None for the data set's own.
+        flip: mirror half of the images; None for the data set's own.
+        cutout: side of a square at a random place that is set to the mean (DeVries and Taylor,
+            arXiv 1708.04552); 0 for none.
+        workers: processes that load; 0 loads in the main one.
+    """
+
+    name: str = "digits"
+    root: str = ""
+    download: bool = True
+    validation: float = 0.1
+    train_images: int = 0
+    augment: bool = True
+    pad: int | None = None
+    flip: bool | None = None
+    cutout: int = 0
+    workers: int = 0
+    batch_size: int = 64
+    test_batch_size: int = 256
+
+
+@dataclass
+class Splits:
+    """The three parts of a data set, none of them augmented (`train_batches` does that)."""
+
+    train: ImageSet
+    validation: ImageSet
+    test: ImageSet
+    class_names: list[str]
+
+    @property
+    def classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.train.image_shape
+
+
+def load(config: DataConfig, seed: int) -> Splits:
+    """Open a data set and hold out its validation split, stratified by class and fixed by `seed`.
+
+    Raises:
+        UsageError: an unknown data set or a value out of range.
+        RunError: the data is missing, damaged or could not be fetched.
+    """
+    check_choice("data.name", config.name, DATA_SETS)
+    if not 0 < config.validation < 1:
+        raise UsageError(f"data.validation: expected between 0 and 1, got {config.validation}")
+    if min(config.batch_size, config.test_batch_size) < 1 or config.workers < 0:
+        raise UsageError(
+            "data: expected batch_size and test_batch_size of at least 1 and workers of at least "
+            f"0, got {config.batch_size}, {config.test_batch_size} and {config.workers}"
+        )
+    for name in ("train_images", "pad", "cutout"):
+        value = getattr(config, name)
+        if value is not None and value < 0:
+            raise UsageError(f"data.{name}: expected at least 0, got {value}")
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"seed: expected from 0 to {2**32 - 1}, got {seed}")
+    root = Path(config.root).expanduser() if config.root else None
+    train, test, class_names = DATA_SETS[config.name](root, config.download)
+    for name, value in (("pad", config.pad), ("flip", config.flip)):
+        if value is None:
+            continue
+        if not isinstance(train, MemoryImages):
+            raise UsageError(
+                f"data.{name}: expected null, since {config.name} has crops of its own"
+            )
+        setattr(train, name, value)
+    try:
+        kept, held_out = train_test_split(
+            np.arange(len(train)),
+            test_size=config.validation,
+            stratify=train.labels.numpy(),
+            random_state=seed,
+        )
+    except ValueError as error:  # too few images for one of each class on both sides
+        raise UsageError(f"data.validation={config.validation}: {error}") from None
+    if config.train_images:
+        kept = _fewer(kept, train.labels.numpy(), config.train_images, seed)
+    return Splits(train.select(np.sort(kept)), train.select(np.sort(held_out)), test, class_names)
+
+
+def _fewer(indices: np.ndarray, labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """`count` of the indices, stratified by label."""
+    classes = len(np.unique(labels))
+    if not classes <= count <= len(indices) - classes:
+        raise UsageError(
+            f"data.train_images: expected 0 for all, or from {classes} to "
+            f"{len(indices) - classes}, got {count}"
+        )
+    chosen, _ = train_test_split(
+        indices, train_size=count, stratify=labels[indices], random_state=seed
+    )
+    return chosen
+
+
+def batch_sizes(images: int, batch_size: int) -> list[int]:
+    """The sizes of the batches of an epoch over so many training images.
+
+    The last batch may be smaller; it is left out if it would hold a single image, of which batch
+    normalisation cannot make sense.
+    """
+    full, rest = divmod(images, batch_size)
+    return [batch_size] * full + ([rest] if rest > 1 else [])
+
+
+def part(size: int, share: tuple[int, int]) -> tuple[int, int]:
+    """From where to where a batch of `size` images is that of process `rank` of `count`."""
+    rank, count = share
+    return rank * size // count, (rank + 1) * size // count
+
+
+def train_batches(
+    splits: Splits,
+    config: DataConfig,
+    *,
+    seed: int,
+    epoch: int,
+    start_batch: int = 0,
+    share: tuple[int, int] = (0, 1),
+) -> DataLoader[Sample]:
+    """The batches of an epoch, shuffled and augmented, from `start_batch` on.
+
+    Yields (images float32 [B, C, H, W], labels int64 [B]). For share=(rank, count) each of `count`
+    processes gets its part of every batch, see `part`; one whose part is empty gets an image that
+    it has to leave out.
+    """
+    order = random_stream(seed, epoch, ORDER).permutation(len(splits.train))
+    parts, start = [], 0
+    for size in batch_sizes(len(order), config.batch_size):
+        first, last = part(size, share)
+        parts.append(order[start + first : start + max(last, first + 1)].tolist())
+        start += size
+    return DataLoader(
+        Augmented(splits.train, seed=seed, epoch=epoch, cutout=config.cutout)
+        if config.augment
+        else splits.train,
+        batch_sampler=parts[start_batch:],
+        **_loader_options(config),
+    )
+
+
+def eval_batches(
+    dataset: ImageSet, config: DataConfig, share: tuple[int, int] = (0, 1)
+) -> DataLoader[Sample]:
+    """The batches of a split in its own order: (images [B, C, H, W], labels [B]).
+
+    For share=(rank, count) they are dealt to `count` processes, each image to one of them.
+    """
+    rank, count = share
+    batches = list(BatchSampler(range(len(dataset)), config.test_batch_size, drop_last=False))
+    return DataLoader(dataset, batch_sampler=batches[rank::count], **_loader_options(config))
+
+
+def _loader_options(config: DataConfig) -> dict:
+    # without a generator of its own, a loader draws from the global one on every epoch
+    return {
+        "num_workers": config.workers,
+        "generator": torch.Generator(),
+        "pin_memory": torch.cuda.is_available(),
+    }

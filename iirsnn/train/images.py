@@ -1,0 +1,212 @@
+"""Labelled images, in memory or in files, and their augmentation, exactly repeatable.
+
+The augmentation of an image depends on (seed, epoch, index) alone, and touches no random state of
+the process.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from ..errors import RunError
+
+Sample = tuple[Tensor, int]  # image float32 [C, H, W], label
+
+#: What an epoch draws, each from a stream of its own.
+ORDER, _AUGMENTATION, _CUTOUT = 0, 1, 2
+
+
+class DamagedImage(RunError):
+    """An image file that cannot be decoded.
+
+    A loader re-raises the error of a worker with the worker's whole traceback as its message; the
+    line that names the file is the last one, and the only one kept.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rsplit("DamagedImage: ", 1)[-1].strip())
+
+
+class ImageSet(Dataset[Sample], ABC):
+    """Labelled images as the network sees them, not augmented: (float32 [C, H, W], int label)."""
+
+    labels: Tensor  # int64 [N]
+    image_shape: tuple[int, int, int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.__getitems__([index])[0]
+
+    @abstractmethod
+    def __getitems__(self, indices: list[int]) -> list[Sample]:
+        """The samples of a batch; loaders call this rather than `__getitem__`."""
+
+    @abstractmethod
+    def select(self, indices: np.ndarray) -> "ImageSet":
+        """The set of these images alone."""
+
+    @abstractmethod
+    def draw(self, rng: np.random.Generator) -> Tensor:
+        """An epoch's random choices, int64: row i [N, ...] is all that augments image i."""
+
+    @abstractmethod
+    def augmented(self, indices: list[int], draws: Tensor) -> list[Sample]:
+        """The samples augmented by their rows of `draw`."""
+
+
+class MemoryImages(ImageSet):
+    """Images that fit in memory, augmented a batch at a time by shifts (and flips).
+
+    Args:
+        pixels: uint8 [N, C, H, W].
+        labels: int64 [N].
+        mean, std: one per channel, of pixels scaled to [0, 1].
+        pad: black border from which a window of the image's size is cropped at random.
+        flip: whether half of the images are mirrored.
+        white: the pixel value that is scaled to 1.
+    """
+
+    def __init__(
+        self,
+        pixels: Tensor,
+        labels: Tensor,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        pad: int,
+        flip: bool,
+        white: int = 255,
+    ) -> None:
+        if len(pixels) != len(labels):
+            raise ValueError(f"{len(pixels)} images but {len(labels)} labels")
+        self.pixels, self.labels = pixels, labels
+        self.pad, self.flip, self.white = pad, flip, white
+        self.normalise = v2.Normalize(mean, std, inplace=True)
+        channels, height, width = pixels.shape[1:]
+        self.image_shape = (channels, height, width)
+
+    def __getitems__(self, indices: list[int]) -> list[Sample]:
+        return self._samples(self.pixels[indices], indices)
+
+    def select(self, indices: np.ndarray) -> "MemoryImages":
+        return MemoryImages(
+            self.pixels[indices],
+            self.labels[indices],
+            self.normalise.mean,
+            self.normalise.std,
+            pad=self.pad,
+            flip=self.flip,
+            white=self.white,
+        )
+
+    def draw(self, rng: np.random.Generator) -> Tensor:
+        """[N, 3]: first row and first column of the window, and whether it is mirrored."""
+        corners = rng.integers(2 * self.pad + 1, size=(len(self), 2))
+        mirrored = rng.integers(1 + self.flip, size=(len(self), 1))
+        return torch.from_numpy(np.hstack([corners, mirrored]))
+
+    def augmented(self, indices: list[int], draws: Tensor) -> list[Sample]:
+        channels, height, width = self.image_shape
+        top, left, mirrored = draws[:, :, None].unbind(1)  # [B, 1] each
+        rows = top + torch.arange(height)  # [B, H]
+        columns = torch.arange(width)
+        columns = left + torch.where(mirrored.bool(), columns.flip(0), columns)  # [B, W]
+        bordered = F.pad(self.pixels[indices], [self.pad] * 4)
+        batch = torch.arange(len(indices))[:, None, None, None]
+        channel = torch.arange(channels)[:, None, None]
+        window = bordered[batch, channel, rows[:, None, :, None], columns[:, None, None, :]]
+        return self._samples(window, indices)
+
+    def _samples(self, pixels: Tensor, indices: list[int]) -> list[Sample]:
+        images = self.normalise(pixels.float().mul_(1 / self.white))
+        return list(zip(images, self.labels[indices].tolist(), strict=True))
+
+
+class ImageFiles(ImageSet):
+    """Image files, read when asked for and augmented one by one by torchvision's transforms."""
+
+    image_shape = (3, 224, 224)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def __init__(self, files: Sequence[str], labels: Tensor, loader: Callable) -> None:
+        self.files, self.labels, self.loader = files, labels, loader
+        crop = [v2.Resize(256), v2.CenterCrop(224)]
+        random_crop = [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()]
+        finish = [
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(self.mean, self.std),
+            v2.ToPureTensor(),
+        ]
+        self.transform = v2.Compose([*crop, *finish])
+        self.random_transform = v2.Compose([*random_crop, *finish])
+
+    def __getitems__(self, indices: list[int]) -> list[Sample]:
+        return [(self.transform(self._open(i)), int(self.labels[i])) for i in indices]
+
+    def select(self, indices: np.ndarray) -> "ImageFiles":
+        return ImageFiles([self.files[i] for i in indices], self.labels[indices], self.loader)
+
+    def draw(self, rng: np.random.Generator) -> Tensor:
+        """[N]: the seed of torch's generator, from which the transforms of an image draw."""
+        return torch.from_numpy(rng.integers(2**32, size=len(self)))
+
+    def augmented(self, indices: list[int], draws: Tensor) -> list[Sample]:
+        samples = []
+        state = torch.get_rng_state()
+        try:
+            for index, seed in zip(indices, draws.tolist(), strict=True):
+                # torch.manual_seed would reseed the accelerators too
+                torch.default_generator.manual_seed(seed)
+                image = self.random_transform(self._open(index))
+                samples.append((image, int(self.labels[index])))
+        finally:
+            torch.set_rng_state(state)
+        return samples
+
+    def _open(self, index: int):
+        file = self.files[index]
+        try:
+            return self.loader(file)
+        except (OSError, SyntaxError) as error:  # Pillow calls a broken PNG a SyntaxError
+            raise DamagedImage(f"cannot read the image {file}: {error}") from None
+
+
+class Augmented(Dataset[Sample]):
+    """The augmented images of one epoch; `cutout` is the side of the square that is erased."""
+
+    def __init__(self, images: ImageSet, *, seed: int, epoch: int, cutout: int = 0) -> None:
+        self.images, self.cutout = images, cutout
+        self.draws = images.draw(random_stream(seed, epoch, _AUGMENTATION))
+        _, height, width = images.image_shape
+        centres = random_stream(seed, epoch, _CUTOUT).integers(
+            (height, width), size=(len(images), 2)
+        )
+        self.corners = centres - cutout // 2
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[Sample]:
+        samples = self.images.augmented(indices, self.draws[indices])
+        if self.cutout:
+            for (image, _), (top, left) in zip(samples, self.corners[indices], strict=True):
+                bottom, right = top + self.cutout, left + self.cutout
+                image[:, max(top, 0) : bottom, max(left, 0) : right] = 0
+        return samples
+
+
+def random_stream(seed: int, epoch: int, purpose: int) -> np.random.Generator:
+    """What an epoch draws for one purpose: ORDER and others."""
+    return np.random.default_rng([seed, epoch, purpose])

@@ -1,0 +1,251 @@
+"""A whole run: the ANN, its conversion, and the stages that shrink T."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from rich.console import Console
+from torch import Tensor
+
+from ..conversion import balance_thresholds, to_spiking
+from ..errors import UsageError
+from ..measure.evaluation import accuracies, count_operations, evaluating
+from ..measure.provenance import commit, machine
+from ..models import Network, build
+from ..nn import use_spike_layers
+from . import checkpoint, data, freed_memory
+from .data import Splits
+from .processes import Processes
+from .recipe import Recipe
+from .run_folder import RunFolder
+from .seeds import derive_seed
+from .stage_order import Stage, stages
+from .stage_training import StageTraining
+from .stopping import StopRequest
+
+#: Test images that operations and spikes are counted on at most.
+COUNTED_IMAGES = 2048
+
+
+class Pipeline:
+    """A run in its folder: initial networks, trained networks, and the loop over the stages.
+
+    Args:
+        folder: of the run; locked when it is to be trained.
+        splits: what `open_data` returned for its recipe.
+        processes: that train it together; None for this one alone.
+    """
+
+    def __init__(
+        self, folder: RunFolder, splits: Splits, processes: Processes | None = None
+    ) -> None:
+        self.folder, self.splits, self.recipe = folder, splits, folder.recipe
+        self.processes = processes or Processes()
+        runtime = self.recipe.runtime
+        if runtime.threads:
+            torch.set_num_threads(runtime.threads)
+        self.accelerator = accelerator(self.recipe)
+        if self.accelerator.device.type == "cpu":
+            freed_memory.apply(runtime.allocator)
+        self.stages = stages(self.recipe.timesteps)
+
+    def train(self, console: Console) -> None:
+        """Train what is not finished yet, stage after stage.
+
+        Raises:
+            RunError, Stopped: see `StageTraining.run`.
+        """
+        with StopRequest() as stop:
+            for stage in self.stages:
+                if self.processes.first(partial(self._finished, stage)):
+                    continue
+                self.train_stage(stage, console, stop)
+
+    def train_stage(self, stage: Stage, console: Console, stop: StopRequest | None = None) -> None:
+        """Train one stage, whose parent is trained, to its end and record its result.
+
+        Raises:
+            RunError, Stopped: see `StageTraining.run`.
+        """
+        training = StageTraining(
+            self._by_events(self.initial(stage)),
+            stage,
+            self.folder,
+            self.splits,
+            self.accelerator,
+            self.teacher(stage),
+            self.processes,
+        )
+        progress = training.run(console, stop)
+        result = {
+            "validation_accuracy": progress.best_accuracy,
+            "epoch": progress.best_epoch,
+            "seconds": progress.seconds,
+            "processes": self.processes.count,
+            "commit": commit(),
+            "machine": machine(),
+            **self.test(stage),
+        }
+        if self.processes.main:
+            self.folder.finish_stage(stage.name, result)
+        self.accelerator.free_memory()  # it holds on to all that it has prepared
+        console.print(f"{stage.name:>4}  test {result['test_accuracy']:.2%}", style="bold")
+
+    def _finished(self, stage: Stage) -> bool:
+        if self.folder.result(stage.name) is None:
+            return False
+        self.folder.tidy(stage.name)  # a kill may have come between the result and this
+        return True
+
+    def initial(self, stage: Stage) -> Network:
+        """The network a stage starts from, on its device."""
+        if stage.timesteps is None:
+            return self._place(self._untrained("ann"))
+        if stage.parent == "ann":
+            return self.converted(stage.timesteps)
+        assert stage.parent is not None
+        network = self.trained(stage.parent)
+        network.timesteps = stage.timesteps
+        return network
+
+    def teacher(self, stage: Stage) -> Network | None:
+        """The network whose soft labels the stage learns too, if any, on its device."""
+        choice = self.recipe.stage_config(stage.name).teacher
+        if choice == "none":
+            return None
+        assert stage.parent is not None  # recipe.check refuses a teacher of the ANN
+        return self.trained("ann" if choice == "ann" else stage.parent)
+
+    def trained(self, name: str) -> Network:
+        """The network of a stage as its best epoch left it, on its device.
+
+        Raises:
+            RunError: the stage has no checkpoint yet, or a damaged one.
+        """
+        tensors, _ = self.folder.load_checkpoint(name, "best")
+        network = self._untrained(name)
+        checkpoint.load_weights(network, tensors)
+        return self._place(network)
+
+    def converted(self, timesteps: int) -> Network:
+        """The trained ANN as an SNN at T, thresholds balanced at that T, not retrained."""
+        network = self._place(to_spiking(self.trained("ann"), timesteps, self.recipe.neuron))
+        conversion = self.recipe.conversion
+        images = self.calibration_images(conversion.images)
+        balance_thresholds(network, images, conversion.percentile, conversion.scale)
+        return network
+
+    def calibration_images(self, count: int) -> Tensor:
+        """Random training images, not augmented, the same in every call: [count, C, H, W]."""
+        return self._images(self.splits.train, count, derive_seed(self.recipe.seed, "calibration"))
+
+    def test_images(self, count: int) -> Tensor:
+        """Random test images, the same in every call: [count, C, H, W]."""
+        return self._images(self.splits.test, count, derive_seed(self.recipe.seed, "test"))
+
+    def test(self, stage: Stage) -> dict[str, Any]:
+        """The stage's entry in the report; reads the test set once.
+
+        Processes share the test set; operations and spikes are counted by the first one alone.
+        """
+        network = self.trained(stage.name)
+        networks = [self._by_events(network)]
+        if stage.timesteps is not None:
+            networks.append(self._by_events(self.converted(stage.timesteps)))
+        batches = data.eval_batches(self.splits.test, self.recipe.data, self.processes.share)
+        accuracy, *without_retraining = accuracies(
+            networks, batches, self.accelerator.device, self.processes
+        )
+        result: dict[str, Any] = {"test_accuracy": accuracy}
+        if not self.processes.main:
+            return result
+        if stage.timesteps is not None:
+            result["timesteps"] = stage.timesteps
+            result["converted_without_retraining_accuracy"] = without_retraining[0]
+        counter = count_operations(network, self.test_images(COUNTED_IMAGES))
+        return {
+            **result,
+            "multiplications": counter.multiplications,
+            "additions": counter.additions,
+            "additions_pooled_once": counter.additions_pooled_once,
+            "energy_uj": counter.energy_uj,
+            "layers": list(counter.spikes),
+            "spike_rates": counter.spike_rates,
+        }
+
+    def _images(self, dataset: data.ImageSet, count: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(dataset), generator=generator)[:count].tolist()
+        images = torch.stack([image for image, _ in dataset.__getitems__(chosen)])
+        return images.to(self.accelerator.device)
+
+    def _untrained(self, name: str) -> Network:
+        """A network with the modules of a stage's; the ANN's weights are its initial ones."""
+        ann = _build(self.recipe, self.splits)
+        timesteps = {stage.name: stage.timesteps for stage in self.stages}[name]
+        return ann if timesteps is None else to_spiking(ann, timesteps, self.recipe.neuron)
+
+    def _by_events(self, network: Network) -> Network:
+        """The network with spike layers, where the recipe wants them; of an ANN nothing changes."""
+        choice = self.recipe.runtime.spike_layers
+        if choice != "never" and self.accelerator.device.type == "cpu":
+            use_spike_layers(network, "events" if choice == "always" else "auto")
+        return network
+
+    def _place(self, network: Network) -> Network:
+        network.to(self.accelerator.device)
+        if self.recipe.runtime.channels_last:
+            network.to(memory_format=torch.channels_last)
+        return network
+
+
+def open_data(recipe: Recipe) -> Splits:
+    """The recipe's data, after a check that its networks can be built and run.
+
+    Raises:
+        UsageError: the recipe describes no network, unknown neurons or data, or a backend that
+            cannot run here.
+        RunError: the data is missing or damaged.
+    """
+    splits = data.load(recipe.data, recipe.seed)
+    ann = _build(recipe, splits)
+    device = accelerator(recipe).device
+    try:
+        snn = to_spiking(ann, recipe.timesteps[0], recipe.neuron).to(device)
+        with evaluating(snn):
+            snn(torch.zeros(1, *splits.image_shape, device=device))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UsageError(f"neuron: {error}") from error
+    return splits
+
+
+def accelerator(recipe: Recipe) -> Accelerator:
+    """The device and the precision of a recipe, and the processes that were launched for it.
+
+    Raises:
+        UsageError: a precision that the device does not have.
+    """
+    runtime = recipe.runtime
+    # accelerate looks for other processes on a CPU only when it is told to use that
+    cpu = runtime.device == "cpu" or not torch.accelerator.is_available()
+    if cpu and runtime.precision == "fp16":  # which accelerate would ignore
+        raise UsageError("runtime.precision: expected fp32 or bf16 on a CPU, got 'fp16'")
+    precision = "no" if runtime.precision == "fp32" else runtime.precision
+    try:
+        return Accelerator(mixed_precision=precision, cpu=cpu)
+    except ValueError:  # it holds on to the settings of the first run; those of a table may differ
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return Accelerator(mixed_precision=precision, cpu=cpu)
+
+
+def _build(recipe: Recipe, splits: Splits) -> Network:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(recipe.seed, "initial"))
+        try:
+            return build(recipe.model, splits.classes, splits.image_shape)
+        except ValueError as error:
+            raise UsageError(str(error)) from error

@@ -1,0 +1,165 @@
+"""deploy, predict and energy: what they print and write, and one line for every bad input."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from iirsnn import convert
+from iirsnn.conversion import NeuronConfig, fold_batch_norm
+from iirsnn.event import EventNetwork
+from iirsnn.measure.evaluation import count_operations
+from iirsnn.models.resnet import Plan, resnet
+from iirsnn.report import engine_energy
+from iirsnn.report.engine_energy import beside
+from iirsnn.train import data, recipe
+from iirsnn.train.run_folder import RunFolder
+from tests.conftest import assert_one_line
+
+
+@pytest.fixture
+def deployed(iirsnn, finished, tmp_path):
+    result = iirsnn("deploy", finished, "-o", "net.iirsnn")
+    assert result.code == 0
+    assert "Written: net.iirsnn" in result.out
+    assert "predicts as the PyTorch model on 256 of 256 training images" in result.out
+    return tmp_path / "net.iirsnn"
+
+
+def digits(finished, count):
+    """Test images as PNG files would hold them, uint8 [8, 8], and what the data set gives."""
+    stored = recipe.load(str(finished / "recipe.yaml"))
+    test = data.load(stored.data, stored.seed).test
+    pixels = (test.pixels[:count, 0].float() * 255 / 16).round().byte().numpy()
+    return pixels, test.__getitems__(list(range(count)))
+
+
+def test_predict_names_the_class_of_each_file(iirsnn, finished, deployed, tmp_path):
+    pixels, samples = digits(finished, 12)
+    net = EventNetwork.load(deployed)
+    expected = [net.notes["class_names"][int(net(x[None]).argmax())] for x, _ in samples]
+    files = []
+    for index, image in enumerate(pixels):
+        files.append(f"{index}.png")
+        Image.fromarray(image).save(tmp_path / files[-1])
+    result = iirsnn("predict", deployed, *files)
+    assert result.code == 0
+    rows = [line.split() for line in result.out.splitlines() if ".png" in line]
+    assert [row[0] for row in rows] == files
+    agree = [row[1] == name for row, name in zip(rows, expected, strict=True)]
+    assert sum(agree) >= 11  # 8-bit grey levels are not exactly the data set's 17
+    assert all(float(row[-1]) >= 0 for row in rows)
+
+
+def test_deploy_takes_any_stage_and_precision(iirsnn, finished, tmp_path):
+    for stage, precision in ((2, "fp32"), (1, "bf16"), (1, "int8")):
+        arguments = ("--stage", stage, "--precision", precision)
+        assert iirsnn("deploy", finished, *arguments, "--out", "x.iirsnn").code == 0
+        net = EventNetwork.load(tmp_path / "x.iirsnn")
+        assert (net.timesteps, net.precision) == (stage, precision)
+        assert net.notes["recipe"] == "digits"
+        assert len(net.notes["class_names"]) == 10
+
+
+def test_energy_counts_the_engine_beside_the_ann(iirsnn, finished_copy):
+    result = iirsnn("energy", finished_copy)
+    assert result.code == 0
+    assert "One image, T = 1, fp32 weights" in result.out
+    assert (finished_copy / "energy.png").read_bytes()[:4] == b"\x89PNG"
+    report = json.loads((finished_copy / "energy.json").read_text())
+    stage = RunFolder.read(finished_copy).result("T1")
+    total = report["total"]
+    # binary digits of the pooled counts are fewer than the spikes counted
+    assert total["additions"] <= stage["additions"]
+    assert 0 < total["multiplications"] <= stage["multiplications"]
+    ann = RunFolder.read(finished_copy).result("ann")
+    assert total["ann_energy_uj"] == pytest.approx(ann["energy_uj"])
+    assert 0 < total["energy_uj"] < total["ann_energy_uj"]
+    assert total["energy_uj"] == pytest.approx(
+        1e-6 * (0.9 * total["additions"] + 4.6 * total["multiplications"])
+    )
+    for spikes, rate, layer in zip(
+        [entry for entry in report["layers"] if entry["spikes"]],
+        stage["spike_rates"],
+        stage["layers"],
+        strict=True,
+    ):
+        assert spikes["spikes"] / spikes["neurons"] == pytest.approx(rate, rel=1e-3), layer
+    other = iirsnn("energy", finished_copy, "--stage", 2, "--precision", "int8")
+    assert "One image, T = 2, int8 weights" in other.out
+
+
+def test_the_table_keeps_its_numbers_at_60_columns(iirsnn, finished_copy):
+    assert iirsnn("energy", finished_copy).code == 0
+    report = json.loads((finished_copy / "energy.json").read_text())
+    texts = []
+    for width in (60, 200):
+        console = Console(file=io.StringIO(), width=width, color_system=None)
+        engine_energy.show(report, console)
+        texts.append(console.file.getvalue())
+    narrow, wide = texts
+    assert "…" not in narrow
+    assert all(len(line) <= 60 for line in narrow.splitlines())
+    tables = wide[: wide.index("Means over")]
+    assert {word for word in tables.split() if word[0].isdigit()} <= set(narrow.split())
+
+
+def test_bad_input(iirsnn, finished, deployed, tmp_path):
+    Image.fromarray(np.zeros((9, 8), np.uint8)).save(tmp_path / "tall.png")
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "good.png")
+    broken = tmp_path / "broken.png"
+    broken.write_bytes((tmp_path / "good.png").read_bytes()[:40])
+    (tmp_path / "short.iirsnn").write_bytes(deployed.read_bytes()[:-9])
+    anonymous = EventNetwork.load(deployed)
+    anonymous.notes.clear()
+    anonymous.save(tmp_path / "anonymous.iirsnn")
+    predict = ("predict", deployed)
+    assert_one_line(iirsnn(*predict, "tall.png"), 2, "tall.png: expected 8 x 8 pixels, got 9 x 8")
+    assert_one_line(iirsnn(*predict, "none.png"), 1, "image none.png: no such file")
+    assert_one_line(iirsnn(*predict, "broken.png"), 1, "image broken.png: cannot be read")
+    assert_one_line(iirsnn("predict", "none", "good.png"), 1, "checkpoint none: no such file")
+    assert_one_line(iirsnn("predict", "short.iirsnn", "good.png"), 1, "truncated")
+    assert_one_line(iirsnn("predict", "anonymous.iirsnn", "good.png"), 2, "deploy wrote")
+    assert_one_line(
+        iirsnn("deploy", finished, "--stage", 7), 2, "expected one of 2, 1 timesteps, got 7"
+    )
+    assert_one_line(iirsnn("deploy", finished, "--precision", "fp8"), 2, "precision", "'fp8'")
+    assert_one_line(iirsnn("deploy", finished, "-o", "no/net"), 1, "no/net: cannot be written")
+    assert_one_line(iirsnn("deploy", tmp_path), 2, "no run there")
+    assert_one_line(iirsnn("energy", finished, "--stage", 9), 2, "timesteps, got 9")
+
+
+@pytest.mark.parametrize("keep_batch_norm", [True, False])
+def test_a_residual_anns_operations_stand_beside_the_engines(keep_batch_norm):
+    blocks = ((3, 1), (5, 1))  # an identity shortcut, then one with weights
+    ann = resnet(Plan((3,), True, blocks, False), 4, (1, 8, 8), batch_norm=True)
+    neuron = NeuronConfig(keep_batch_norm=keep_batch_norm)
+    net = EventNetwork.from_model(convert(ann, torch.rand(4, 1, 8, 8), timesteps=1, neuron=neuron))
+    if not keep_batch_norm:
+        fold_batch_norm(ann)
+    counter = count_operations(ann, torch.zeros(2, 1, 8, 8))
+    found = beside([layer.name for layer in net.layers], counter)
+    engine = {layer.name: layer.dense_operations for layer in statistics(net)}
+    products = {name: sum(o.multiplications for o in each) for name, each in found.items()}
+    assert products == {name: dense for name, dense in engine.items() if dense}
+    additions = [sum(o.additions for o in each) for each in found.values()]
+    assert sum(additions) == 2 * 3 * 4 * 4  # of the identity shortcut
+
+
+def statistics(net):
+    net(torch.zeros(2, 1, 8, 8))
+    return net.statistics()
+
+
+def test_only_finished_stages_are_used(iirsnn, finished_copy):
+    for stage in ("T1", "T2"):
+        (finished_copy / "stages" / stage / "result.json").unlink()
+        if stage == "T1":
+            assert_one_line(
+                iirsnn("deploy", finished_copy), 2, "expected one of 2 timesteps, got 1"
+            )
+    assert_one_line(iirsnn("energy", finished_copy), 1, "no spiking stage is finished yet")

@@ -1,0 +1,31 @@
+// Runs every CPU kernel on pseudo-random numbers and prints a line a case: its name and a hash of the bits that came
+// out. Builds of any compiler, for any instruction set, print the same.
+#include "driver.h"
+
+#include <cinttypes>
+#include <cstdio>
+#include <exception>
+
+#include "simd/capability.h"
+
+namespace iirsnn::native {
+
+void print(const std::string& name, const Hash& hash) {
+  std::printf("%s %016" PRIx64 "\n", name.c_str(), hash.value());
+}
+
+}  // namespace iirsnn::native
+
+int main() {
+  using namespace iirsnn::native;
+  try {
+    std::fprintf(stderr, "%s\n", iirsnn::cpu_capability());
+    lif_cases();
+    batch_norm_cases();
+    event_cases();
+    spike_cases();
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "driver: %s\n", error.what());
+    return 1;
+  }
+}

@@ -1,0 +1,212 @@
+"""What was built, how it is decided, and what happens where nothing can be built."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils import cpp_extension
+
+import iirsnn
+from iirsnn.ops import build
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    for name in ("IIRSNN_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST", "IIRSNN_JIT"):
+        monkeypatch.delenv(name, raising=False)
+    before = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    yield
+    if before is None:
+        os.environ.pop("TORCH_CUDA_ARCH_LIST", None)
+
+
+def test_build_info_tells_the_build():
+    info = importlib.import_module("iirsnn._C").build_info()
+    assert info["compiler"].startswith(("gcc ", "clang "))
+    assert info["flags"].split(",") == build.CXX_FLAGS
+    assert "-ffp-contract=off" in info["flags"]
+    assert "fast-math" not in info["flags"]
+    assert info["cpu_capability"] in ("portable", "avx2", "avx512")
+    assert bool(info["cuda_archs"]) == info["cuda"]
+
+
+def test_env_report_names_versions_backends_and_reasons():
+    report = iirsnn.env_report()
+    for text in (torch.__version__, "backend cpu", "backend reference  yes", "cpu capability"):
+        assert text in report
+    line = next(line for line in report.splitlines() if line.startswith("backend cuda"))
+    assert line.split(maxsplit=2)[2].startswith(("yes", "no: "))
+
+
+@pytest.mark.parametrize("name", ["portable", "mmx"])
+def test_the_instruction_set_can_be_chosen_from_outside(name):
+    path = importlib.import_module("iirsnn._C").__file__
+    code = (
+        "import torch, importlib.util as u\n"
+        f"spec = u.spec_from_file_location('_C', {path!r})\n"
+        "module = u.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "print(module.build_info()['cpu_capability'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"IIRSNN_CPU_CAPABILITY": name},
+        capture_output=True,
+        text=True,
+    )
+    if name == "portable":
+        assert done.stdout.strip() == "portable"
+    else:
+        assert "ValueError: IIRSNN_CPU_CAPABILITY: expected portable, avx2 or avx512" in done.stderr
+
+
+def test_an_unknown_instruction_set_is_refused():
+    with pytest.raises(ValueError, match=r"cpu capability: expected .* got 'mmx'"):
+        importlib.import_module("iirsnn._C").set_cpu_capability("mmx")
+
+
+def test_cuda_is_decided_by_toolkit_and_torch(monkeypatch):
+    home = cpp_extension.CUDA_HOME
+    assert build.want_cuda("0") == (False, "IIRSNN_BUILD_CUDA=0")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert build.want_cuda("auto") == (False, "nvcc was not found (set CUDA_HOME)")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", home)
+    assert build.want_cuda("auto") == (False, "this torch was built without CUDA")
+
+
+def test_cuda_is_built_where_a_toolkit_is_found_without_asking_for_a_gpu(monkeypatch, tmp_path):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "no include/cuda_runtime.h" in build.want_cuda("auto")[1]
+    header = tmp_path / "include" / "cuda_runtime.h"
+    header.parent.mkdir()
+    header.touch()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for a GPU"))
+    recipe = build.recipe("auto")
+    assert recipe["cuda"]
+    assert "-DIIRSNN_WITH_CUDA" in recipe["cxx"]
+    assert any(source.endswith("lif_cuda.cu") for source in recipe["sources"])
+    assert "--fmad=false" in recipe["nvcc"]
+
+
+def test_asking_for_cuda_in_vain_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(RuntimeError, match=r"IIRSNN_BUILD_CUDA=1: expected .* without CUDA"):
+        build.want_cuda("1")
+
+
+def test_an_unknown_mode_is_an_error(monkeypatch):
+    monkeypatch.setenv("IIRSNN_BUILD_CUDA", "yes")
+    with pytest.raises(RuntimeError, match="IIRSNN_BUILD_CUDA: expected auto, 0 or 1, got 'yes'"):
+        build.cuda_mode()
+
+
+def test_the_architecture_list_is_respected(monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    assert build.cuda_archs() == "8.0;9.0+PTX"
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert build.cuda_archs() == "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+
+
+def test_a_cpu_build_has_no_cuda_in_it():
+    recipe = build.recipe("0")
+    names = {Path(source).name for source in recipe["sources"]}
+    assert {"lif_cpu.cpp", "lif_torch.cpp", "module.cpp"} <= names
+    assert not any(name.endswith(".cu") for name in names)
+    assert not any("CUDA" in flag for flag in recipe["cxx"])
+
+
+@pytest.fixture
+def not_compiled(monkeypatch):
+    """As if iirsnn._C had not been built."""
+    monkeypatch.setitem(sys.modules, "iirsnn._C", None)
+    real = importlib.import_module
+
+    def import_module(name, *rest):
+        if name == "iirsnn._C":
+            raise ModuleNotFoundError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(build.importlib, "import_module", import_module)
+
+
+def test_compiling_at_first_use_takes_the_same_recipe(not_compiled, monkeypatch):
+    # without a GPU it does not compile for one, though a toolkit may be installed
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    calls, module = [], SimpleNamespace(build_info=dict)
+    monkeypatch.setattr(cpp_extension, "load", lambda **how: calls.append(how) or module)
+    assert build.load() is None
+    assert sys.modules["iirsnn._C"] is module
+    recipe = build.recipe("0")
+    assert calls[0]["sources"] == recipe["sources"]
+    assert calls[0]["extra_cflags"] == recipe["cxx"]
+    assert not calls[0]["with_cuda"]
+
+
+def test_first_use_without_a_compiler_gives_the_reason(not_compiled, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "there is no C++ compiler (no-such-compiler)" in build.load()
+
+
+def test_first_use_that_fails_to_compile_gives_the_reason(not_compiled, monkeypatch):
+    def load(**how):
+        raise RuntimeError("Error building extension\nlong log")
+
+    monkeypatch.setattr(cpp_extension, "load", load)
+    assert build.load().endswith("compiling it now failed: Error building extension")
+
+
+def test_first_use_can_be_told_not_to_compile(not_compiled, monkeypatch):
+    monkeypatch.setenv("IIRSNN_JIT", "0")
+    assert build.load() == "iirsnn._C is not compiled and IIRSNN_JIT=0"
+
+
+def setup_says(tmp_path, **environment):
+    """What `setup.py --version` prints, in an environment of its own."""
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture
+def no_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch')\n")
+    return {"PYTHONPATH": str(tmp_path)}
+
+
+def test_setup_without_torch_installs_pure_python_and_says_so(tmp_path, no_torch):
+    code, said = setup_says(tmp_path, **no_torch)
+    assert code == 0
+    assert "torch is not installed" in said
+    assert "installing pure Python, which compiles itself at first use" in said
+
+
+def test_setup_without_a_compiler_installs_pure_python_and_says_so(tmp_path):
+    code, said = setup_says(tmp_path, CXX="no-such-compiler")
+    assert code == 0
+    assert "there is no C++ compiler (no-such-compiler); installing pure Python" in said
+
+
+def test_setup_asked_for_cuda_in_vain_fails_loudly(tmp_path, no_torch):
+    code, said = setup_says(tmp_path, **no_torch, IIRSNN_BUILD_CUDA="1")
+    assert code != 0
+    assert "IIRSNN_BUILD_CUDA=1: expected a CUDA build to be possible, but torch is not" in said
