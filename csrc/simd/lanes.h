@@ -1,7 +1,6 @@
 // 128 bytes of numbers at once: 32 floats or 16 doubles, held in registers of kBytes. The instruction set decides
-// kBytes alone, never how many numbers go together: sums come in one order everywhere. At least two registers, because
-// the second one's arithmetic fills the time the first one's waits. The arithmetic of lif_step.h takes a Lanes where it
-// takes a number.
+// kBytes alone, never how many numbers go together: sums come in one order everywhere. The arithmetic of lif_step.h
+// takes a Lanes where it takes a number; kTotal is less than 128 where it takes a part of them.
 #pragma once
 
 #include "simd/registers.h"
@@ -134,48 +133,16 @@ IIRSNN_INLINE number_t sum(Lanes<number_t, kBytes, kTotal> a) {
   return a.r[0][0];
 }
 
-IIRSNN_INLINE float sum(float a) { return a; }
-IIRSNN_INLINE double sum(double a) { return a; }
-
-// ---- Memory: load<V>(p) and store(p, v) for V a number or its Lanes ----
+// ---- Memory: load<V>(p) and store(p, v) for V Lanes ----
 
 template <typename V>
-struct Memory {  // V is float or double
-  template <typename scalar_t>
-  static IIRSNN_INLINE V load(const scalar_t* from) {
-    return to_acc(*from);
-  }
-  template <typename scalar_t>
-  static IIRSNN_INLINE void store(scalar_t* to, V value, bool = false) {
-    *to = Convert<scalar_t>::round(value);
-  }
-  template <typename scalar_t>
-  static IIRSNN_INLINE void copy_past_caches(scalar_t* to, const scalar_t* from) {
-    *to = *from;
-  }
-  template <typename scalar_t>
-  static IIRSNN_INLINE void store_spike(scalar_t* to, V s, bool = false) {
-    *to = Convert<scalar_t>::spike(s);
-  }
-};
-
+struct Memory;
 template <typename number_t, int kBytes, int kTotal>
 struct Memory<Lanes<number_t, kBytes, kTotal>> {
   using V = Lanes<number_t, kBytes, kTotal>;
   using Bits = Lanes<uint32_t, kBytes, kTotal>;
   using Halves = Register<uint16_t, kBytes>;
   static constexpr int kLanes = kBytes / sizeof(number_t);  // of a register
-
-  // As many scalars as there are lanes.
-  template <typename scalar_t>
-  static IIRSNN_INLINE void copy_past_caches(scalar_t* to, const scalar_t* from) {
-    IIRSNN_REGISTERS
-    for (int i = 0; i < V::kSize * int(sizeof(scalar_t)); i += kBytes) {
-      typename Bits::Register r;
-      memcpy(&r, reinterpret_cast<const char*>(from) + i, kBytes);
-      stream(reinterpret_cast<char*>(to) + i, r);
-    }
-  }
 
   static IIRSNN_INLINE V load(const number_t* from) {
     V value;

@@ -57,36 +57,4 @@ void run(Args... args) {
   version<Loop>()(args...);
 }
 
-// A kernel over the n neurons of a Block: whole vectors by the version in force, the rest one by one.
-template <typename Block>
-struct Kernel {
-  void (*vectors)(const Block*, int first, int last);
-  void (*rest)(const Block*, int first, int last);
-  int lanes;
-
-  void operator()(const Block& block, int n) const {
-    const int whole = n - n % lanes;
-    if (whole > 0) vectors(&block, 0, whole);
-    if (whole < n) rest(&block, whole, n);
-  }
-};
-template <typename Row>
-Kernel<typename Row::Block> kernel() {
-  using Block = typename Row::Block;
-  const auto rest = [](const Block* block, int first, int last) { Row::template run<0>(block, first, last); };
-  return {version<Row>(), rest, kVectorBytes / int(sizeof(typename Row::acc_t))};
-}
-
-// What a kernel computes with: vectors in registers of kBytes; numbers for 0.
-template <typename acc_t, int kBytes>
-struct VectorOf {
-  using type = Lanes<acc_t, kBytes>;
-};
-template <typename acc_t>
-struct VectorOf<acc_t, 0> {
-  using type = acc_t;
-};
-template <typename acc_t, int kBytes>
-using Vector = typename VectorOf<acc_t, kBytes>::type;
-
 }  // namespace iirsnn

@@ -226,6 +226,74 @@ def test_results_do_not_depend_on_the_number_of_threads(threads):
         assert all(torch.equal(p, q) for p, q in zip(results[0], other, strict=True))
 
 
+# [B, C, H, W], channels innermost: blocks of one channel, of some, of all; rows above and below a
+# vector; one neuron a channel, in passes that fill blocks and in ones that do not.
+MAPS = [
+    ((3, 64, 28, 28), False),
+    ((2, 512, 7, 7), False),
+    ((1, 3, 149, 149), False),
+    ((40, 256, 2, 2), False),
+    ((9, 600, 2, 2), False),
+    ((2000, 10, 1, 1), False),
+    ((40, 1000, 1, 1), False),
+    ((3, 100, 14, 14), True),
+    ((5, 64, 20, 20), True),
+]
+
+
+def on_map(shape, last, timesteps):
+    """x, threshold, leak, None, and grad_s; x and leak so that float32 holds every membrane."""
+    rng = torch.Generator().manual_seed(timesteps)
+
+    def laid(t):
+        if last:
+            t = t.flatten(0, 1).to(memory_format=torch.channels_last).unflatten(0, t.shape[:2])
+        return t
+
+    size = (timesteps, *shape)
+    x = (torch.randint(-128, 256, size, generator=rng) + 0.5) / 128
+    channel = torch.arange(shape[1])
+    threshold, leak = 0.75 + channel % 7 / 16, 0.5 ** (channel % 3)
+    return laid(x), threshold, leak, None, laid(torch.randn(size, generator=rng))
+
+
+@pytest.mark.parametrize("timesteps", [1, 3])
+@pytest.mark.parametrize(("shape", "last"), MAPS, ids=str)
+def test_parameters_of_channels_on_maps_of_any_size(level, shape, last, timesteps):
+    *arguments, grad_s = on_map(shape, last, timesteps)
+    x, threshold, leak, _ = arguments
+    how = ("soft", 0.0, False, "triangle", 1.0)
+    s, _ = OPS.forward(*arguments, *how, False)
+    assert torch.equal(s, reference.lif_forward(*arguments, *how, False)[0])
+    got = OPS.backward(grad_s, None, *arguments, *how, True)
+    for c in range(0, shape[1], max(1, shape[1] // 5)):  # a channel alone, with scalar parameters
+        one = (grad_s[:, :, c].contiguous(), None, x[:, :, c].contiguous())
+        alone = OPS.backward(*one, threshold[c : c + 1], leak[c : c + 1], None, *how, False)[0]
+        assert torch.equal(got[0][:, :, c], alone)
+    wide = (None if t is None else t.double() for t in (grad_s, None, *arguments))
+    wanted = OPS.backward(*wide, *how, True)
+    for sums, exact in zip(got[1:3], wanted[1:3], strict=True):
+        terms = x.numel() // shape[1]
+        bounds = {"rtol": 1e-5, "atol": 1e-6 * math.sqrt(terms)}
+        torch.testing.assert_close(sums.double(), exact, **bounds)
+
+
+@pytest.mark.parametrize(("shape", "last"), MAPS, ids=str)
+def test_sums_on_maps_depend_on_neither_instruction_set_nor_threads(threads, shape, last):
+    *arguments, grad_s = on_map(shape, last, 3)
+    before = iirsnn._C.build_info()["cpu_capability"]
+    found = []
+    for name in LEVELS[: LEVELS.index(before) + 1]:
+        iirsnn._C.set_cpu_capability(name)
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            how = ("soft", 0.0, False, "triangle", 1.0, True)
+            found.append(OPS.backward(grad_s, None, *arguments, *how)[:3])
+    assert iirsnn._C.build_info()["cpu_capability"] == before
+    for other in found[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(found[0], other, strict=True))
+
+
 def test_a_scalar_beside_a_per_channel_parameter_gets_one_gradient():
     x, threshold, leak, _ = every_way(torch.float64, 5, False)
     grad_s = torch.ones_like(x)

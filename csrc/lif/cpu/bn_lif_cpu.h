@@ -8,6 +8,7 @@
 // are float32.
 #pragma once
 
+#include "lif/cpu/sums.h"
 #include "lif/lif.h"
 
 namespace iirsnn {
@@ -34,8 +35,7 @@ struct BnLif {
   double* sums;             // [chunks, kBnLifSums, C]
 };
 
-// grad_current; grad_current (x - mean); the gradients of threshold and leak. Summed over neurons and time.
-enum BnLifSum { kGradSum, kDotSum, kThresholdSum, kLeakSum, kBnLifSums };
+constexpr int kBnLifSums = kSums<true>;
 
 // x and its square, summed over neurons and time, in double, where the square is exact: sums [chunks, kMoments, C].
 constexpr int kMoments = 2;

@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_lif_backward(
   for_all_chunks(shape, [&](int64_t first, int64_t last) { bn_lif_grad_x_cpu(args, first, last); });
 
   // a scalar acts on every channel
-  const auto gradient = [&](BnLifSum which, int64_t size) {
+  const auto gradient = [&](LifSum which, int64_t size) {
     Tensor grad = at::empty({size}, threshold.options());
     float* to = grad.mutable_data_ptr<float>();
     const double* from = args.sums + which * channels;

@@ -1,0 +1,122 @@
+// How the CPU kernels walk the neurons. A thread takes chunks; a chunk is a run of blocks; a block goes through all its
+// timesteps, one row after the other, before the next block starts. All of these depend on the shape alone, never on
+// the number of threads or the instruction set, so that sums come in one order.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <numeric>
+#include <type_traits>
+
+#include "lif/lif.h"
+#include "simd/lanes.h"
+
+namespace iirsnn {
+
+constexpr int kBlock = 1024;             // neurons of a block at most; a multiple of the 64 that packing pads to
+constexpr int kSegment = 16;             // timesteps between checkpoints
+constexpr int64_t kChunk = 16 * kBlock;  // neurons a thread takes at least
+constexpr int64_t kMaxChunks = 256;
+
+// Numbers that go together in a kernel.
+template <typename acc_t>
+constexpr int kLanes = kVectorBytes / sizeof(acc_t);
+
+// From row to row of scratch memory: a cache line more than a block, or the rows would share sets of the L1 cache.
+template <typename acc_t>
+constexpr int kRow = kBlock + 64 / sizeof(acc_t);
+
+inline int64_t chunk_neurons(const LifShape& shape) {
+  const int64_t least = std::max(16 * shape.channels, (shape.neurons + kMaxChunks - 1) / kMaxChunks);
+  return std::max(kChunk, (least + kBlock - 1) / kBlock * kBlock);
+}
+
+inline int64_t chunks_of(const LifShape& shape) {
+  const int64_t chunk = chunk_neurons(shape);
+  return (shape.neurons + chunk - 1) / chunk;
+}
+
+// Neurons of a block: whole vectors, and whole passes over all channels where one fits.
+inline int block_neurons(const LifShape& shape) {
+  if (shape.channels == 1 || shape.channels * shape.inner > kBlock) return kBlock;
+  const int64_t passes = std::lcm(shape.channels * shape.inner, int64_t(64));
+  return passes > kBlock ? kBlock : int(kBlock / passes * passes);
+}
+
+// Neurons [begin, begin + n) of a chunk.
+struct Range {
+  int64_t begin;
+  int n;
+  bool last;  // of its chunk
+};
+
+template <typename F>
+void for_each_block(const LifShape& shape, int64_t chunk, F f) {
+  const int block = block_neurons(shape);
+  const int64_t first = chunk * chunk_neurons(shape), end = std::min(first + chunk_neurons(shape), shape.neurons);
+  for (int64_t begin = first; begin < end; begin += block) {
+    f(Range{begin, int(std::min<int64_t>(block, end - begin)), begin + block >= end});
+  }
+}
+
+inline int64_t channel_of(const LifShape& shape, int64_t neuron) { return neuron / shape.inner % shape.channels; }
+
+// Calls f(first, last, channel) for the neurons of each channel among [begin, begin + n), counted from begin.
+template <typename F>
+IIRSNN_INLINE void for_each_channel(const LifShape& shape, int64_t begin, int n, F f) {
+  int64_t channel = channel_of(shape, begin), left = shape.inner - begin % shape.inner;
+  for (int first = 0; first < n; left = shape.inner) {
+    const int last = left < n - first ? first + int(left) : n;
+    f(first, last, channel);
+    first = last;
+    if (++channel == shape.channels) channel = 0;
+  }
+}
+
+// Memory of one thread, aligned as vectors are.
+template <typename number_t>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : memory_(count > 0 ? new (std::align_val_t(kVectorBytes)) number_t[count]() : nullptr) {}
+  ~Scratch() { operator delete[](memory_, std::align_val_t(kVectorBytes)); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  number_t* data() const { return memory_; }
+
+ private:
+  number_t* memory_;
+};
+
+// f(std::integral_constant<Reset, ...>()) for the reset: the kernels are compiled for each.
+template <typename F>
+auto with_reset(Reset reset, F f) {
+  switch (reset) {
+    case Reset::soft:
+      return f(std::integral_constant<Reset, Reset::soft>());
+    case Reset::hard:
+      return f(std::integral_constant<Reset, Reset::hard>());
+    case Reset::none:
+      return f(std::integral_constant<Reset, Reset::none>());
+    default:
+      return f(std::integral_constant<Reset, Reset::soft_delayed>());
+  }
+}
+
+// f(a number of the dtype).
+template <typename F>
+auto with_scalar(DType dtype, F f) {
+  switch (dtype) {
+    case DType::float32:
+      return f(float());
+    case DType::float64:
+      return f(double());
+    case DType::float16:
+      return f(Half());
+    default:
+      return f(BFloat16());
+  }
+}
+
+}  // namespace iirsnn

@@ -1,0 +1,102 @@
+#include "lif/cpu/backward.h"
+#include "lif/cpu/bn_lif_cpu.h"
+#include "lif/cpu/normalised.h"
+
+namespace iirsnn {
+namespace {
+
+// grad_x = gain (g - mean(g) - x_hat mean(g x_hat)), where g, the gradient of the current, is what grad_x holds.
+enum { kGradMean, kSlope, kInputMean, kInputGain };
+
+template <typename scalar_t>
+struct GradBlock {
+  int n;  // whole vectors
+  int64_t timesteps;
+  const scalar_t* x;
+  int64_t x_stride;
+  scalar_t* grad_x;
+  int64_t grad_x_stride;
+  Parameters<float> parameters;
+};
+
+template <typename scalar_t>
+struct GradRows {
+  template <int kBytes>
+  static IIRSNN_INLINE void run(const GradBlock<scalar_t>* block) {
+    using P = typename Parts<scalar_t, kBytes>::P;
+    const GradBlock<scalar_t> b = *block;
+    for (int64_t t = 0; t < b.timesteps; ++t) {
+      const scalar_t* x = b.x + t * b.x_stride;
+      scalar_t* grad_x = b.grad_x + t * b.grad_x_stride;
+      for (int i = 0; i < b.n; i += P::kSize) {
+        const P centred = load<P>(x + i) - parameter<P>(b.parameters, kInputMean, i);
+        const P off = load<P>(grad_x + i) - parameter<P>(b.parameters, kGradMean, i);
+        store(grad_x + i,
+              (off - centred * parameter<P>(b.parameters, kSlope, i)) * parameter<P>(b.parameters, kInputGain, i));
+      }
+    }
+  }
+};
+
+template <typename scalar_t>
+void grad_x_blocks(const BnLif& args, Channels<float>& channels, int64_t first_chunk, int64_t last_chunk) {
+  const LifShape& shape = args.shape;
+  const auto kernel = version<GradRows<scalar_t>>();
+  const Scratch<scalar_t> copies(last_chunk == chunks_of(shape) ? 2 * shape.timesteps * kRow<scalar_t> : 0);
+  // from the last chunk to the first: what the pass before has read last is still in the cache
+  for (int64_t chunk = last_chunk - 1; chunk >= first_chunk; --chunk) {
+    for_each_block(shape, chunk, [&](const Range& range) {
+      const auto* x = static_cast<const scalar_t*>(args.x) + range.begin;
+      auto* grad_x = static_cast<scalar_t*>(args.grad_x) + range.begin;
+      GradBlock<scalar_t> block{whole_vectors<scalar_t>(range.n),
+                                shape.timesteps,
+                                x,
+                                shape.x_stride_t,
+                                grad_x,
+                                shape.neurons,
+                                channels.of(range)};
+      const bool copied = staged<scalar_t>(range.n);
+      if (copied) {
+        block.x_stride = block.grad_x_stride = kRow<scalar_t>;
+        block.x = copies.data();
+        block.grad_x = copies.data() + shape.timesteps * kRow<scalar_t>;
+        stage(x, shape.x_stride_t, shape.timesteps, range.n, copies.data());
+        stage(grad_x, shape.neurons, shape.timesteps, range.n, block.grad_x);
+      }
+      kernel(&block);
+      if (copied) unstage(block.grad_x, shape.timesteps, range.n, grad_x, shape.neurons);
+    });
+  }
+}
+
+}  // namespace
+
+void bn_lif_backward_cpu(const BnLif& args, int64_t first_chunk, int64_t last_chunk) {
+  const NormalisedChannels normalised(args);
+  Channels<float> channels = normalised.of(args);
+  LifBackward call{args.shape,     args.reset,           args.v_reset, args.detach_reset,
+                   args.surrogate, args.surrogate_scale, args.grad_s,  args.grad_s_stride_t};
+  call.x = args.x;
+  call.grad_x = args.grad_x;
+  if (args.shape.dtype == DType::float32) {
+    return backward_blocks<float, true>(call, channels, args.sums, first_chunk, last_chunk);
+  }
+  backward_blocks<BFloat16, true>(call, channels, args.sums, first_chunk, last_chunk);
+}
+
+void bn_lif_grad_x_cpu(const BnLif& args, int64_t first_chunk, int64_t last_chunk) {
+  const int64_t channels = args.shape.channels;
+  const double count = double(args.shape.timesteps) * double(args.shape.neurons / channels);
+  std::vector<float> grad_mean(channels), slope(channels), gain(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double rstd = args.rstd[c];
+    grad_mean[c] = float(args.sums[kGradSum * channels + c] / count);
+    slope[c] = float(args.sums[kDotSum * channels + c] / count * rstd * rstd);
+    gain[c] = args.weight ? args.rstd[c] * args.weight[c] : args.rstd[c];
+  }
+  Channels<float> parameters(args.shape, {grad_mean.data(), slope.data(), args.mean, gain.data()});
+  if (args.shape.dtype == DType::float32) return grad_x_blocks<float>(args, parameters, first_chunk, last_chunk);
+  grad_x_blocks<BFloat16>(args, parameters, first_chunk, last_chunk);
+}
+
+}  // namespace iirsnn

@@ -1,0 +1,65 @@
+// Parameters of one element a channel, and sums over channels, as kernels over a block of neurons meet them.
+//
+// A block within one channel reads its parameters broadcast and sums in registers. A block of several reads them from
+// rows of one element a neuron, which are filled for it, and sums into such rows. No table grows with C or the map.
+#pragma once
+
+#include <array>
+#include <vector>
+
+#include "lif/cpu/blocks.h"
+
+namespace iirsnn {
+
+// What kernels read of a channel; the last three of a current that is normalised.
+enum { kThreshold, kLeak, kInverse, kGain, kShift, kMean, kParameters };
+constexpr int kMostSums = 4;
+constexpr int kHeldBlocks = 8;  // whose sums rows hold as acc_t, before they are added up as doubles
+
+template <typename acc_t>
+struct Parameters {
+  const acc_t* at[kParameters];  // of neuron i of a block: [i & along]
+  int along;                     // all bits: one a neuron; none: one vector of equal ones
+};
+
+template <typename acc_t>
+class Channels {
+ public:
+  using Values = std::array<const acc_t*, kParameters>;
+
+  // values: [channels] each, or null where no kernel reads it
+  Channels(const LifShape& shape, const Values& values);
+
+  // Those of a block, until the next call.
+  const Parameters<acc_t>& of(const Range& range);
+
+ private:
+  const LifShape shape_;
+  const Values values_;
+  Scratch<acc_t> rows_;
+  Parameters<acc_t> parameters_;
+  int64_t channel_ = -1, phase_ = -1;  // what the rows hold: one channel; or all from that neuron of a period on, of
+  int filled_ = 0;                     // so many neurons
+};
+
+// Sums over the neurons of each channel, `count` of them.
+template <typename acc_t>
+class ChannelSums {
+ public:
+  ChannelSums(const LifShape& shape, int count);
+
+  // Where a kernel puts sum k of a block, at [k * kRow]: adds each neuron's, or where the block is of one channel
+  // writes those of a vector's lanes.
+  acc_t* rows(const Range& range);
+  // After the kernel; totals [count, channels] are added to.
+  void add(const Range& range, double* totals);
+
+ private:
+  const LifShape shape_;
+  const int count_, hold_;
+  Scratch<acc_t> lanes_, rows_;
+  int held_ = 0, width_ = 0;  // blocks and neurons in rows_
+  int64_t begin_ = 0;         // of the first of them
+};
+
+}  // namespace iirsnn

@@ -1,0 +1,130 @@
+// Spikes of a range of chunks: reads x and writes s, 2 T N scalars. A block's membranes are one row, which stays in the
+// L1 cache.
+#pragma once
+
+#include "lif/cpu/rows.h"
+
+namespace iirsnn {
+
+// Of a block: n neurons, whole vectors; pointers to the first of them at t = 0.
+template <typename scalar_t>
+struct ForwardBlock {
+  using acc_t = typename Convert<scalar_t>::acc_t;
+  int n;
+  int64_t timesteps;
+  const scalar_t* x;
+  int64_t x_stride;
+  const scalar_t* next;  // x of the block after
+  scalar_t* s;
+  int64_t s_stride;
+  bool past_caches;  // write s so
+  const acc_t* v0;   // or null
+  acc_t* v;          // or null
+  acc_t* membranes;  // scratch, [n]
+  Parameters<acc_t> parameters;
+  acc_t v_reset;
+};
+
+template <typename scalar_t, Reset kReset, bool kNormalised>
+struct ForwardRows {
+  using Block = ForwardBlock<scalar_t>;
+  using acc_t = typename Block::acc_t;
+
+  template <int kBytes>
+  static IIRSNN_INLINE void run(const Block* block) {
+    const Block b = *block;  // which stores cannot change
+    const acc_t* before = b.v0;
+    for (int64_t t = 0; t < b.timesteps; ++t) {
+      const scalar_t* x = b.x + t * b.x_stride;
+      const bool last = t + 1 == b.timesteps;
+      acc_t* after = last ? b.v : b.membranes;
+      row<kBytes>(b, x, before, after, b.s + t * b.s_stride, last ? b.next : x + b.x_stride);
+      before = after;
+    }
+  }
+
+ private:
+  // before, after: the membrane around the timestep, or null: 0, and not wanted.
+  template <int kBytes>
+  static IIRSNN_INLINE void row(const Block& b, const scalar_t* x, const acc_t* before, acc_t* after, scalar_t* s,
+                                const scalar_t* next) {
+    using V = typename Parts<scalar_t, kBytes>::V;
+    using P = typename Parts<scalar_t, kBytes>::P;
+    for (int i = 0; i < b.n; i += V::kSize) {
+      prefetch<V>(next + i);
+      IIRSNN_REGISTERS
+      for (int part = 0; part < Parts<scalar_t, kBytes>::kCount; ++part) {
+        const int j = i + part * P::kSize;
+        const Neuron<P> neuron = neuron_at<P>(b.parameters, j, b.v_reset);
+        P h = current_at<kNormalised, P>(x, b.parameters, j);
+        if (before) h = charge<kReset>(h, load<P>(before + j), neuron);
+        Memory<P>::store_spike(s + j, spike(h, neuron.threshold), b.past_caches);
+        if (after) store(after + j, discharge<kReset>(h, neuron));
+      }
+    }
+  }
+};
+
+// Calls f(range, rows of spikes, their stride) where kPacked, after each block; there s is null.
+template <typename scalar_t, bool kNormalised, typename F>
+void forward_blocks(const LifForward& args, Channels<typename Convert<scalar_t>::acc_t>& channels, int64_t first_chunk,
+                    int64_t last_chunk, F packed) {
+  using acc_t = typename Convert<scalar_t>::acc_t;
+  using x_t = kernel_t<scalar_t>;
+  constexpr int kStride = kRow<x_t>;
+  const LifShape& shape = args.shape;
+  const int64_t steps = shape.timesteps;
+  const auto kernel = with_reset(
+      args.reset, [](auto reset) { return version<ForwardRows<x_t, decltype(reset)::value, kNormalised>>(); });
+  const bool some_staged = std::is_same_v<scalar_t, Half> || last_chunk == chunks_of(shape);
+  const Scratch<x_t> x_rows(some_staged ? steps * kStride : 0), s_rows(some_staged || args.bits ? steps * kStride : 0);
+  const Scratch<acc_t> membranes(3 * kRow<acc_t>);
+  ForwardBlock<x_t> block{};
+  block.timesteps = steps;
+  block.membranes = membranes.data();
+  block.v_reset = acc_t(args.v_reset);
+  // from the last chunk to the first: what a pass before has read last is still in the cache
+  for (int64_t chunk = last_chunk - 1; chunk >= first_chunk; --chunk) {
+    for_each_block(shape, chunk, [&](const Range& range) {
+      const int n = range.n;
+      const bool copied = staged<scalar_t>(n);
+      const auto* x = static_cast<const scalar_t*>(args.x) + range.begin;
+      auto* s = args.bits ? nullptr : static_cast<scalar_t*>(args.s) + range.begin;
+      const auto* v0 = args.v0 ? static_cast<const acc_t*>(args.v0) + range.begin : nullptr;
+      auto* v = args.v ? static_cast<acc_t*>(args.v) + range.begin : nullptr;
+      block.n = whole_vectors<scalar_t>(n);
+      block.parameters = channels.of(range);
+      block.v0 = v0;
+      block.v = v;
+      block.s = s_rows.data();
+      block.s_stride = kStride;
+      block.past_caches = false;
+      if (copied) {
+        stage(x, shape.x_stride_t, steps, n, x_rows.data());
+        block.x = block.next = x_rows.data();
+        block.x_stride = kStride;
+        if (v0) {
+          stage(v0, 0, 1, n, membranes.data() + kRow<acc_t>);
+          block.v0 = membranes.data() + kRow<acc_t>;
+        }
+        if (v) block.v = membranes.data() + 2 * kRow<acc_t>;
+      } else if constexpr (!std::is_same_v<scalar_t, Half>) {
+        block.x = x;
+        block.x_stride = shape.x_stride_t;
+        block.next = range.last || range.begin + 2 * n > shape.neurons ? x : x + n;
+        if (s) {
+          block.s = s;
+          block.s_stride = shape.neurons;
+          block.past_caches = past_caches<scalar_t>(shape, args.s);
+        }
+      }
+      kernel(&block);
+      if (!s) packed(range, s_rows.data(), kStride);
+      if (copied && s) unstage(s_rows.data(), steps, n, s, shape.neurons);
+      if (copied && v) unstage(block.v, 1, n, v, 0);
+    });
+  }
+  settle();
+}
+
+}  // namespace iirsnn

@@ -1,0 +1,50 @@
+#include "lif/cpu/backward.h"
+#include "lif/cpu/lif_cpu.h"
+
+namespace iirsnn {
+namespace {
+
+constexpr int kParameterSums = kSums<false>;
+
+template <typename scalar_t>
+void backward(const LifBackward& args, int64_t first_chunk, int64_t last_chunk) {
+  using acc_t = typename Convert<scalar_t>::acc_t;
+  const auto* threshold = static_cast<const acc_t*>(args.threshold);
+  std::vector<acc_t> inverse(args.shape.channels);
+  for (int64_t c = 0; c < args.shape.channels; ++c) inverse[c] = acc_t(1) / threshold[c];
+  Channels<acc_t> channels(args.shape, {threshold, static_cast<const acc_t*>(args.leak), inverse.data()});
+  double* sums = args.grad_threshold ? static_cast<double*>(args.workspace) : nullptr;
+  backward_blocks<scalar_t, false>(args, channels, sums, first_chunk, last_chunk);
+}
+
+}  // namespace
+
+int64_t lif_backward_workspace_cpu(const LifBackward& args) {
+  const int64_t sums = chunks_of(args.shape) * kParameterSums * args.shape.channels;
+  return args.grad_threshold ? sums * int64_t(sizeof(double)) : 0;
+}
+
+void lif_backward_cpu(const LifBackward& args, int64_t first_chunk, int64_t last_chunk) {
+  with_scalar(args.shape.dtype, [&](auto scalar) { backward<decltype(scalar)>(args, first_chunk, last_chunk); });
+}
+
+void lif_backward_finish_cpu(const LifBackward& args) {
+  const int64_t channels = args.shape.channels, chunks = chunks_of(args.shape);
+  const auto* partial = static_cast<const double*>(args.workspace);
+  for (int64_t c = 0; c < channels; ++c) {
+    double threshold = 0, leak = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      threshold += partial[(chunk * kParameterSums + kThresholdSum) * channels + c];
+      leak += partial[(chunk * kParameterSums + kLeakSum) * channels + c];
+    }
+    if (args.shape.dtype == DType::float64) {
+      static_cast<double*>(args.grad_threshold)[c] = threshold;
+      static_cast<double*>(args.grad_leak)[c] = leak;
+    } else {
+      static_cast<float*>(args.grad_threshold)[c] = float(threshold);
+      static_cast<float*>(args.grad_leak)[c] = float(leak);
+    }
+  }
+}
+
+}  // namespace iirsnn

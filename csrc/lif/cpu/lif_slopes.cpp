@@ -1,0 +1,45 @@
+#include "lif/cpu/slopes.h"
+#include "simd/versions.h"
+
+namespace iirsnn {
+namespace {
+
+template <typename acc_t, Surrogate kSurrogate>
+struct Slopes {
+  template <int kBytes>
+  static IIRSNN_INLINE void run(const acc_t* membranes, const Parameters<acc_t>* parameters, acc_t scale, acc_t* slopes,
+                                int n) {
+    using V = Lanes<acc_t, kBytes, kBytes>;
+    const acc_t* inverse = parameters->at[kInverse];
+    const int along = parameters->along;
+    const V a = V(scale);
+    for (int i = 0; i < n; i += V::kSize) {
+      Neuron<V> neuron{};
+      neuron.inverse_threshold = load<V>(inverse + (i & along));
+      store(slopes + i, spike_slope<kSurrogate>(load<V>(membranes + i), neuron, a));
+    }
+  }
+};
+
+}  // namespace
+
+template <typename acc_t>
+SlopeRow<acc_t> slope_row(Surrogate surrogate) {
+  switch (surrogate) {
+    case Surrogate::triangle:
+      return version<Slopes<acc_t, Surrogate::triangle>>();
+    case Surrogate::atan:
+      return version<Slopes<acc_t, Surrogate::atan>>();
+    case Surrogate::sigmoid:
+      return version<Slopes<acc_t, Surrogate::sigmoid>>();
+    case Surrogate::fast_sigmoid:
+      return version<Slopes<acc_t, Surrogate::fast_sigmoid>>();
+    default:
+      return version<Slopes<acc_t, Surrogate::boxcar>>();
+  }
+}
+
+template SlopeRow<float> slope_row(Surrogate);
+template SlopeRow<double> slope_row(Surrogate);
+
+}  // namespace iirsnn

@@ -1,0 +1,104 @@
+// What the kernels over rows of neurons share. A row is walked in vectors of kVectorBytes, a vector in parts: a
+// register, or of 16-bit floats two, so that few values are live at once.
+#pragma once
+
+#include "lif/cpu/channels.h"
+#include "simd/versions.h"
+
+namespace iirsnn {
+
+template <typename scalar_t, int kBytes>
+struct Parts {
+  using acc_t = typename Convert<scalar_t>::acc_t;
+  using V = Lanes<acc_t, kBytes>;
+  using P = Lanes<acc_t, kBytes, sizeof(scalar_t) == 2 ? 2 * kBytes : kBytes>;
+  static constexpr int kCount = V::kRegisters / P::kRegisters;
+};
+
+template <typename P, typename acc_t>
+IIRSNN_INLINE P parameter(const Parameters<acc_t>& p, int which, int i) {
+  return load<P>(p.at[which] + (i & p.along));
+}
+
+template <typename P, typename acc_t>
+IIRSNN_INLINE Neuron<P> neuron_at(const Parameters<acc_t>& p, int i, acc_t v_reset) {
+  return {parameter<P>(p, kThreshold, i), parameter<P>(p, kInverse, i), parameter<P>(p, kLeak, i), P(v_reset)};
+}
+
+// Rounded to scalar_t, as a current in memory would be; of a NaN, its lower half is 0.
+template <typename scalar_t, typename P>
+IIRSNN_INLINE P rounded(const P& value) {
+  if constexpr (std::is_same_v<scalar_t, BFloat16>) {
+    using Bits = typename Number<P>::bits_t;
+    const Bits bits = bit_cast<Bits>(value);
+    return bit_cast<P>((bits + Bits(0x7fffu) + ((bits >> 16) & Bits(1u))) & Bits(0xffff0000u));
+  } else {
+    return value;
+  }
+}
+
+template <bool kNormalised, typename P, typename scalar_t, typename acc_t>
+IIRSNN_INLINE P current_at(const scalar_t* x, const Parameters<acc_t>& p, int i) {
+  const P current = load<P>(x + i);
+  if constexpr (!kNormalised) return current;
+  return rounded<scalar_t>(current * parameter<P>(p, kGain, i) + parameter<P>(p, kShift, i));
+}
+
+// Asks for the scalars of a vector of a row that comes next: 3 T rows are more than a processor follows by itself.
+template <typename V, typename scalar_t>
+IIRSNN_INLINE void prefetch(const scalar_t* row) {
+  constexpr int kLine = 64 / sizeof(scalar_t);
+  IIRSNN_REGISTERS
+  for (int i = 0; i < V::kSize; i += kLine) __builtin_prefetch(row + i);
+}
+
+// Whether what a kernel writes, [T, N], would push all else out of the caches, and lies as streams want it.
+template <typename scalar_t>
+bool past_caches(const LifShape& shape, const void* to) {
+  constexpr int64_t kLarge = int64_t(32) << 20;
+  return shape.timesteps * shape.neurons * int64_t(sizeof(scalar_t)) >= kLarge &&
+         reinterpret_cast<uintptr_t>(to) % 64 == 0 && shape.neurons * sizeof(scalar_t) % 64 == 0;
+}
+
+// What was written past the caches is there for whoever comes to know that the kernel is done.
+inline void settle() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
+// A block whose scalars no kernel reads in place: float16, or not whole vectors. Rows of them, as the kernels' scalars,
+// zeros up to a whole vector.
+template <typename scalar_t>
+using kernel_t = std::conditional_t<std::is_same_v<scalar_t, Half>, float, scalar_t>;
+
+template <typename scalar_t>
+int whole_vectors(int n) {
+  constexpr int kSize = kLanes<typename Convert<scalar_t>::acc_t>;
+  return (n + kSize - 1) / kSize * kSize;
+}
+template <typename scalar_t>
+bool staged(int n) {
+  return std::is_same_v<scalar_t, Half> || n != whole_vectors<scalar_t>(n);
+}
+
+void copy_row(const Half* from, float* to, int n);
+void copy_row(const float* from, Half* to, int n);
+template <typename scalar_t>
+void copy_row(const scalar_t* from, scalar_t* to, int n) {
+  std::copy_n(from, n, to);
+}
+
+template <typename scalar_t>
+void stage(const scalar_t* from, int64_t stride, int64_t timesteps, int n, kernel_t<scalar_t>* rows) {
+  for (int64_t t = 0; t < timesteps; ++t, rows += kRow<kernel_t<scalar_t>>) {
+    copy_row(from + t * stride, rows, n);
+    std::fill(rows + n, rows + whole_vectors<scalar_t>(n), kernel_t<scalar_t>{});
+  }
+}
+template <typename scalar_t>
+void unstage(const kernel_t<scalar_t>* rows, int64_t timesteps, int n, scalar_t* to, int64_t stride) {
+  for (int64_t t = 0; t < timesteps; ++t) copy_row(rows + t * kRow<kernel_t<scalar_t>>, to + t * stride, n);
+}
+
+}  // namespace iirsnn
