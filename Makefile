@@ -54,7 +54,7 @@ sanitize:
 	@mkdir -p build
 	for kinds in thread address,undefined; do \
 	    $(CXX) -std=c++17 -O1 -g -ffp-contract=off -Wno-psabi -pthread -Icsrc -fsanitize=$$kinds \
-	        -fno-sanitize-recover=all $(ENGINE) tests/native/shared_engine.cpp -o build/shared_engine && \
+	        -fno-sanitize-recover=all $(ENGINE) tests/native/sanitized/shared_engine.cpp -o build/shared_engine && \
 	    build/shared_engine || exit 1; \
 	done
 

@@ -67,8 +67,20 @@ def matching(loop: list[str], pattern: str) -> list[str]:
     return [text for text in loop if re.match(pattern, text)]
 
 
-# Outputs of a tile by their weights; 16 registers of 16 bytes hold the sums.
-TILES = ["Fp32, 64", "Bf16, 64", "Integer<short>, 128", "Integer<signed char>, 128"]
+# Outputs of a tile by their weights; 16 registers of 16 bytes hold the sums. Its loops: of plain spikes; of the digits
+# of pooled counts, where a row of fp32 that counts twice is doubled, one more addition; of rows that were widened.
+TILES = ["Fp32, 64", "Bf16, 64", "Integer<signed char>, 128"]
+
+
+def check_tile(found: list[list[str]], add: str, registers: int, memory: str) -> None:
+    """Full-width additions, once or twice a register, and sums that stay in registers."""
+    counts = {len(matching(loop, add)) for loop in found}
+    assert registers in counts, counts
+    assert counts <= {registers, 2 * registers}, counts
+    for loop in found:
+        assert not matching(loop, memory), loop
+
+
 needs_x86 = pytest.mark.skipif(
     platform.machine() != "x86_64", reason="looks at AVX2 code: run it on an x86-64 machine"
 )
@@ -77,18 +89,16 @@ needs_x86 = pytest.mark.skipif(
 @pytest.mark.parametrize("tile", TILES)
 def test_arm_adds_an_event(tile):
     add = r"(add|ssra)\s+v\d+\.8h" if tile.startswith("Integer") else r"fadd\s+v\d+\.4s"
-    for loop in loops(ARM, "event", f"TileLoop<.*{tile},", "portable", "rbit"):
-        assert len(matching(loop, add)) == 16, loop
-        assert not matching(loop, r"st[rpu]\s|ld[rp]\s+q.*\[sp"), loop  # sums stay in registers
+    found = loops(ARM, "event", f"TileLoop<.*{tile},", "portable", "rbit")
+    check_tile(found, add, 16, r"st[rpu]\s|ld[rp]\s+q.*\[sp")
 
 
 @needs_x86
 @pytest.mark.parametrize("tile", TILES)
 def test_avx2_adds_an_event(tile):
     add = r"vpaddw.*%ymm" if tile.startswith("Integer") else r"vaddps.*%ymm"
-    for loop in loops(HOST, "event", f"TileLoop<.*{tile},", "avx2", r"tzcnt|(rep )?bsf"):
-        assert len(matching(loop, add)) == 8, loop
-        assert not matching(loop, r"v?mov\S*\s+%\S+,.*\(|v.*\(%rsp\)"), loop
+    found = loops(HOST, "event", f"TileLoop<.*{tile},", "avx2", r"tzcnt|(rep )?bsf")
+    check_tile(found, add, 8, r"v?mov\S*\s+%\S+,.*\(|v.*\(%rsp\)")
 
 
 FORWARD = r"(ForwardRow<float, float|ForwardRows<float), \(iirsnn::Reset\)0, false>"

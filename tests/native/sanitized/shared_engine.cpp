@@ -88,7 +88,7 @@ class Case {
 
   int64_t neurons(const Layer& l) {
     const Parameters p(*this, l.source, l.outputs, l.window, l.groups);
-    const NeuronParameters fires{p.ones.data(), p.ones.data(), Reset::soft, 0};
+    const NeuronParameters fires{p.ones.data(), p.ones.data(), iirsnn::Reset::soft, 0};
     return engine.add_neurons({{l.source, p.weight.data(), l.outputs, l.groups, l.window}}, l.skips, p.layer(), fires);
   }
 
