@@ -23,6 +23,13 @@ struct Lanes {
   Register r[kRegisters];
 
   Lanes() = default;
+  // Register by register: GCC moves a whole, even of one, through memory in halves.
+  IIRSNN_INLINE Lanes(const Lanes& other) { *this = other; }
+  IIRSNN_INLINE Lanes& operator=(const Lanes& other) {
+    IIRSNN_REGISTERS
+    for (int k = 0; k < kRegisters; ++k) r[k] = other.r[k];
+    return *this;
+  }
   IIRSNN_INLINE Lanes(number_t number) {
     IIRSNN_REGISTERS
     for (int k = 0; k < kRegisters; ++k) r[k] = spread<kBytes>(number);

@@ -36,6 +36,24 @@ struct BackwardBlock {
   acc_t *checkpoints, *slopes, *grad_membrane, *grad_reset;  // scratch: a row a segment but for the last; rows
 };
 
+// Adds the sums of a vector's neurons, from i on, to their rows.
+template <int kCount, typename Block, typename V>
+IIRSNN_INLINE void add_to_rows(const Block& b, int i, V* sums) {
+  IIRSNN_REGISTERS
+  for (int k = 0; k < kCount; ++k) {
+    auto* row = b.sums + k * kRow<typename Block::acc_t> + i;
+    store(row, load<V>(row) + sums[k]);
+    sums[k] = V(0);
+  }
+}
+template <typename V, typename P>
+IIRSNN_INLINE void add_part(V& sum, int part, const P& value) {
+  IIRSNN_REGISTERS
+  for (int k = 0; k < P::kRegisters; ++k) {
+    sum.r[part * P::kRegisters + k] = sum.r[part * P::kRegisters + k] + value.r[k];
+  }
+}
+
 template <typename scalar_t, Reset kReset, bool kNormalised>
 struct BackwardRows {
   using Block = BackwardBlock<scalar_t>;
@@ -44,6 +62,15 @@ struct BackwardRows {
   template <int kBytes>
   static IIRSNN_INLINE void run(const Block* block) {
     const Block b = *block;  // which stores cannot change
+    with_parameters(b.parameters, [&](auto along) IIRSNN_INLINE_LAMBDA {
+      if (kNormalised || b.sums) return visit<kBytes, decltype(along)::value, true>(b);
+      visit<kBytes, decltype(along)::value, false>(b);
+    });
+  }
+
+ private:
+  template <int kBytes, bool kAlong, bool kSummed>
+  static IIRSNN_INLINE void visit(const Block& b) {
     using V = typename Parts<scalar_t, kBytes>::V;
     V sums[kSums<kNormalised>];
     for (V& sum : sums) sum = V(acc_t(0));
@@ -60,7 +87,11 @@ struct BackwardRows {
         const scalar_t* next = t + 1 < length ? x + b.x_stride : b.grad_s + (start + t) * b.grad_s_stride;
         acc_t* h =
             visit < last && t + 1 == length ? b.checkpoints + segment * kRow<acc_t> : b.membranes + t * kRow<acc_t>;
-        charge_row<kBytes>(b, x, before, start + t > 0, h, next);
+        if (before) {
+          charge_row<kBytes, kAlong, true>(b, x, before, start + t > 0, h, next);
+        } else {
+          charge_row<kBytes, kAlong, false>(b, x, before, false, h, next);
+        }
         before = h;
       }
       if (visit < last) continue;
@@ -70,40 +101,36 @@ struct BackwardRows {
         before = t > 0 ? h - kRow<acc_t> : first;
         acc_t* carried = at > 0 ? b.grad_membrane : b.grad_v0;
         b.slope_row(h, &b.parameters, b.scale, b.slopes, b.n);
-        if (kNormalised || b.sums) {
-          step_row<kBytes, true>(b, at, h, before, carry, carried, sums);
-        } else {
-          step_row<kBytes, false>(b, at, h, before, carry, carried, sums);
-        }
+        step_row<kBytes, kAlong, kSummed>(b, at, h, before, carry, carried, sums);
         carry = carried;
       }
     }
     if constexpr (kReset == Reset::soft_delayed) {
       if (b.v0 && !b.detach_reset) {
         b.slope_row(b.v0, &b.parameters, b.scale, b.slopes, b.n);
-        v0_row<kBytes>(b, sums);
+        v0_row<kBytes, kAlong, kSummed>(b, sums);
       }
     }
-    if (b.sums && !b.parameters.along) {
+    if constexpr (kSummed && !kAlong) {
       for (int k = 0; k < kSums<kNormalised>; ++k) store(b.sums + k * kRow<acc_t>, sums[k]);
     }
   }
 
- private:
-  // before: the membrane before the timestep, after a reset if `fired`; or null: 0.
-  template <int kBytes>
+  // before: the membrane before the timestep, ahead of its reset if `fired`; 0 where not kCharged.
+  template <int kBytes, bool kAlong, bool kCharged>
   static IIRSNN_INLINE void charge_row(const Block& b, const scalar_t* x, const acc_t* before, bool fired, acc_t* h,
                                        const scalar_t* next) {
     using V = typename Parts<scalar_t, kBytes>::V;
     using P = typename Parts<scalar_t, kBytes>::P;
+    const PartParameters<P, kAlong, acc_t> parameters(b.parameters);
     for (int i = 0; i < b.n; i += V::kSize) {
       prefetch<V>(next + i);
       IIRSNN_REGISTERS
       for (int part = 0; part < Parts<scalar_t, kBytes>::kCount; ++part) {
         const int j = i + part * P::kSize;
-        P current = current_at<kNormalised, P>(x, b.parameters, j);
-        if (before) {
-          const Neuron<P> neuron = neuron_at<P>(b.parameters, j, b.v_reset);
+        P current = current_at<kNormalised, P>(x, parameters, j);
+        if constexpr (kCharged) {
+          const Neuron<P> neuron = parameters.neuron(j, b.v_reset);
           P v = load<P>(before + j);
           if (fired) v = discharge<kReset>(v, neuron);
           current = charge<kReset>(current, v, neuron);
@@ -113,29 +140,12 @@ struct BackwardRows {
     }
   }
 
-  // Adds the sums of a vector's neurons, from i on.
-  template <typename V>
-  static IIRSNN_INLINE void add_to_rows(const Block& b, int i, V* sums) {
-    IIRSNN_REGISTERS
-    for (int k = 0; k < kSums<kNormalised>; ++k) {
-      acc_t* row = b.sums + k * kRow<acc_t> + i;
-      store(row, load<V>(row) + sums[k]);
-      sums[k] = V(acc_t(0));
-    }
-  }
-  template <typename V, typename P>
-  static IIRSNN_INLINE void add_part(V& sum, int part, const P& value) {
-    IIRSNN_REGISTERS
-    for (int k = 0; k < P::kRegisters; ++k) {
-      sum.r[part * P::kRegisters + k] = sum.r[part * P::kRegisters + k] + value.r[k];
-    }
-  }
-
   // carry, carried: the gradient of the membrane after and before the timestep, or null: 0, and not wanted.
-  template <int kBytes, bool kSummed, typename V>
+  template <int kBytes, bool kAlong, bool kSummed, typename V>
   static IIRSNN_INLINE void step_row(const Block& b, int64_t t, const acc_t* h, const acc_t* before, const acc_t* carry,
                                      acc_t* carried, V* totals) {
     using P = typename Parts<scalar_t, kBytes>::P;
+    const PartParameters<P, kAlong, acc_t> parameters(b.parameters);
     const scalar_t *x = b.x + t * b.x_stride, *grad_s = b.grad_s + t * b.grad_s_stride;
     const scalar_t* next = t > 0 ? grad_s - b.grad_s_stride : b.next;
     scalar_t* grad_x = b.grad_x + t * b.grad_x_stride;
@@ -147,7 +157,7 @@ struct BackwardRows {
       IIRSNN_REGISTERS
       for (int part = 0; part < Parts<scalar_t, kBytes>::kCount; ++part) {
         const int j = i + part * P::kSize;
-        const Neuron<P> neuron = neuron_at<P>(b.parameters, j, b.v_reset);
+        const Neuron<P> neuron = parameters.neuron(j, b.v_reset);
         P v = zero;
         if ((kSummed || kReset == Reset::soft_delayed) && before) {
           v = load<P>(before + j);
@@ -169,32 +179,97 @@ struct BackwardRows {
         if (before) add_part(sums[kLeakSum], part, grad.leak);
         if constexpr (kNormalised) {
           add_part(sums[kGradSum], part, grad.x);
-          add_part(sums[kDotSum], part, grad.x * (load<P>(x + j) - parameter<P>(b.parameters, kMean, j)));
+          add_part(sums[kDotSum], part, grad.x * (load<P>(x + j) - parameters.of(kMean, j)));
         }
       }
-      if (kSummed && b.parameters.along) add_to_rows(b, i, sums);
+      if constexpr (kSummed && kAlong) add_to_rows<kSums<kNormalised>>(b, i, sums);
     }
     for (int k = 0; kSummed && k < kSums<kNormalised>; ++k) totals[k] = sums[k];
   }
 
   // What the spike of v0 owes, after the last step; its slopes are in b.slopes.
-  template <int kBytes, typename V>
+  template <int kBytes, bool kAlong, bool kSummed, typename V>
   static IIRSNN_INLINE void v0_row(const Block& b, V* sums) {
     using P = typename Parts<scalar_t, kBytes>::P;
+    const PartParameters<P, kAlong, acc_t> parameters(b.parameters);
     for (int i = 0; i < b.n; i += V::kSize) {
       IIRSNN_REGISTERS
       for (int part = 0; part < Parts<scalar_t, kBytes>::kCount; ++part) {
         const int j = i + part * P::kSize;
-        const Neuron<P> neuron = neuron_at<P>(b.parameters, j, b.v_reset);
+        const Neuron<P> neuron = parameters.neuron(j, b.v_reset);
         Carry<P> state{load<P>(b.grad_v0 + j), load<P>(b.grad_reset + j)};
         const P threshold = backward_v0_delayed(load<P>(b.v0 + j), load<P>(b.slopes + j), neuron, state);
         store(b.grad_v0 + j, state.grad_v);
-        if (b.sums) add_part(sums[kThresholdSum], part, threshold);
+        if constexpr (kSummed) add_part(sums[kThresholdSum], part, threshold);
       }
-      if (b.sums && b.parameters.along) add_to_rows(b, i, sums);
+      if constexpr (kSummed && kAlong) add_to_rows<kSums<kNormalised>>(b, i, sums);
     }
   }
 };
+
+// T = 1 from v = 0, without grad_v: no membrane, no reset, no carry, no leak, and one pass.
+template <typename scalar_t, Surrogate kSurrogate, bool kNormalised>
+struct SingleBackwardRow {
+  using Block = BackwardBlock<scalar_t>;
+  using acc_t = typename Block::acc_t;
+
+  template <int kBytes>
+  static IIRSNN_INLINE void run(const Block* block) {
+    const Block b = *block;  // which stores cannot change
+    with_parameters(b.parameters, [&](auto along) IIRSNN_INLINE_LAMBDA {
+      if (kNormalised || b.sums) return row<kBytes, decltype(along)::value, true>(b);
+      row<kBytes, decltype(along)::value, false>(b);
+    });
+  }
+
+ private:
+  template <int kBytes, bool kAlong, bool kSummed>
+  static IIRSNN_INLINE void row(const Block& b) {
+    using V = typename Parts<scalar_t, kBytes>::V;
+    using P = typename Parts<scalar_t, kBytes>::P;
+    const PartParameters<P, kAlong, acc_t> parameters(b.parameters);
+    constexpr int kCount = kSums<kNormalised>;
+    const P zero = P(acc_t(0)), scale = P(b.scale);
+    V sums[kCount];
+    for (V& sum : sums) sum = V(acc_t(0));
+    for (int i = 0; i < b.n; i += V::kSize) {
+      IIRSNN_REGISTERS
+      for (int part = 0; part < Parts<scalar_t, kBytes>::kCount; ++part) {
+        const int j = i + part * P::kSize;
+        const Neuron<P> neuron{zero, parameters.of(kInverse, j), zero, zero};
+        Carry<P> carry{zero, zero};
+        const P h = current_at<kNormalised, P>(b.x, parameters, j);
+        const StepGrad<P> grad =
+            backward_step<Reset::none, kSurrogate>(load<P>(b.grad_s + j), h, zero, neuron, scale, true, carry);
+        store(b.grad_x + j, grad.x, b.past_caches);
+        if constexpr (!kSummed) continue;
+        add_part(sums[kThresholdSum], part, grad.threshold);
+        if constexpr (kNormalised) {
+          add_part(sums[kGradSum], part, grad.x);
+          add_part(sums[kDotSum], part, grad.x * (load<P>(b.x + j) - parameters.of(kMean, j)));
+        }
+      }
+      if constexpr (kSummed && kAlong) add_to_rows<kCount>(b, i, sums);
+    }
+    for (int k = 0; kSummed && !kAlong && k < kCount; ++k) store(b.sums + k * kRow<acc_t>, sums[k]);
+  }
+};
+
+template <typename scalar_t, bool kNormalised>
+auto single_backward_row(Surrogate surrogate) {
+  switch (surrogate) {
+    case Surrogate::triangle:
+      return version<SingleBackwardRow<scalar_t, Surrogate::triangle, kNormalised>>();
+    case Surrogate::atan:
+      return version<SingleBackwardRow<scalar_t, Surrogate::atan, kNormalised>>();
+    case Surrogate::sigmoid:
+      return version<SingleBackwardRow<scalar_t, Surrogate::sigmoid, kNormalised>>();
+    case Surrogate::fast_sigmoid:
+      return version<SingleBackwardRow<scalar_t, Surrogate::fast_sigmoid, kNormalised>>();
+    default:
+      return version<SingleBackwardRow<scalar_t, Surrogate::boxcar, kNormalised>>();
+  }
+}
 
 // sums: [chunks, kSums, C], or null: not wanted.
 template <typename scalar_t, bool kNormalised>
@@ -205,8 +280,11 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
   constexpr int kStride = kRow<x_t>;
   const LifShape& shape = args.shape;
   const int64_t steps = shape.timesteps;
-  const auto kernel = with_reset(
-      args.reset, [](auto reset) { return version<BackwardRows<x_t, decltype(reset)::value, kNormalised>>(); });
+  const bool single = steps == 1 && !args.v0 && !args.grad_v;
+  const auto kernel =
+      single ? single_backward_row<x_t, kNormalised>(args.surrogate) : with_reset(args.reset, [](auto reset) {
+        return version<BackwardRows<x_t, decltype(reset)::value, kNormalised>>();
+      });
   const bool some_staged = std::is_same_v<scalar_t, Half> || last_chunk == chunks_of(shape);
   const Scratch<x_t> copies(some_staged ? 3 * steps * kStride : 0);
   const int64_t segments = (steps - 1) / kSegment, rows = std::min<int64_t>(steps, kSegment) + segments;
@@ -274,5 +352,13 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
   }
   settle();
 }
+
+// Compiled in files of their own, which takes two processors half the time.
+#define IIRSNN_BACKWARD_BLOCKS(scalar_t, normalised)                                                           \
+  template void backward_blocks<scalar_t, normalised>(const LifBackward&, Channels<Convert<scalar_t>::acc_t>&, \
+                                                      double*, int64_t, int64_t)
+extern IIRSNN_BACKWARD_BLOCKS(double, false);
+extern IIRSNN_BACKWARD_BLOCKS(BFloat16, false);
+extern IIRSNN_BACKWARD_BLOCKS(BFloat16, true);
 
 }  // namespace iirsnn

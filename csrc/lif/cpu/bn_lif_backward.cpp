@@ -25,16 +25,17 @@ struct GradRows {
   static IIRSNN_INLINE void run(const GradBlock<scalar_t>* block) {
     using P = typename Parts<scalar_t, kBytes>::P;
     const GradBlock<scalar_t> b = *block;
-    for (int64_t t = 0; t < b.timesteps; ++t) {
-      const scalar_t* x = b.x + t * b.x_stride;
-      scalar_t* grad_x = b.grad_x + t * b.grad_x_stride;
-      for (int i = 0; i < b.n; i += P::kSize) {
-        const P centred = load<P>(x + i) - parameter<P>(b.parameters, kInputMean, i);
-        const P off = load<P>(grad_x + i) - parameter<P>(b.parameters, kGradMean, i);
-        store(grad_x + i,
-              (off - centred * parameter<P>(b.parameters, kSlope, i)) * parameter<P>(b.parameters, kInputGain, i));
+    with_parameters(b.parameters, [&](auto along) IIRSNN_INLINE_LAMBDA {
+      const PartParameters<P, decltype(along)::value, float> p(b.parameters);
+      for (int64_t t = 0; t < b.timesteps; ++t) {
+        const scalar_t* x = b.x + t * b.x_stride;
+        scalar_t* grad_x = b.grad_x + t * b.grad_x_stride;
+        for (int i = 0; i < b.n; i += P::kSize) {
+          const P centred = load<P>(x + i) - p.of(kInputMean, i), off = load<P>(grad_x + i) - p.of(kGradMean, i);
+          store(grad_x + i, (off - centred * p.of(kSlope, i)) * p.of(kInputGain, i));
+        }
       }
-    }
+    });
   }
 };
 

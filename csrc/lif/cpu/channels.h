@@ -18,8 +18,8 @@ constexpr int kHeldBlocks = 8;  // whose sums rows hold as acc_t, before they ar
 
 template <typename acc_t>
 struct Parameters {
-  const acc_t* at[kParameters];  // of neuron i of a block: [i & along]
-  int along;                     // all bits: one a neuron; none: one vector of equal ones
+  const acc_t* at[kParameters];  // of neuron i of a block: [i], or [0]
+  bool along;                    // one a neuron; else one vector of equal ones
 };
 
 template <typename acc_t>

@@ -33,31 +33,39 @@ struct ForwardRows {
   template <int kBytes>
   static IIRSNN_INLINE void run(const Block* block) {
     const Block b = *block;  // which stores cannot change
-    const acc_t* before = b.v0;
-    for (int64_t t = 0; t < b.timesteps; ++t) {
-      const scalar_t* x = b.x + t * b.x_stride;
-      const bool last = t + 1 == b.timesteps;
-      acc_t* after = last ? b.v : b.membranes;
-      row<kBytes>(b, x, before, after, b.s + t * b.s_stride, last ? b.next : x + b.x_stride);
-      before = after;
-    }
+    with_parameters(b.parameters, [&](auto along) IIRSNN_INLINE_LAMBDA {
+      const acc_t* before = b.v0;
+      for (int64_t t = 0; t < b.timesteps; ++t) {
+        const bool last = t + 1 == b.timesteps;
+        acc_t* after = last ? b.v : b.membranes;
+        if (before) {
+          row<kBytes, decltype(along)::value, true>(b, t, before, after);
+        } else {
+          row<kBytes, decltype(along)::value, false>(b, t, before, after);
+        }
+        before = after;
+      }
+    });
   }
 
  private:
-  // before, after: the membrane around the timestep, or null: 0, and not wanted.
-  template <int kBytes>
-  static IIRSNN_INLINE void row(const Block& b, const scalar_t* x, const acc_t* before, acc_t* after, scalar_t* s,
-                                const scalar_t* next) {
+  // before: the membrane before the timestep; 0 where not kCharged. after: that after it, or null: not wanted.
+  template <int kBytes, bool kAlong, bool kCharged>
+  static IIRSNN_INLINE void row(const Block& b, int64_t t, const acc_t* before, acc_t* after) {
     using V = typename Parts<scalar_t, kBytes>::V;
     using P = typename Parts<scalar_t, kBytes>::P;
+    const PartParameters<P, kAlong, acc_t> parameters(b.parameters);
+    const scalar_t* x = b.x + t * b.x_stride;
+    const scalar_t* next = t + 1 == b.timesteps ? b.next : x + b.x_stride;
+    scalar_t* s = b.s + t * b.s_stride;
     for (int i = 0; i < b.n; i += V::kSize) {
       prefetch<V>(next + i);
       IIRSNN_REGISTERS
       for (int part = 0; part < Parts<scalar_t, kBytes>::kCount; ++part) {
         const int j = i + part * P::kSize;
-        const Neuron<P> neuron = neuron_at<P>(b.parameters, j, b.v_reset);
-        P h = current_at<kNormalised, P>(x, b.parameters, j);
-        if (before) h = charge<kReset>(h, load<P>(before + j), neuron);
+        const Neuron<P> neuron = parameters.neuron(j, b.v_reset);
+        P h = current_at<kNormalised, P>(x, parameters, j);
+        if constexpr (kCharged) h = charge<kReset>(h, load<P>(before + j), neuron);
         Memory<P>::store_spike(s + j, spike(h, neuron.threshold), b.past_caches);
         if (after) store(after + j, discharge<kReset>(h, neuron));
       }

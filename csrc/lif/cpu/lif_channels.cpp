@@ -102,7 +102,7 @@ const Parameters<acc_t>& Channels<acc_t>::of(const Range& range) {
   channel_ = channel;
   phase_ = phase;
   filled_ = n;
-  parameters_.along = channel < 0 ? ~0 : 0;
+  parameters_.along = channel < 0;
   for (int k = 0; k < kParameters; ++k) {
     if (!values_[k]) continue;
     acc_t* row = const_cast<acc_t*>(parameters_.at[k]);

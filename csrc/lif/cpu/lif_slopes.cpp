@@ -1,5 +1,5 @@
+#include "lif/cpu/rows.h"
 #include "lif/cpu/slopes.h"
-#include "simd/versions.h"
 
 namespace iirsnn {
 namespace {
@@ -10,14 +10,13 @@ struct Slopes {
   static IIRSNN_INLINE void run(const acc_t* membranes, const Parameters<acc_t>* parameters, acc_t scale, acc_t* slopes,
                                 int n) {
     using V = Lanes<acc_t, kBytes, kBytes>;
-    const acc_t* inverse = parameters->at[kInverse];
-    const int along = parameters->along;
     const V a = V(scale);
-    for (int i = 0; i < n; i += V::kSize) {
-      Neuron<V> neuron{};
-      neuron.inverse_threshold = load<V>(inverse + (i & along));
-      store(slopes + i, spike_slope<kSurrogate>(load<V>(membranes + i), neuron, a));
-    }
+    with_parameters(*parameters, [&](auto along) IIRSNN_INLINE_LAMBDA {
+      const PartParameters<V, decltype(along)::value, acc_t> p(*parameters);
+      for (int i = 0; i < n; i += V::kSize) {
+        store(slopes + i, spike_slope<kSurrogate>(load<V>(membranes + i), p.neuron(i, acc_t(0)), a));
+      }
+    });
   }
 };
 

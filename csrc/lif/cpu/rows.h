@@ -15,14 +15,36 @@ struct Parts {
   static constexpr int kCount = V::kRegisters / P::kRegisters;
 };
 
-template <typename P, typename acc_t>
-IIRSNN_INLINE P parameter(const Parameters<acc_t>& p, int which, int i) {
-  return load<P>(p.at[which] + (i & p.along));
-}
+// The parameters of a part: loaded for each, or where they are broadcast held in registers.
+template <typename P, bool kAlong, typename acc_t>
+class PartParameters {
+ public:
+  IIRSNN_INLINE explicit PartParameters(const Parameters<acc_t>& p) {
+    IIRSNN_REGISTERS
+    for (int k = 0; k < kParameters; ++k) {
+      at_[k] = p.at[k];
+      if constexpr (!kAlong) all_[k] = load<P>(p.at[k]);
+    }
+  }
+  // Of the part from neuron i of the block on.
+  IIRSNN_INLINE P of(int which, int i) const {
+    if constexpr (kAlong) return load<P>(at_[which] + i);
+    return all_[which];
+  }
+  IIRSNN_INLINE Neuron<P> neuron(int i, acc_t v_reset) const {
+    return {of(kThreshold, i), of(kInverse, i), of(kLeak, i), P(v_reset)};
+  }
 
-template <typename P, typename acc_t>
-IIRSNN_INLINE Neuron<P> neuron_at(const Parameters<acc_t>& p, int i, acc_t v_reset) {
-  return {parameter<P>(p, kThreshold, i), parameter<P>(p, kInverse, i), parameter<P>(p, kLeak, i), P(v_reset)};
+ private:
+  const acc_t* at_[kParameters];
+  P all_[kParameters];
+};
+
+// f(std::bool_constant<whether each neuron has its own parameters>()).
+template <typename acc_t, typename F>
+IIRSNN_INLINE void with_parameters(const Parameters<acc_t>& p, F f) {
+  if (p.along) return f(std::true_type());
+  f(std::false_type());
 }
 
 // Rounded to scalar_t, as a current in memory would be; of a NaN, its lower half is 0.
@@ -37,11 +59,11 @@ IIRSNN_INLINE P rounded(const P& value) {
   }
 }
 
-template <bool kNormalised, typename P, typename scalar_t, typename acc_t>
-IIRSNN_INLINE P current_at(const scalar_t* x, const Parameters<acc_t>& p, int i) {
+template <bool kNormalised, typename P, typename scalar_t, typename PartParameters>
+IIRSNN_INLINE P current_at(const scalar_t* x, const PartParameters& p, int i) {
   const P current = load<P>(x + i);
   if constexpr (!kNormalised) return current;
-  return rounded<scalar_t>(current * parameter<P>(p, kGain, i) + parameter<P>(p, kShift, i));
+  return rounded<scalar_t>(current * p.of(kGain, i) + p.of(kShift, i));
 }
 
 // Asks for the scalars of a vector of a row that comes next: 3 T rows are more than a processor follows by itself.

@@ -1,0 +1,7 @@
+#include "lif/cpu/backward.h"
+
+namespace iirsnn {
+
+IIRSNN_BACKWARD_BLOCKS(BFloat16, false);
+
+}  // namespace iirsnn

@@ -1,0 +1,7 @@
+#include "lif/cpu/backward.h"
+
+namespace iirsnn {
+
+IIRSNN_BACKWARD_BLOCKS(double, false);
+
+}  // namespace iirsnn
