@@ -67,8 +67,9 @@ def matching(loop: list[str], pattern: str) -> list[str]:
     return [text for text in loop if re.match(pattern, text)]
 
 
-# Outputs of a tile by their weights; 16 registers of 16 bytes hold the sums. Its loops: of plain spikes; of the digits
-# of pooled counts, where a row of fp32 that counts twice is doubled, one more addition; of rows that were widened.
+# Outputs of a tile by their weights; 16 registers of 16 bytes hold the sums. Its loops: of plain
+# spikes; of the digits of pooled counts, where a row of fp32 that counts twice is doubled, one more
+# addition; of rows that were widened.
 TILES = ["Fp32, 64", "Bf16, 64", "Integer<signed char>, 128"]
 
 
