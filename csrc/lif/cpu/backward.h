@@ -128,7 +128,7 @@ struct BackwardRows {
       IIRSNN_REGISTERS
       for (int part = 0; part < Parts<scalar_t, kBytes>::kCount; ++part) {
         const int j = i + part * P::kSize;
-        P current = current_at<kNormalised, P>(x, parameters, j);
+        P current = current_at<kNormalised, P>(x + j, parameters, j);
         if constexpr (kCharged) {
           const Neuron<P> neuron = parameters.neuron(j, b.v_reset);
           P v = load<P>(before + j);
@@ -149,11 +149,13 @@ struct BackwardRows {
     const scalar_t *x = b.x + t * b.x_stride, *grad_s = b.grad_s + t * b.grad_s_stride;
     const scalar_t* next = t > 0 ? grad_s - b.grad_s_stride : b.next;
     scalar_t* grad_x = b.grad_x + t * b.grad_x_stride;
+    const scalar_t* next_grad_x = t > 0 ? grad_x - b.grad_x_stride : grad_x;
     const P zero = P(acc_t(0));
     V sums[kSums<kNormalised>];  // in registers
     for (int k = 0; kSummed && k < kSums<kNormalised>; ++k) sums[k] = totals[k];
     for (int i = 0; i < b.n; i += V::kSize) {
       prefetch<V>(next + i);
+      if (!b.past_caches) prefetch<V>(next_grad_x + i);
       IIRSNN_REGISTERS
       for (int part = 0; part < Parts<scalar_t, kBytes>::kCount; ++part) {
         const int j = i + part * P::kSize;
@@ -238,7 +240,7 @@ struct SingleBackwardRow {
         const int j = i + part * P::kSize;
         const Neuron<P> neuron{zero, parameters.of(kInverse, j), zero, zero};
         Carry<P> carry{zero, zero};
-        const P h = current_at<kNormalised, P>(b.x, parameters, j);
+        const P h = current_at<kNormalised, P>(b.x + j, parameters, j);
         const StepGrad<P> grad =
             backward_step<Reset::none, kSurrogate>(load<P>(b.grad_s + j), h, zero, neuron, scale, true, carry);
         store(b.grad_x + j, grad.x, b.past_caches);
