@@ -29,7 +29,8 @@ struct BackwardBlock {
   Parameters<acc_t> parameters;
   acc_t v_reset;
   bool detach_reset;
-  SlopeRow<acc_t> slope_row;
+  Surrogate surrogate;
+  SlopeRow<acc_t> slope_row;  // or null: triangle, which is computed where it is needed
   acc_t scale;
   acc_t* sums;                                               // see ChannelSums; or null: not wanted
   acc_t* membranes;                                          // scratch: [kSegment] rows
@@ -74,6 +75,7 @@ struct BackwardRows {
     using V = typename Parts<scalar_t, kBytes>::V;
     V sums[kSums<kNormalised>];
     for (V& sum : sums) sum = V(acc_t(0));
+    const Parameters<acc_t> parameters = b.parameters;  // a copy for calls: b stays known to the compiler
     const int64_t last = (b.timesteps - 1) / kSegment;
     const acc_t* carry = b.grad_v;
     // up through the segments for their checkpoints, down again for the gradients
@@ -100,14 +102,14 @@ struct BackwardRows {
         const acc_t* h = b.membranes + t * kRow<acc_t>;
         before = t > 0 ? h - kRow<acc_t> : first;
         acc_t* carried = at > 0 ? b.grad_membrane : b.grad_v0;
-        b.slope_row(h, &b.parameters, b.scale, b.slopes, b.n);
+        if (b.slope_row) b.slope_row(h, &parameters, b.scale, b.slopes, b.n);
         step_row<kBytes, kAlong, kSummed>(b, at, h, before, carry, carried, sums);
         carry = carried;
       }
     }
     if constexpr (kReset == Reset::soft_delayed) {
       if (b.v0 && !b.detach_reset) {
-        b.slope_row(b.v0, &b.parameters, b.scale, b.slopes, b.n);
+        slope_row<acc_t>(b.surrogate)(b.v0, &parameters, b.scale, b.slopes, b.n);
         v0_row<kBytes, kAlong, kSummed>(b, sums);
       }
     }
@@ -128,7 +130,7 @@ struct BackwardRows {
       IIRSNN_REGISTERS
       for (int part = 0; part < Parts<scalar_t, kBytes>::kCount; ++part) {
         const int j = i + part * P::kSize;
-        P current = current_at<kNormalised, P>(x, parameters, j);
+        P current = current_at<kNormalised, P>(x + j, parameters, j);
         if constexpr (kCharged) {
           const Neuron<P> neuron = parameters.neuron(j, b.v_reset);
           P v = load<P>(before + j);
@@ -149,11 +151,14 @@ struct BackwardRows {
     const scalar_t *x = b.x + t * b.x_stride, *grad_s = b.grad_s + t * b.grad_s_stride;
     const scalar_t* next = t > 0 ? grad_s - b.grad_s_stride : b.next;
     scalar_t* grad_x = b.grad_x + t * b.grad_x_stride;
-    const P zero = P(acc_t(0));
+    const scalar_t* next_grad_x = t > 0 ? grad_x - b.grad_x_stride : grad_x;
+    const bool triangle = b.slope_row == nullptr;
+    const P zero = P(acc_t(0)), scale = P(b.scale);
     V sums[kSums<kNormalised>];  // in registers
     for (int k = 0; kSummed && k < kSums<kNormalised>; ++k) sums[k] = totals[k];
     for (int i = 0; i < b.n; i += V::kSize) {
       prefetch<V>(next + i);
+      if (!b.past_caches) prefetch<V>(next_grad_x + i);
       IIRSNN_REGISTERS
       for (int part = 0; part < Parts<scalar_t, kBytes>::kCount; ++part) {
         const int j = i + part * P::kSize;
@@ -167,8 +172,15 @@ struct BackwardRows {
         if constexpr (kReset == Reset::soft_delayed) {
           if (!b.detach_reset && t + 1 < b.timesteps) state.grad_reset = load<P>(b.grad_reset + j);
         }
-        const StepGrad<P> grad = backward_step<kReset>(load<P>(grad_s + j), load<P>(h + j), v, load<P>(b.slopes + j),
-                                                       neuron, b.detach_reset, state);
+        const P membrane = load<P>(h + j);
+        P slope;
+        if (triangle) {
+          slope = spike_slope<Surrogate::triangle>(membrane, neuron, scale);
+        } else {
+          slope = load<P>(b.slopes + j);
+        }
+        const StepGrad<P> grad =
+            backward_step<kReset>(load<P>(grad_s + j), membrane, v, slope, neuron, b.detach_reset, state);
         store(grad_x + j, grad.x, b.past_caches);
         if (carried) store(carried + j, state.grad_v);
         if constexpr (kReset == Reset::soft_delayed) {
@@ -238,7 +250,7 @@ struct SingleBackwardRow {
         const int j = i + part * P::kSize;
         const Neuron<P> neuron{zero, parameters.of(kInverse, j), zero, zero};
         Carry<P> carry{zero, zero};
-        const P h = current_at<kNormalised, P>(b.x, parameters, j);
+        const P h = current_at<kNormalised, P>(b.x + j, parameters, j);
         const StepGrad<P> grad =
             backward_step<Reset::none, kSurrogate>(load<P>(b.grad_s + j), h, zero, neuron, scale, true, carry);
         store(b.grad_x + j, grad.x, b.past_caches);
@@ -295,7 +307,8 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
   block.timesteps = steps;
   block.v_reset = acc_t(args.v_reset);
   block.detach_reset = args.detach_reset;
-  block.slope_row = slope_row<acc_t>(args.surrogate);
+  block.surrogate = args.surrogate;
+  block.slope_row = args.surrogate == Surrogate::triangle ? nullptr : slope_row<acc_t>(args.surrogate);
   block.scale = acc_t(args.surrogate_scale);
   block.membranes = row(0);
   block.checkpoints = row(rows - segments);

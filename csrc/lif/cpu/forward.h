@@ -1,5 +1,5 @@
-// Spikes of a range of chunks: reads x and writes s, 2 T N scalars. A block's membranes are one row, which stays in the
-// L1 cache.
+// Spikes of a range of chunks: reads x and writes s, 2 T N scalars. A vector of neurons goes through all its timesteps
+// before the next one starts, its membranes in registers.
 #pragma once
 
 #include "lif/cpu/rows.h"
@@ -14,13 +14,11 @@ struct ForwardBlock {
   int64_t timesteps;
   const scalar_t* x;
   int64_t x_stride;
-  const scalar_t* next;  // x of the block after
   scalar_t* s;
   int64_t s_stride;
   bool past_caches;  // write s so
   const acc_t* v0;   // or null
   acc_t* v;          // or null
-  acc_t* membranes;  // scratch, [n]
   Parameters<acc_t> parameters;
   acc_t v_reset;
 };
@@ -34,42 +32,28 @@ struct ForwardRows {
   static IIRSNN_INLINE void run(const Block* block) {
     const Block b = *block;  // which stores cannot change
     with_parameters(b.parameters, [&](auto along) IIRSNN_INLINE_LAMBDA {
-      const acc_t* before = b.v0;
-      for (int64_t t = 0; t < b.timesteps; ++t) {
-        const bool last = t + 1 == b.timesteps;
-        acc_t* after = last ? b.v : b.membranes;
-        if (before) {
-          row<kBytes, decltype(along)::value, true>(b, t, before, after);
-        } else {
-          row<kBytes, decltype(along)::value, false>(b, t, before, after);
-        }
-        before = after;
-      }
+      using V = typename Parts<scalar_t, kBytes>::V;
+      const PartParameters<V, decltype(along)::value, acc_t> parameters(b.parameters);
+      for (int i = 0; i < b.n; i += V::kSize) neurons<V>(b, i, parameters);
     });
   }
 
  private:
-  // before: the membrane before the timestep; 0 where not kCharged. after: that after it, or null: not wanted.
-  template <int kBytes, bool kAlong, bool kCharged>
-  static IIRSNN_INLINE void row(const Block& b, int64_t t, const acc_t* before, acc_t* after) {
-    using V = typename Parts<scalar_t, kBytes>::V;
-    using P = typename Parts<scalar_t, kBytes>::P;
-    const PartParameters<P, kAlong, acc_t> parameters(b.parameters);
-    const scalar_t* x = b.x + t * b.x_stride;
-    const scalar_t* next = t + 1 == b.timesteps ? b.next : x + b.x_stride;
-    scalar_t* s = b.s + t * b.s_stride;
-    for (int i = 0; i < b.n; i += V::kSize) {
-      prefetch<V>(next + i);
-      IIRSNN_REGISTERS
-      for (int part = 0; part < Parts<scalar_t, kBytes>::kCount; ++part) {
-        const int j = i + part * P::kSize;
-        const Neuron<P> neuron = parameters.neuron(j, b.v_reset);
-        P h = current_at<kNormalised, P>(x, parameters, j);
-        if constexpr (kCharged) h = charge<kReset>(h, load<P>(before + j), neuron);
-        Memory<P>::store_spike(s + j, spike(h, neuron.threshold), b.past_caches);
-        if (after) store(after + j, discharge<kReset>(h, neuron));
-      }
+  template <typename V, typename PartParameters>
+  static IIRSNN_INLINE void neurons(const Block& b, int i, const PartParameters& parameters) {
+    const scalar_t* x = b.x + i;
+    scalar_t* s = b.s + i;
+    const Neuron<V> neuron = parameters.neuron(i, b.v_reset);
+    V h = current_at<kNormalised, V>(x, parameters, i);
+    if (b.v0) h = charge<kReset>(h, load<V>(b.v0 + i), neuron);
+    Memory<V>::store_spike(s, spike(h, neuron.threshold), b.past_caches);
+    for (int64_t t = 1; t < b.timesteps; ++t) {
+      x += b.x_stride;
+      s += b.s_stride;
+      h = charge<kReset>(current_at<kNormalised, V>(x, parameters, i), discharge<kReset>(h, neuron), neuron);
+      Memory<V>::store_spike(s, spike(h, neuron.threshold), b.past_caches);
     }
+    if (b.v) store(b.v + i, discharge<kReset>(h, neuron));
   }
 };
 
@@ -86,10 +70,9 @@ void forward_blocks(const LifForward& args, Channels<typename Convert<scalar_t>:
       args.reset, [](auto reset) { return version<ForwardRows<x_t, decltype(reset)::value, kNormalised>>(); });
   const bool some_staged = std::is_same_v<scalar_t, Half> || last_chunk == chunks_of(shape);
   const Scratch<x_t> x_rows(some_staged ? steps * kStride : 0), s_rows(some_staged || args.bits ? steps * kStride : 0);
-  const Scratch<acc_t> membranes(3 * kRow<acc_t>);
+  const Scratch<acc_t> membranes(some_staged ? 2 * kRow<acc_t> : 0);
   ForwardBlock<x_t> block{};
   block.timesteps = steps;
-  block.membranes = membranes.data();
   block.v_reset = acc_t(args.v_reset);
   // from the last chunk to the first: what a pass before has read last is still in the cache
   for (int64_t chunk = last_chunk - 1; chunk >= first_chunk; --chunk) {
@@ -109,17 +92,16 @@ void forward_blocks(const LifForward& args, Channels<typename Convert<scalar_t>:
       block.past_caches = false;
       if (copied) {
         stage(x, shape.x_stride_t, steps, n, x_rows.data());
-        block.x = block.next = x_rows.data();
+        block.x = x_rows.data();
         block.x_stride = kStride;
         if (v0) {
-          stage(v0, 0, 1, n, membranes.data() + kRow<acc_t>);
-          block.v0 = membranes.data() + kRow<acc_t>;
+          stage(v0, 0, 1, n, membranes.data());
+          block.v0 = membranes.data();
         }
-        if (v) block.v = membranes.data() + 2 * kRow<acc_t>;
+        if (v) block.v = membranes.data() + kRow<acc_t>;
       } else if constexpr (!std::is_same_v<scalar_t, Half>) {
         block.x = x;
         block.x_stride = shape.x_stride_t;
-        block.next = range.last || range.begin + 2 * n > shape.neurons ? x : x + n;
         if (s) {
           block.s = s;
           block.s_stride = shape.neurons;

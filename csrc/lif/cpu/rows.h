@@ -59,9 +59,10 @@ IIRSNN_INLINE P rounded(const P& value) {
   }
 }
 
+// x: that of neuron i of the block.
 template <bool kNormalised, typename P, typename scalar_t, typename PartParameters>
 IIRSNN_INLINE P current_at(const scalar_t* x, const PartParameters& p, int i) {
-  const P current = load<P>(x + i);
+  const P current = load<P>(x);
   if constexpr (!kNormalised) return current;
   return rounded<scalar_t>(current * p.of(kGain, i) + p.of(kShift, i));
 }
