@@ -84,7 +84,7 @@ struct WeightGrad {
   DType dtype;       // of grad and grad_weight: float32 or bfloat16
   void* grad_weight;
   int64_t splits;   // of the images, each with sums of its own
-  float* partials;  // [splits * weight_grad_floats()] where splits > 1
+  float* partials;  // [splits * weight_grad_floats()] where splits > 1, aligned to a cache line
 };
 int64_t weight_grad_splits(const Conv& conv, int64_t threads);
 int64_t weight_grad_floats(const Conv& conv);

@@ -94,8 +94,8 @@ void run_shape(const Shape& shape, bool counts, const std::string& name) {
   for (const int64_t threads : {1, 3}) {
     WeightGrad gradient{conv, source, grad.data(), kType<scalar_t>, grad_weight.data(), 1, nullptr};
     gradient.splits = weight_grad_splits(conv, threads);
-    std::vector<float> partials(gradient.splits * weight_grad_floats(conv));
-    gradient.partials = partials.data();
+    const Buffer<float> partials(gradient.splits * weight_grad_floats(conv));
+    gradient.partials = partials.get();
     weight_grad(gradient, 0, weight_grad_units(gradient));
     weight_grad_finish(gradient, 0, weight_grad_finish_units(gradient));
     grads.add(grad_weight);
