@@ -1,7 +1,8 @@
 // Parameters of one element a channel, and sums over channels, as kernels over a block of neurons meet them.
 //
 // A block within one channel reads its parameters broadcast and sums in registers. A block of several reads them from
-// rows of one element a neuron, which are filled for it, and sums into such rows. No table grows with C or the map.
+// rows of one element a neuron, and sums into such rows. Rows are filled for the block, or where all channels of an
+// image are few neurons once for all of them: no table grows with the map.
 #pragma once
 
 #include <array>
@@ -14,7 +15,8 @@ namespace iirsnn {
 // What kernels read of a channel; the last three of a current that is normalised.
 enum { kThreshold, kLeak, kInverse, kGain, kShift, kMean, kParameters };
 constexpr int kMostSums = 4;
-constexpr int kHeldBlocks = 8;  // whose sums rows hold as acc_t, before they are added up as doubles
+constexpr int kLongRow = 8 * kBlock;  // neurons of all channels whose rows are filled once
+constexpr int kHeldBlocks = 8;        // whose sums rows hold as acc_t, before they are added up as doubles
 
 template <typename acc_t>
 struct Parameters {
@@ -34,12 +36,18 @@ class Channels {
   const Parameters<acc_t>& of(const Range& range);
 
  private:
+  acc_t* broadcast(int k) const { return rows_.data() + k * stride_; }
+  acc_t* row(int k) const { return broadcast(k) + kLanes<acc_t>; }
+
   const LifShape shape_;
   const Values values_;
+  const int64_t period_;
+  const bool once_;
+  const int64_t stride_;
   Scratch<acc_t> rows_;
-  Parameters<acc_t> parameters_;
-  int64_t channel_ = -1, phase_ = -1;  // what the rows hold: one channel; or all from that neuron of a period on, of
-  int filled_ = 0;                     // so many neurons
+  Parameters<acc_t> parameters_{};
+  int64_t channel_ = -1;            // that is broadcast
+  int64_t first_ = 0, filled_ = 0;  // the neuron of a period that the rows start with, and how many they hold
 };
 
 // Sums over the neurons of each channel, `count` of them.

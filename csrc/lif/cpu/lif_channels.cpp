@@ -89,29 +89,35 @@ struct SumRow {  // one a neuron -> added to totals of channels; reads up to a v
 
 template <typename acc_t>
 Channels<acc_t>::Channels(const LifShape& shape, const Values& values)
-    : shape_(shape), values_(values), rows_(kParameters * (kRow<acc_t> + kLanes<acc_t>)), parameters_{} {
-  for (int k = 0; k < kParameters; ++k) parameters_.at[k] = rows_.data() + k * (kRow<acc_t> + kLanes<acc_t>);
-}
+    : shape_(shape),
+      values_(values),
+      period_(shape.channels * shape.inner),
+      once_(period_ <= kLongRow && shape.neurons >= 4 * period_),
+      stride_((once_ ? period_ : 0) + kRow<acc_t> + 2 * kLanes<acc_t>),
+      rows_(kParameters * stride_) {}
 
 template <typename acc_t>
 const Parameters<acc_t>& Channels<acc_t>::of(const Range& range) {
-  const int64_t channel = in_one_channel(shape_, range) ? channel_of(shape_, range.begin) : -1;
-  const int64_t phase = range.begin % (shape_.channels * shape_.inner);
+  parameters_.along = !in_one_channel(shape_, range);
+  if (!parameters_.along) {
+    const int64_t channel = channel_of(shape_, range.begin);
+    for (int k = 0; k < kParameters; ++k) {
+      parameters_.at[k] = broadcast(k);
+      if (values_[k] && channel != channel_) std::fill_n(broadcast(k), kLanes<acc_t>, values_[k][channel]);
+    }
+    channel_ = channel;
+    return parameters_;
+  }
+  const int64_t phase = range.begin % period_;
   const int n = (range.n + kLanes<acc_t> - 1) / kLanes<acc_t> * kLanes<acc_t>;
-  if (channel >= 0 ? channel == channel_ : channel_ < 0 && phase == phase_ && n <= filled_) return parameters_;
-  channel_ = channel;
-  phase_ = phase;
-  filled_ = n;
-  parameters_.along = channel < 0;
-  for (int k = 0; k < kParameters; ++k) {
-    if (!values_[k]) continue;
-    acc_t* row = const_cast<acc_t*>(parameters_.at[k]);
-    if (channel < 0) {
-      run<SpreadRow<acc_t>>(&shape_, values_[k], range.begin, n, row);
-    } else {
-      std::fill_n(row, kLanes<acc_t>, values_[k][channel]);
+  if (phase < first_ || phase + n > first_ + filled_) {
+    first_ = once_ ? 0 : phase;
+    filled_ = once_ ? period_ + kBlock : n;
+    for (int k = 0; k < kParameters; ++k) {
+      if (values_[k]) run<SpreadRow<acc_t>>(&shape_, values_[k], first_, int(filled_), row(k));
     }
   }
+  for (int k = 0; k < kParameters; ++k) parameters_.at[k] = row(k) + (phase - first_);
   return parameters_;
 }
 
