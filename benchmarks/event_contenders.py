@@ -254,6 +254,10 @@ def contenders(
         "SNN in torch": lambda: snn_in_torch(snn),
         "SpikingJelly": lambda: spikingjelly(snn),
     }
+    if unknown := set(only) - makers.keys():
+        raise ValueError(
+            f"contenders: expected names among {', '.join(makers)}, got {', '.join(sorted(unknown))}"
+        )
     made, missing = {}, {}
     for name, maker in makers.items():
         if only and name not in only:

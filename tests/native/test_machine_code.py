@@ -108,7 +108,9 @@ FORWARD = r"(ForwardRow<float, float|ForwardRows<float), \(iirsnn::Reset\)0, fal
 def test_arm_lif_forward():
     for loop in loops(ARM, "lif", FORWARD, "portable", r"fmul\s+v\d+\.4s"):
         assert len(matching(loop, r"fadd\s+v\d+\.4s")) == len(matching(loop, "fmul")), loop
-        assert not matching(loop, r"f(add|sub|mul)\s+[sd]\d|st[rpu]\s+q.*\[sp"), loop
+        assert not matching(loop, r"f(add|sub|mul)\s+[sd]\d"), loop
+        # GCC 12 keeps eight membranes, thresholds and leaks in 32 registers, but for one of them
+        assert len(matching(loop, r"st[rpu]\s+q.*\[sp")) <= 1, loop
 
 
 @needs_x86
