@@ -255,9 +255,8 @@ def contenders(
         "SpikingJelly": lambda: spikingjelly(snn),
     }
     if unknown := set(only) - makers.keys():
-        raise ValueError(
-            f"contenders: expected names among {', '.join(makers)}, got {', '.join(sorted(unknown))}"
-        )
+        names, got = ", ".join(makers), ", ".join(sorted(unknown))
+        raise ValueError(f"contenders: expected names among {names}, got {got}")
     made, missing = {}, {}
     for name, maker in makers.items():
         if only and name not in only:
