@@ -19,6 +19,8 @@ if TYPE_CHECKING:
         SpikeConv2d,
         SpikeLinear,
         TimeSequential,
+        record,
+        reset_state,
         use_spike_layers,
     )
     from .ops import PackedSpikes
@@ -38,6 +40,8 @@ _ROOM_OF = {
     "TimeSequential": "nn",
     "convert": "conversion",
     "env_report": "ops.environment",
+    "record": "nn",
+    "reset_state": "nn",
     "use_spike_layers": "nn",
 }
 _ROOMS = ("conversion", "event", "functional", "models", "nn", "ops")
@@ -62,6 +66,8 @@ __all__ = [
     "models",
     "nn",
     "ops",
+    "record",
+    "reset_state",
     "use_spike_layers",
 ]
 
