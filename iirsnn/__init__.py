@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import conversion, event, functional, models, nn, ops
-    from .conversion import NeuronConfig, convert
+    from .conversion import NeuronConfig, convert, replace_neurons
     from .models import Network
     from .nn import (
         BatchNormLIF,
@@ -38,6 +38,7 @@ _ROOM_OF = {
     "TimeSequential": "nn",
     "convert": "conversion",
     "env_report": "ops.environment",
+    "replace_neurons": "conversion",
     "use_spike_layers": "nn",
 }
 _ROOMS = ("conversion", "event", "functional", "models", "nn", "ops")
@@ -62,6 +63,7 @@ __all__ = [
     "models",
     "nn",
     "ops",
+    "replace_neurons",
     "use_spike_layers",
 ]
 

@@ -1,4 +1,4 @@
-"""Neurons of SpikingJelly, snnTorch, Norse and sinabs, exchanged for iirsnn's kernels and checked."""
+"""Neurons of SpikingJelly, snnTorch, Norse and sinabs, on the kernels of iirsnn, checked."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UsageError
+from ..errors import UsageError, one_line
 from .peers.equation import NoEqualError
 
-LIBRARIES = {"norse": "Norse", "sinabs": "sinabs", "snntorch": "snnTorch", "spikingjelly": "SpikingJelly"}
+LIBRARIES = {
+    "norse": "Norse",
+    "sinabs": "sinabs",
+    "snntorch": "snnTorch",
+    "spikingjelly": "SpikingJelly",
+}
 
-#: Of a state or gradient in float64, relative to the largest value of the original's: rounding of
-#: at most 8 timesteps and sums of at most 1,000 terms.
-TOLERANCE = 1e-11
+#: Of a state or gradient in float64, relative to the largest value of the original's. It is float32
+#: rounding: snnTorch and sinabs make their spikes, and so a gradient, float32 whatever the input.
+TOLERANCE = 1e-5
 #: Of spikes in float32: membranes that rounding moves across the threshold.
 FLIPS = 1e-3
 
@@ -119,7 +124,9 @@ def replace_neurons(model: nn.Module, *, strict: bool = False) -> Replacements:
             accepted.append((module, peer))
     done = Replacements(tuple(rows))
     if strict and done.left:
-        reasons = "; ".join(f"{row.name or 'model'} ({row.original}): {row.reason}" for row in done.left)
+        reasons = "; ".join(
+            f"{row.name or 'model'} ({row.original}): {row.reason}" for row in done.left
+        )
         raise UsageError(f"replace_neurons: expected neurons that all have an equal, got {reasons}")
     for module, peer in accepted:
         _exchange(module, peer)
@@ -127,7 +134,7 @@ def replace_neurons(model: nn.Module, *, strict: bool = False) -> Replacements:
 
 
 def _peer_of(module: nn.Module) -> Any:
-    """The module of `peers` for the library whose neuron this is, or a subclass of one; else None."""
+    """The module of `peers` for the library whose neuron this is (or a subclass); else None."""
     for base in type(module).__mro__:
         library = base.__module__.partition(".")[0]
         if library in LIBRARIES:
@@ -155,16 +162,14 @@ def _tried(name: str, module: nn.Module, peer: Any) -> Replacement:
             double, single = (_compared(module, peer, d) for d in (torch.float64, torch.float32))
     except NoEqualError as error:
         return Replacement(name, original, reason=str(error))
-    checks = {"in_float64": double, "in_float32": single}
+    except Exception as error:  # of the library, on currents it was not made for
+        return Replacement(name, original, reason=f"it could not be checked: {one_line(error)}")
     if double.flips or double.largest > TOLERANCE or single.flips > FLIPS * single.spikes:
-        return Replacement(
-            name,
-            original,
-            reason=f"not the same on random currents: {double.flips} of {double.spikes} spikes "
-            f"differ in float64, {single.flips} in float32, states and gradients by "
-            f"{double.largest:.1e}",
-            **checks,
+        reason = (
+            f"not the same on random currents: {double.flips} of {double.spikes} spikes differ in "
+            f"float64, {single.flips} in float32, states and gradients by {double.largest:.1e}"
         )
+        return Replacement(name, original, None, "", reason, double, single)
     surrogate = "library" if scale is None else peer.equation(module).surrogate.name
     return Replacement(name, original, became.__name__, surrogate, "", double, single)
 

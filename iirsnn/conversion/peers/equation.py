@@ -93,25 +93,34 @@ class Equation:
     v_reset: float = 0.0
     detach_reset: bool = True
 
+    @property
+    def zero(self) -> float:
+        """The membrane that is 0 in the kernels: the rest, but that they subtract a threshold."""
+        return self.rest if self.reset in ("hard", "none") else 0.0
+
     def height(self) -> Parameter:
-        """Of the threshold above the rest. Raises NoEqualError unless it is positive and finite."""
-        height = self.threshold - self.rest
+        """Of the threshold above `zero`. Raises NoEqualError unless it is positive and finite."""
+        height = self.threshold - self.zero
         lowest = height.detach().min().item() if isinstance(height, Tensor) else height
         if not 0 < lowest < math.inf:
             raise NoEqualError(
-                f"its threshold {lowest + self.rest:g} is not above its resting membrane "
-                f"{self.rest:g}"
+                f"its threshold {lowest + self.zero:g} is not above its resting membrane "
+                f"{self.zero:g}"
             )
         return height
 
     def kernel_scale(self) -> float | None:
-        """The scale of our surrogate of that name; None: the library's own one is needed."""
+        """The scale of our surrogate of that name; None: the library's own one is needed.
+
+        It is for a learned threshold as well: ours is a function of h / threshold, so its gradient
+        is another one.
+        """
         height = self.height()
-        if isinstance(height, Tensor):
-            if height.numel() != 1:
-                return None
-            height = height.item()
-        return self.surrogate.scale(height)
+        if not isinstance(height, Tensor):
+            return self.surrogate.scale(height)
+        if height.requires_grad or height.numel() > 1:
+            return None
+        return self.surrogate.scale(height.item())
 
     def run(self, x: Tensor, v0: Tensor | None) -> tuple[Tensor, Tensor]:
         """Current x [T, *neurons], membrane v0 [*neurons] or None for the rest -> spikes, v[T-1].
@@ -119,13 +128,16 @@ class Equation:
         The gain is that of x, which costs a pass over it, or by its inverse that of threshold,
         reset and membrane, which are small beside x where T > 1.
         """
-        height, scale = self.height(), self.kernel_scale()
-        v_reset, gain = self.v_reset - self.rest, self.gain
+        height, scale, zero = self.height(), self.kernel_scale(), self.zero
+        v_reset, gain = self.v_reset - zero, self.gain
         learned_unit = isinstance(gain, Tensor) and v_reset != 0
         if not is_one(gain) and (scale is None or x.shape[0] == 1 or learned_unit):
             x, gain = x * gain, 1.0
+        if zero != self.rest:
+            x = x + (1 - self.leak) * self.rest / gain
+            v0 = torch.full_like(x[0], self.rest) if v0 is None else v0
         if v0 is not None:
-            v0 = v0 - self.rest if self.rest else v0
+            v0 = v0 - zero if zero else v0
             v0 = v0 if is_one(gain) else v0 / gain
         if not is_one(gain):
             height, v_reset = height / gain, v_reset / float(gain) if v_reset else 0.0
@@ -155,7 +167,7 @@ class Equation:
             )
         s, v = s.reshape(shape), v.reshape(shape[1:])
         v = v if is_one(gain) else v * gain
-        return s, v + self.rest if self.rest else v
+        return s, v + zero if zero else v
 
 
 def is_one(value: Parameter) -> bool:

@@ -31,9 +31,7 @@ def lif_with_derivative(
     fires_above: what the kernels compare with, the threshold or its neighbour; it gets no gradient.
     Backward recomputes the membranes and keeps what forward keeps, x and s.
     """
-    return _Lif.apply(
-        x, threshold, leak, v0, fires_above, v_reset, derivative, reset, detach_reset
-    )
+    return _Lif.apply(x, threshold, leak, v0, fires_above, v_reset, derivative, reset, detach_reset)
 
 
 class _Lif(torch.autograd.Function):

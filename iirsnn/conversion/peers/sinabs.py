@@ -57,6 +57,9 @@ def _reset(how: Any, threshold: Tensor) -> str:
 class _Fused(LIF):
     """The forward pass that all of them have."""
 
+    v_mem: Tensor
+    i_syn: Tensor
+
     def reset_state(self) -> None:
         self.reset_states()
 

@@ -10,7 +10,14 @@ import torch
 from snntorch import Lapicque, Leaky, SpikingNeuron, surrogate
 from torch import Tensor, nn
 
-from .equation import Equation, NoEqualError, Surrogate, derivative_of, fires_at_threshold, number_or_learned
+from .equation import (
+    Equation,
+    NoEqualError,
+    Surrogate,
+    derivative_of,
+    fires_at_threshold,
+    number_or_learned,
+)
 
 
 def is_neuron(module: nn.Module) -> bool:
@@ -79,9 +86,9 @@ class _Fused(SpikingNeuron):
         wanted = equation(self)
         at_once = not getattr(self, "reset_delay", True)
         zeroed = self.reset_mechanism == "zero"
-        fired = None
-        if zeroed or (at_once and self.reset_mechanism == "subtract"):
-            above = torch.ge if wanted.surrogate.at_threshold else torch.gt
+        above = torch.ge if wanted.surrogate.at_threshold else torch.gt
+        fired: Any = None
+        if zeroed or at_once:
             fired = above(mem.detach(), self.threshold.detach())
         if zeroed:
             mem = mem.masked_fill(fired, 0)
@@ -89,7 +96,7 @@ class _Fused(SpikingNeuron):
                 x = x.masked_fill(fired, 0)
         s, h = wanted.run(x.unsqueeze(0), mem)
         s, h = s[0], h.to(x.dtype)
-        if at_once and fired is not None:
+        if at_once and self.reset_mechanism != "none":
             h = h - (s - fired.to(h.dtype)) * (h if zeroed else self.threshold)
         return s, h
 

@@ -9,7 +9,14 @@ from spikingjelly.activation_based import neuron
 from spikingjelly.activation_based import surrogate as surrogates
 from torch import Tensor, nn
 
-from .equation import Equation, NoEqualError, Parameter, Surrogate, derivative_of, fires_at_threshold
+from .equation import (
+    Equation,
+    NoEqualError,
+    Parameter,
+    Surrogate,
+    derivative_of,
+    fires_at_threshold,
+)
 
 
 def is_neuron(module: nn.Module) -> bool:
@@ -110,7 +117,7 @@ FUSED = {
 
 
 def unroll(node: Any, x: Tensor) -> tuple[Tensor, ...]:
-    """A fresh node on x [T, B, ...], in more calls than one: spikes [T, B, ...] and last membrane."""
+    """A fresh node on x [T, B, ...], in more calls than one: spikes [T, B, ...], last membrane."""
     node.reset()
     if node.step_mode == "m":
         s = torch.cat([node(part) for part in x.split((x.shape[0] + 1) // 2)])

@@ -24,14 +24,15 @@ class _Filtered(torch.autograd.Function):
             i[0] += i0
         for t in range(1, x.shape[0]):
             i[t] += decay * i[t - 1]
-        ctx.number = None if isinstance(decay, Tensor) else decay
-        ctx.save_for_backward(*((i, decay) if ctx.number is None else ()))
+        learned = isinstance(decay, Tensor)
+        ctx.number = None if learned else decay
+        ctx.save_for_backward(*((i, decay) if learned else ()))
         return i
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        i, decay = ctx.saved_tensors or (None, ctx.number)
+        i, decay = ctx.saved_tensors or (grad, ctx.number)
         of_x = grad.clone()
         for t in reversed(range(grad.shape[0] - 1)):
             of_x[t] += decay * of_x[t + 1]
