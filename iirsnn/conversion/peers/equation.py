@@ -165,7 +165,8 @@ class Equation:
                 surrogate_scale=scale,
                 return_v=True,
             )
-        s, v = s.reshape(shape), v.reshape(shape[1:])
+        if s.shape != shape:  # a library may detach v in place, which it cannot of a view
+            s, v = s.reshape(shape), v.reshape(shape[1:]).clone()
         v = v if is_one(gain) else v * gain
         return s, v + zero if zero else v
 
