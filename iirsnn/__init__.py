@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import conversion, event, functional, models, nn, ops
-    from .conversion import NeuronConfig, convert
+    from .conversion import NeuronConfig, convert, replace_neurons
     from .models import Network
     from .nn import (
         BatchNormLIF,
@@ -41,6 +41,7 @@ _ROOM_OF = {
     "convert": "conversion",
     "env_report": "ops.environment",
     "record": "nn",
+    "replace_neurons": "conversion",
     "reset_state": "nn",
     "use_spike_layers": "nn",
 }
@@ -67,6 +68,7 @@ __all__ = [
     "nn",
     "ops",
     "record",
+    "replace_neurons",
     "reset_state",
     "use_spike_layers",
 ]
