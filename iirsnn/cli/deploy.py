@@ -29,7 +29,7 @@ def deploy(
 ) -> None:
     """Write a trained stage as an event-driven network that stands alone."""
     from ..measure.evaluation import evaluating
-    from ..train.deployment import event_network, preparation
+    from ..train.deployment import event_network
 
     pipeline = _open(run)
     net = event_network(pipeline, stage, precision)
@@ -40,7 +40,7 @@ def deploy(
     net.notes.update(
         recipe=pipeline.recipe.name,
         class_names=pipeline.splits.class_names,
-        images=preparation(pipeline.splits.test),
+        images=pipeline.splits.test.preparation.as_json(),
     )
     net.save(out)
     console.print(
