@@ -93,6 +93,7 @@ class Splits:
             "class_names": self.class_names,
             "images": self.train.preparation.as_json(),
             "images_by_class": counts,
+            "checksums": {name: part.checksum() for name, part in parts.items()},
         }
 
 
@@ -260,6 +261,11 @@ def train_batches(
         batch_sampler=parts[start_batch:],
         **_loader_options(config),
     )
+
+
+def eval_rounds(dataset: ImageSet, config: DataConfig, count: int) -> int:
+    """The most batches of `eval_batches` that any of `count` processes has."""
+    return -(-len(dataset) // (config.test_batch_size * count))
 
 
 def eval_batches(

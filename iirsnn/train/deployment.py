@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .. import atomic_files
 from ..errors import RunError, UsageError
 from ..event import EventNetwork
 from .image_files import Preparation
@@ -39,6 +40,33 @@ def event_network(pipeline: Pipeline, timesteps: int, precision: str) -> EventNe
     return EventNetwork.from_model(
         pipeline.trained(f"T{timesteps}"), timesteps, precision=precision
     )
+
+
+def may_be_written(out: Path, force: bool) -> None:
+    """Raises UsageError where a file that `deploy` has not written would be lost."""
+    if out.is_dir():
+        raise UsageError(f"out: expected a file, got the folder {out}")
+    header = atomic_files.read_header(out) if out.exists() else {"event_format": 0}
+    if not force and (header is None or "event_format" not in header):
+        raise UsageError(f"out: {out} is there and is no network of deploy; --force writes over it")
+
+
+def class_names(network: EventNetwork, classes: int) -> list[str]:
+    """The names of a network's classes; their numbers where its file has none.
+
+    Raises:
+        UsageError: notes that are no names of its classes.
+    """
+    names = network.notes.get("class_names")
+    if names is None:
+        return [str(index) for index in range(classes)]
+    if (
+        not isinstance(names, list)
+        or len(names) != classes
+        or not all(isinstance(name, str) for name in names)
+    ):
+        raise UsageError(f"net: notes: class_names: expected {classes} names, got {names!r:.60}")
+    return names
 
 
 def read_image(path: Path, network: EventNetwork) -> Tensor:

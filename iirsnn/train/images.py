@@ -4,8 +4,11 @@ The augmentation of an image depends on (seed, epoch, index) alone, and touches 
 the process.
 """
 
+import os
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -46,6 +49,10 @@ class ImageSet(Dataset[Sample], ABC):
     @abstractmethod
     def select(self, indices: np.ndarray) -> "ImageSet":
         """The set of these images alone."""
+
+    @abstractmethod
+    def checksum(self) -> int:
+        """Of what tells the images, in their order, from others."""
 
     @abstractmethod
     def draw(self, rng: np.random.Generator) -> Tensor:
@@ -96,6 +103,9 @@ class MemoryImages(ImageSet):
     def select(self, indices: np.ndarray) -> "MemoryImages":
         how = self.preparation
         return self._like(self.pixels[indices], self.labels[indices], how.mean, how.std)
+
+    def checksum(self) -> int:
+        return zlib.crc32(self.pixels.contiguous().numpy().data)
 
     def normalised_by(self, mean: Sequence[float], std: Sequence[float]) -> "MemoryImages":
         """The same images with another normalisation."""
@@ -155,6 +165,11 @@ class ImageFiles(ImageSet):
 
     def select(self, indices: np.ndarray) -> "ImageFiles":
         return ImageFiles([self.files[i] for i in indices], self.labels[indices])
+
+    def checksum(self) -> int:
+        """Of the names alone: to read all files would take hours."""
+        names = "\n".join("/".join(Path(file).parts[-2:]) for file in self.files)
+        return zlib.crc32(os.fsencode(names))
 
     def draw(self, rng: np.random.Generator) -> Tensor:
         """[N]: the seed of torch's generator, from which the transforms of an image draw."""
