@@ -132,8 +132,8 @@ void graph(Precision precision, int64_t timesteps, const std::string& name) {
   const int64_t left = net.conv(stem, 70, window(3, 1, 1), 70);
   const int64_t sum = net.engine.add_sum({{stem, 1}, {left, 2}});
   const int64_t pooled = net.average_pool(sum, window(2, 2));
-  const int64_t right = net.conv(stem, 30, window(3, 2, 1));
-  const int64_t cut = net.max_pool(right, window(2, 1));
+  const int64_t right = net.conv(stem, 30, window(2, 2));
+  const int64_t cut = net.max_pool(right, window(3, 1, 1));
   const int64_t both = net.engine.add_channels({{pooled, 3, 61, 1}, {cut, 0, 30, 1}, {pooled, 0, 7, 1}});
   const int64_t linear = net.currents(both, 40, window(1));
   const int64_t wide = net.currents(linear, 40, window(3, 1, 1), 40, {{linear, 1}});
