@@ -49,7 +49,7 @@ def graph_to_spiking(
         if not keep_batch_norm:
             fold_graph(graph_module)
         images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0))
-        _check_same(ann, graph_module.to(device), images.to(device, dtype))
+        _check_same(ann, graph_module.to(device).eval(), images.to(device, dtype))
     ceilings = _exchange(graph_module, build, device)
     if not ceilings:
         raise ValueError("ann: no ReLU to exchange for a neuron")

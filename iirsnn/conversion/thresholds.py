@@ -33,10 +33,12 @@ def balance_thresholds(
 ) -> list[float]:
     """Set each threshold to the percentile of its layer's current, layer by layer.
 
-    A layer sees the spikes of the layers already balanced, with leak as it stands; the threshold is
-    the maximum over timesteps of the percentile over all elements of one timestep, times `scale`.
-    Where a clamp or ReLU6 stood, its bound is the highest threshold. In a GraphNetwork the weights
-    that a layer's spikes meet are scaled with its threshold (see `iirsnn.models.graph`).
+    A layer sees the spikes of the layers already balanced, with leak as it stands. In a Network the
+    threshold is the paper's: the maximum over timesteps of the percentile over all elements of one
+    timestep, times `scale`. In a GraphNetwork it is the percentile of the mean over time, times
+    `scale`: that mean stands for the ANN's current. The weights that a layer's spikes meet are
+    scaled with its threshold (see `iirsnn.models.graph`), and where a ReLU6 or clamp stood, its
+    bound is the highest threshold. At T = 1 the two rules are one.
 
     One batch takes one forward pass: each neuron sets its threshold just before it fires. Several
     take a pass over all batches for each layer, no further than that layer, and the memory of one
@@ -162,7 +164,9 @@ class _Balancing:
                 handle.remove()
 
     def _steps(self, neuron: nn.Module, current: Tensor) -> Tensor:
-        """The current of each timestep; of one, where it is the same at all."""
+        """What percentiles are taken of: the current by timestep, or its mean over time."""
+        if isinstance(self.snn, GraphNetwork):
+            current = current.mean(0, keepdim=True) if current.stride(0) else current[:1]
         steps = current[:1] if current.stride(0) == 0 else current
         if not bool(torch.isfinite(steps).all()):
             raise ValueError(f"{self.names[neuron]}: expected a finite current, got NaN or inf")
