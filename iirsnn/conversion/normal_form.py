@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..models.graph import Affine
+from ..models.graph import Affine, GraphTracer
 from ..nn import SharedDropout
 from .tracing import BATCH, on_meta
 
@@ -73,7 +73,7 @@ class _Normaliser:
 
     def __init__(self, traced: fx.GraphModule) -> None:
         self.traced = traced
-        self.graph = fx.Graph()
+        self.graph = fx.Graph(tracer_cls=GraphTracer)
         self.modules: dict[str, nn.Module] = {}
         self.known: dict[fx.Node, Any] = {}
         self.node: fx.Node = next(iter(traced.graph.nodes))

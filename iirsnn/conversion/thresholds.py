@@ -211,15 +211,18 @@ class Histogram:
         self.counts += torch.bincount(bits >> self._SHIFT, minlength=self._BINS)
 
     def percentile(self, percentile: float) -> float:
-        """Linear inside a bin; 0 where the percentile is not positive."""
-        counts = self.counts.cpu()
-        total = counts.cumsum(0)
+        """Between the two nearest ranks, each spread evenly in its bin; 0 in bin 0."""
+        total = self.counts.cpu().cumsum(0)
         rank = (int(total[-1]) - 1) * percentile / 100
-        place = int(torch.searchsorted(total, torch.tensor(rank), right=True))
-        place = min(place, self._BINS - 1)
-        edges = torch.tensor([place, place + 1], dtype=torch.int32) << self._SHIFT
-        low, high = edges.view(torch.float32).tolist()
+        below, above = (self._at(r, total) for r in (math.floor(rank), math.ceil(rank)))
+        return below + (rank - math.floor(rank)) * (above - below)
+
+    def _at(self, rank: int, total: Tensor) -> float:
+        """The value of that rank, from 0; `total`: values up to and with each bin."""
+        place = int(torch.searchsorted(total, rank, right=True))
         if place == 0:
             return 0.0
-        within = (rank - int(total[place - 1]) + 0.5) / int(counts[place])
-        return low + min(within, 1.0) * (high - low)
+        edges = torch.tensor([place, place + 1], dtype=torch.int32) << self._SHIFT
+        low, high = edges.view(torch.float32).tolist()
+        before = int(total[place - 1])
+        return low + (rank - before + 0.5) / (int(total[place]) - before) * (high - low)

@@ -42,6 +42,9 @@ bias stands before it and gives them their unit.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from torch import Tensor, fx, nn
 
 from ..nn import direct
@@ -136,3 +139,10 @@ def mean_over_time(x: Tensor, timesteps: int) -> Tensor:
 
 #: What only leads values into and out of time: the identity where T = 1.
 TIME_FUNCTIONS = (direct, split_time, merge_time, mean_over_time)
+
+
+class GraphTracer(fx.Tracer):
+    """Traces a graph module again, as unpickling does, with its time functions left whole."""
+
+    def __init__(self, autowrap_modules: Any = (math,), autowrap_functions: Any = ()) -> None:
+        super().__init__(autowrap_modules, (*autowrap_functions, *TIME_FUNCTIONS))
