@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import check_choice
 from ..functional import lif
-from ..ops.reference import RESETS, SURROGATES
+from ..ops.reference import RESETS
+from ..ops.surrogates import SURROGATES
 
 
 class FusedLIF(nn.Module):
