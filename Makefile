@@ -14,11 +14,13 @@ export IIRSNN_BUILD_CUDA ?= 0
 
 SOURCES := setup.py iirsnn/ops/build.py $(shell find csrc -type f)
 
-.PHONY: help demo test sanitize bench bench-check lint format gpu-check clean
+.PHONY: help demo test fuzz sanitize sanitize-engine bench bench-check lint format gpu-check clean
 
 help:
 	@echo "make demo       train on scikit-learn's digits, from the ANN to one timestep"
 	@echo "make test       run the tests"
+	@echo "make fuzz       the same properties on FUZZ_CASES=10000 new cases"
+	@echo "make sanitize   the native kernels under ASan, UBSan and TSan (sanitize-engine: the short part)"
 	@echo "make bench      run every benchmark (leave the machine alone meanwhile): table and plots in benchmarks/results/"
 	@echo "make bench-check  the telling rows: does iirsnn still hold the committed ratios?"
 	@echo "make lint       ruff, mypy, clang-format"
@@ -48,15 +50,34 @@ demo: $(VENV)/.train
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-# The engine alone: neither torch nor Python, so that nothing else is reported.
-ENGINE := $(filter-out %/bind.cpp,$(wildcard csrc/event/*.cpp)) $(wildcard csrc/simd/*.cpp)
-sanitize:
-	@mkdir -p build
-	for kinds in thread address,undefined; do \
-	    $(CXX) -std=c++17 -O1 -g -ffp-contract=off -Wno-psabi -pthread -Icsrc -fsanitize=$$kinds \
-	        -fno-sanitize-recover=all $(ENGINE) tests/native/sanitized/shared_engine.cpp -o build/shared_engine && \
-	    build/shared_engine || exit 1; \
-	done
+# Cases drawn anew in each run; what `make test` runs of them is the same few each time.
+FUZZ_CASES ?= 10000
+FUZZ := tests/fuzz tests/kernels/test_fuzzed.py
+fuzz: $(VENV)/.installed
+	FUZZ_CASES=$(FUZZ_CASES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FUZZ) $(FUZZ_FLAGS)
+
+# csrc but for what needs torch or Python, so that nothing else is reported, under ASan and UBSan and under TSan: the
+# engine shared by threads, and (sanitize) every kernel. Unoptimised and for one instruction set: minutes, not hours.
+NATIVE := $(filter-out %/module.cpp %/bind.cpp %_torch.cpp,$(shell find csrc -name '*.cpp'))
+ENGINE := $(filter csrc/event/% csrc/simd/%,$(NATIVE))
+SANITIZE_FLAGS := -std=c++17 -O0 -g1 -ffp-contract=off -Wno-psabi -pthread -Icsrc -DIIRSNN_PORTABLE_ONLY
+SANITIZED = build/sanitize/$(KINDS)
+sanitize: NATIVE_TESTS := shared_engine driver
+sanitize-engine: NATIVE_TESTS := shared_engine
+sanitize sanitize-engine:
+	$(MAKE) KINDS=address,undefined $(NATIVE_TESTS:%=sanitized-%)
+	$(MAKE) KINDS=thread $(NATIVE_TESTS:%=sanitized-%)
+sanitized-%: $(SANITIZED)/%
+	$< > /dev/null
+
+OBJECTS = $(patsubst %.cpp,$(SANITIZED)/%.o,$(1))
+$(SANITIZED)/shared_engine: $(call OBJECTS,$(ENGINE) tests/native/sanitized/shared_engine.cpp)
+$(SANITIZED)/driver: $(call OBJECTS,$(NATIVE) $(wildcard tests/native/*.cpp))
+$(SANITIZED)/shared_engine $(SANITIZED)/driver:
+	$(CXX) -pthread -fsanitize=$(KINDS) $^ -o $@
+$(SANITIZED)/%.o: %.cpp $(shell find csrc tests/native -name '*.h')
+	@mkdir -p $(@D)
+	$(CXX) $(SANITIZE_FLAGS) -fsanitize=$(KINDS) -fno-sanitize-recover=all -c $< -o $@
 
 # The libraries compared with, each by itself and with build isolation: one that fails costs no other. None may change
 # the torch that the kernels are compiled against.
