@@ -48,7 +48,7 @@ def test_the_folded_graph_gives_what_the_network_gives(kind):
 
 #: Mean distance from the ANN's logits at T = 128, by their standard deviation. A max pool of
 #: spikes is their OR, which fires more often than its busiest input.
-BOUNDS = {Residual: 0.15, Dense: 0.1, Shuffle: 0.1, SpikesOut: 0.1}
+BOUNDS = {Residual: 0.4, Dense: 0.05, Shuffle: 0.02, SpikesOut: 0.05}
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
@@ -63,7 +63,7 @@ def test_rates_come_to_the_logits(kind, per_channel):
         logits = ann(x)
         distances.append(float((snn(x) - logits).abs().mean() / logits.std()))
     assert distances[1] < BOUNDS[kind]
-    assert distances[1] < distances[0] / 3
+    assert distances[1] < distances[0] / (1.5 if kind is Residual else 10)
     assert len({n.threshold.mean().item() for n in neurons(snn)}) == len(neurons(snn))
 
 
