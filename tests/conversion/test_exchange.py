@@ -75,6 +75,7 @@ def test_torch_export_gives_the_logits_at_one_timestep(kind):
 # ---- NIR ----
 
 
+@torch.no_grad()
 def averaging(**options):
     """Average pools, a residual block, neurons of every leak; thresholds of a conversion."""
     torch.manual_seed(0)
