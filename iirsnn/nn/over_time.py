@@ -30,7 +30,7 @@ def _merged(module: nn.Module, x: Tensor) -> Tensor:
         y: Tensor = module(x[0])
         return y.expand(timesteps, *y.shape)
     merged: Tensor = module(x.flatten(0, 1))
-    return merged.unflatten(0, (timesteps, x.shape[1]))
+    return merged.view(timesteps, x.shape[1], *merged.shape[1:])
 
 
 class SharedDropout(nn.Module):
