@@ -19,14 +19,15 @@ export IIRSNN_BUILD_CUDA ?= 0
 
 SOURCES := setup.py iirsnn/ops/build.py $(shell find csrc -type f)
 
-.PHONY: help demo test docs wheel sanitize bench bench-check lint format gpu-check clean
+.PHONY: help demo test fuzz docs wheel sanitize sanitize-engine bench bench-check lint format gpu-check clean
 
 help:
 	@echo "make demo       train on scikit-learn's digits, from the ANN to one timestep"
 	@echo "make test       run the tests"
+	@echo "make fuzz       the same properties on FUZZ_CASES=10000 new cases"
 	@echo "make docs       the documentation as a site in build/site/; a broken link or an undocumented name fails"
 	@echo "make wheel      sdist and wheel into dist/"
-	@echo "make sanitize   the event engine under the thread, address and undefined-behaviour sanitizers"
+	@echo "make sanitize   the native kernels under ASan, UBSan and TSan (sanitize-engine: the short part)"
 	@echo "make bench      run every benchmark (leave the machine alone meanwhile): table and plots in benchmarks/results/"
 	@echo "make bench-check  the telling rows: does iirsnn still hold the committed ratios?"
 	@echo "make lint       ruff, mypy, clang-format"
@@ -64,6 +65,35 @@ demo: $(VENV)/.train
 test: $(VENV)/.neurons
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+# Cases drawn anew in each run; what `make test` runs of them is the same few each time.
+FUZZ_CASES ?= 10000
+FUZZ := tests/fuzz tests/kernels/test_fuzzed.py
+fuzz: $(VENV)/.installed
+	FUZZ_CASES=$(FUZZ_CASES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FUZZ) $(FUZZ_FLAGS)
+
+# csrc but for what needs torch or Python, so that nothing else is reported, under ASan and UBSan and under TSan: the
+# engine shared by threads, and (sanitize) every kernel. Unoptimised and for one instruction set: minutes, not hours.
+NATIVE := $(filter-out %/module.cpp %/bind.cpp %_torch.cpp,$(shell find csrc -name '*.cpp'))
+ENGINE := $(filter csrc/event/% csrc/simd/%,$(NATIVE))
+SANITIZE_FLAGS := -std=c++17 -O0 -g1 -ffp-contract=off -Wno-psabi -pthread -Icsrc -DIIRSNN_PORTABLE_ONLY
+SANITIZED = build/sanitize/$(KINDS)
+sanitize: NATIVE_TESTS := shared_engine driver
+sanitize-engine: NATIVE_TESTS := shared_engine
+sanitize sanitize-engine:
+	$(MAKE) KINDS=address,undefined $(NATIVE_TESTS:%=sanitized-%)
+	$(MAKE) KINDS=thread $(NATIVE_TESTS:%=sanitized-%)
+sanitized-%: $(SANITIZED)/%
+	$< > /dev/null
+
+OBJECTS = $(patsubst %.cpp,$(SANITIZED)/%.o,$(1))
+$(SANITIZED)/shared_engine: $(call OBJECTS,$(ENGINE) tests/native/sanitized/shared_engine.cpp)
+$(SANITIZED)/driver: $(call OBJECTS,$(NATIVE) $(wildcard tests/native/*.cpp))
+$(SANITIZED)/shared_engine $(SANITIZED)/driver:
+	$(CXX) -pthread -fsanitize=$(KINDS) $^ -o $@
+$(SANITIZED)/%.o: %.cpp $(shell find csrc tests/native -name '*.h')
+	@mkdir -p $(@D)
+	$(CXX) $(SANITIZE_FLAGS) -fsanitize=$(KINDS) -fno-sanitize-recover=all -c $< -o $@
+
 $(VENV)/.docs: $(VENV)/.train pyproject.toml
 	@$(PIP_INSTALL) --editable '.[train,docs]'
 	@touch $@
@@ -77,16 +107,6 @@ wheel: $(VENV)/.torch
 	@rm -rf build/lib build/lib.* && mkdir -p build dist
 	@$(BIN)/python -c "from setuptools import build_meta as b; print('dist/' + b.build_sdist('dist'), 'dist/' + b.build_wheel('dist'), sep='\n')" > build/wheel.log
 	@tail -n 2 build/wheel.log
-
-# The engine alone: neither torch nor Python, so that nothing else is reported.
-ENGINE := $(filter-out %/bind.cpp,$(wildcard csrc/event/*.cpp)) $(wildcard csrc/simd/*.cpp)
-sanitize:
-	@mkdir -p build
-	for kinds in thread address,undefined; do \
-	    $(CXX) -std=c++17 -O1 -g -ffp-contract=off -Wno-psabi -pthread -Icsrc -fsanitize=$$kinds \
-	        -fno-sanitize-recover=all $(ENGINE) tests/native/sanitized/shared_engine.cpp -o build/shared_engine && \
-	    build/shared_engine || exit 1; \
-	done
 
 # Other libraries, each by itself and with build isolation: one that fails costs no other. None may change the torch that
 # the kernels are compiled against.
