@@ -55,8 +55,9 @@ def extension():
         """Keeps what it compiles: for pip's editable installation each one would start anew."""
 
         def finalize_options(self):
+            kept = ROOT / "build" / f"objects-{sys.implementation.cache_tag}"
+            self.build_temp = self.build_temp or str(kept)
             super().finalize_options()
-            self.build_temp = str(ROOT / "build" / f"objects-{sys.implementation.cache_tag}")
 
     return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 # One rounding per operation and no fast math; the two -fno flags only drop errno and FP traps.
 CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
@@ -79,7 +80,7 @@ def cuda_archs() -> str:
     return ";".join([*archs[:-1], archs[-1] + "+PTX"])
 
 
-def recipe(mode: str) -> dict:
+def recipe(mode: str) -> dict[str, Any]:
     """Sources (absolute paths) and flags: keys sources, cxx, nvcc, cuda (bool), why (str)."""
     folder = source_dir()
     sources = sorted(folder.rglob("*.cpp"))
