@@ -25,7 +25,7 @@ def pure(reason):
             f"IIRSNN_BUILD_CUDA=1: expected a CUDA build to be possible, but {reason}"
         )
     print(
-        f"iirsnn: {reason}; installing pure Python, which compiles itself at first use",
+        f"warning: iirsnn: {reason}; installing pure Python, which compiles itself at first use",
         file=sys.stderr,
     )
     return {}
@@ -50,7 +50,17 @@ def extension():
         extra_compile_args={"cxx": plan["cxx"], "nvcc": plan["nvcc"]},
         include_dirs=[str(ROOT / "csrc")],
     )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
+
+    class BuildOrGoWithout(cpp_extension.BuildExtension):
+        def run(self):
+            try:
+                super().run()
+            except Exception as error:  # whatever a compiler, ninja or torch's check of them does
+                first, *_ = str(error).strip().splitlines() or [type(error).__name__]
+                pure(f"the C++ kernels do not compile ({first})")
+                self.extensions = []
+
+    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildOrGoWithout}}
 
 
 # what pyproject.toml places beside the package cannot be found in it
