@@ -51,7 +51,16 @@ def extension():
         include_dirs=[str(ROOT / "csrc")],
     )
 
-    class BuildOrGoWithout(cpp_extension.BuildExtension):
+    class Build(cpp_extension.BuildExtension):
+        """Keeps what it compiles: for pip's editable installation each one would start anew.
+
+        What does not compile is left out, and compiles itself at first use.
+        """
+
+        def finalize_options(self):
+            super().finalize_options()
+            self.build_temp = str(ROOT / "build" / f"objects-{sys.implementation.cache_tag}")
+
         def run(self):
             try:
                 super().run()
@@ -60,7 +69,7 @@ def extension():
                 pure(f"the C++ kernels do not compile ({first})")
                 self.extensions = []
 
-    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildOrGoWithout}}
+    return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 
 
 # what pyproject.toml places beside the package cannot be found in it

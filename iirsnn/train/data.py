@@ -44,6 +44,8 @@ class DataConfig:
         cutout: side of a square at a random place that is set to the mean (DeVries and Taylor,
             arXiv 1708.04552); 0 for none.
         workers: processes that load; 0 loads in the main one.
+        batch_size: images of a step, of all processes together.
+        test_batch_size: images of a forward pass in validation and test.
     """
 
     name: str = "digits"
