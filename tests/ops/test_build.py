@@ -337,17 +337,24 @@ def test_setup_asked_for_cuda_in_vain_fails_loudly(tmp_path, no_torch):
 
 
 def test_a_compiler_that_fails_leaves_pure_python_and_says_so(tmp_path):
+    copy = tmp_path / "copy"
+    for name in ("csrc", "iirsnn", "kernels", "recipes"):
+        left_out = shutil.ignore_patterns("__pycache__", "*.so")
+        shutil.copytree(ROOT / name, copy / name, ignore=left_out)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
     failing = tmp_path / "c++"
     failing.write_text("#!/bin/sh\nexit 1\n")
     failing.chmod(0o755)
     done = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "-b", tmp_path / "lib", "-t", tmp_path / "tmp"],
+        [sys.executable, "setup.py", "build"],
         env=os.environ | {"CXX": str(failing), "CC": str(failing), "IIRSNN_BUILD_CUDA": "0"},
         capture_output=True,
         text=True,
-        cwd=ROOT,
+        cwd=copy,
     )
     assert done.returncode == 0, done.stderr
     assert "warning: iirsnn: the C++ kernels do not compile (" in done.stderr
     assert "installing pure Python, which compiles itself at first use" in done.stderr
-    assert not list(tmp_path.rglob("*.so"))
+    assert not list(copy.rglob("*.so"))
+    assert len(list((copy / "build").rglob("module.cpp"))) == 1  # to be compiled at first use
