@@ -188,6 +188,15 @@ def test_a_membrane_in_use_is_kept():
     assert torch.equal(original(x[3:]), other(x[3:]))
 
 
+def test_hooks_stay_and_see_nothing_of_the_check():
+    node = neuron.LIFNode(step_mode="m")
+    seen = []
+    node.register_forward_hook(lambda module, args, output: seen.append(output))
+    replace_neurons(node)
+    assert seen == []
+    assert node(torch.ones(2, 3)) is seen[0]
+
+
 class Own(neuron.LIFNode):
     """A user's own, of which nothing is known."""
 
