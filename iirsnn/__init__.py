@@ -19,6 +19,8 @@ if TYPE_CHECKING:
         SpikeConv2d,
         SpikeLinear,
         TimeSequential,
+        record,
+        reset_state,
         use_spike_layers,
     )
     from .ops import PackedSpikes
@@ -38,7 +40,9 @@ _ROOM_OF = {
     "TimeSequential": "nn",
     "convert": "conversion",
     "env_report": "ops.environment",
+    "record": "nn",
     "replace_neurons": "conversion",
+    "reset_state": "nn",
     "use_spike_layers": "nn",
 }
 _ROOMS = ("conversion", "event", "functional", "models", "nn", "ops")
@@ -63,7 +67,9 @@ __all__ = [
     "models",
     "nn",
     "ops",
+    "record",
     "replace_neurons",
+    "reset_state",
     "use_spike_layers",
 ]
 
