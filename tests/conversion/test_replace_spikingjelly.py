@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from iirsnn import replace_neurons
+from iirsnn import replace_neurons, reset_state
 
 from .replaced import assert_same, current, exchanged
 
@@ -164,7 +164,7 @@ def test_the_library_resets_and_steps_without_a_warning(caplog):
         functional.reset_net(net)
         functional.set_step_mode(net, "s")
         net(torch.rand(3, 1, 8, 8))
-        net[2].reset_state()
+        reset_state(net[2])
     assert caplog.records == []
     assert net[2].v == 0.0
     assert net[6].v.shape == (3, 6, 4, 4)
