@@ -267,23 +267,24 @@ RowLoops<scalar_t> row_loops(const LifBackward& args) {
   return loops;
 }
 
-// Scratch memory of a thread, in rows of a block.
+// Scratch memory of a thread, in rows of a block; a cache line more, or they would share sets of the L1 cache.
 template <typename acc_t>
 class BackwardScratch {
  public:
   enum Row { kSlopes, kGradV, kGradReset, kZeros, kV0, kGradVAfter, kGradV0, kRows };
-  explicit BackwardScratch(int64_t timesteps)
-      : segments_((timesteps - 1) / kSegment),
-        memory_((kRows + segments_ + std::min<int64_t>(timesteps, kSegment)) * kRow<acc_t>) {
-    std::fill_n(row(kZeros), kBlock, acc_t(0));
+  explicit BackwardScratch(const LifShape& shape)
+      : stride_(block_neurons(shape) + kCacheLine / int64_t(sizeof(acc_t))),
+        segments_((shape.timesteps - 1) / kSegment),
+        memory_((kRows + segments_ + std::min<int64_t>(shape.timesteps, kSegment)) * stride_) {
+    std::fill_n(row(kZeros), stride_, acc_t(0));
   }
   acc_t* operator[](Row k) const { return row(k); }
   acc_t* checkpoint(int64_t segment) const { return row(kRows + segment); }
   acc_t* membranes(int t) const { return row(kRows + segments_ + t); }
 
  private:
-  acc_t* row(int64_t k) const { return memory_.get() + k * kRow<acc_t>; }
-  const int64_t segments_;
+  acc_t* row(int64_t k) const { return memory_.get() + k * stride_; }
+  const int64_t stride_, segments_;
   const Buffer<acc_t> memory_;
 };
 
@@ -369,7 +370,7 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
   const RowLoops<x_t> loops = row_loops<x_t, kNormalised>(args);
   const bool some_staged = std::is_same_v<scalar_t, Half> || last_chunk == chunks_of(shape);
   const Buffer<x_t> copies(some_staged ? 3 * steps * kStride : 0);
-  const BackwardScratch<acc_t> scratch(steps);
+  const BackwardScratch<acc_t> scratch(shape);
   ChannelSums<acc_t> channel_sums(shape, !sums ? 0 : loops.single && !kNormalised ? 1 : kSums<kNormalised>);
   BackwardRow<x_t> row{};
   row.v_reset = acc_t(args.v_reset);

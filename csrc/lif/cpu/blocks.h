@@ -27,6 +27,27 @@ constexpr int kLanes = kVectorBytes / sizeof(acc_t);
 template <typename acc_t>
 constexpr int kRow = kBlock + 64 / sizeof(acc_t);
 
+// f(a number of the dtype).
+template <typename F>
+auto with_scalar(DType dtype, F f) {
+  switch (dtype) {
+    case DType::float32:
+      return f(float());
+    case DType::float64:
+      return f(double());
+    case DType::float16:
+      return f(Half());
+    default:
+      return f(BFloat16());
+  }
+}
+
+// Whether what a kernel writes, [T, N], would push all else out of the caches.
+inline bool large(const LifShape& shape) {
+  const int64_t bytes = with_scalar(shape.dtype, [](auto scalar) { return int64_t(sizeof(scalar)); });
+  return shape.timesteps * shape.neurons * bytes >= int64_t(32) << 20;
+}
+
 inline int64_t chunk_neurons(const LifShape& shape) {
   const int64_t least = std::max(16 * shape.channels, (shape.neurons + kMaxChunks - 1) / kMaxChunks);
   return std::max(kChunk, (least + kBlock - 1) / kBlock * kBlock);
@@ -38,9 +59,10 @@ inline int64_t chunks_of(const LifShape& shape) {
 }
 
 // Neurons of a block: whole vectors, and whole passes over all channels where one fits. Half as many where membranes of
-// all timesteps, or parameters of each neuron, would leave no room in the L1 cache.
+// all timesteps, or parameters of each neuron, would leave no room in the L1 cache; but memory wants long rows.
 inline int block_neurons(const LifShape& shape) {
-  const int most = shape.timesteps > (shape.channels > 1 ? 1 : 4) ? kBlock / 2 : kBlock;
+  const bool crowded = shape.channels > 1 ? shape.timesteps > 1 : shape.timesteps > 4 && !large(shape);
+  const int most = crowded ? kBlock / 2 : kBlock;
   if (shape.channels == 1 || shape.channels * shape.inner > most) return most;
   const int64_t passes = std::lcm(shape.channels * shape.inner, int64_t(64));
   return passes > most ? most : int(most / passes * passes);
@@ -95,21 +117,6 @@ auto with_reset(Reset reset, F f) {
       return f(std::integral_constant<Reset, Reset::none>());
     default:
       return f(std::integral_constant<Reset, Reset::soft_delayed>());
-  }
-}
-
-// f(a number of the dtype).
-template <typename F>
-auto with_scalar(DType dtype, F f) {
-  switch (dtype) {
-    case DType::float32:
-      return f(float());
-    case DType::float64:
-      return f(double());
-    case DType::float16:
-      return f(Half());
-    default:
-      return f(BFloat16());
   }
 }
 

@@ -15,17 +15,8 @@ namespace iirsnn {
 
 // What kernels read of a channel; the last three of a current that is normalised.
 enum { kThreshold, kLeak, kInverse, kGain, kShift, kMean, kParameters };
-constexpr int kLongRow = 8 * kBlock;  // neurons of all channels that have rows of their own at most
-constexpr int kHeldBlocks = 8;        // whose sums rows hold as acc_t, before they are added up as doubles
-
-// Vectors of a channel, in memory, from which on it is wide: a piece takes as long to begin as some vectors, and of
-// several timesteps each has to begin it twice.
-constexpr int kWide = 4, kWideOverTime = 16;
-
-inline bool one_row_for_all(const LifShape& shape) {
-  const int64_t period = shape.channels * shape.inner;
-  return period <= kLongRow && shape.neurons >= 4 * period;
-}
+constexpr int kWide = 4;        // vectors of a channel, in memory, from which on it can be pieces of a block
+constexpr int kHeldBlocks = 8;  // whose sums rows hold as acc_t, before they are added up as doubles
 
 template <typename acc_t>
 struct Piece {

@@ -4,9 +4,20 @@
 namespace iirsnn {
 namespace {
 
+// Neurons of all channels that have rows filled once, or summed into, at most.
+constexpr int64_t kLongRow = 32 * kBlock, kLongSums = 8 * kBlock;
+
+bool in_one_row(const LifShape& shape, int64_t longest) {
+  const int64_t period = shape.channels * shape.inner;
+  return period <= longest && shape.neurons >= 4 * period;
+}
+
+// A piece takes as long to begin as some vectors: once at T = 1, else in each row.
 template <typename acc_t>
 bool wide(const LifShape& shape) {
-  return shape.channels == 1 || shape.inner >= (shape.timesteps == 1 ? kWide : kWideOverTime) * kLanes<acc_t>;
+  const int64_t vectors = shape.inner / kLanes<acc_t>;
+  if (shape.channels == 1 || vectors >= 4 * kWide) return true;
+  return shape.timesteps == 1 && vectors >= kWide && !in_one_row(shape, kLongRow);
 }
 
 // As for_each_channel, where each channel has one neuron: for each pass over the channels, whose first is `channel`.
@@ -117,7 +128,7 @@ Channels<acc_t>::Channels(const LifShape& shape, const Values& values)
     : shape_(shape),
       values_(values),
       wide_(wide<acc_t>(shape)),
-      once_(!wide_ && one_row_for_all(shape)),
+      once_(!wide_ && in_one_row(shape, kLongRow)),
       stride_((once_ ? shape.channels * shape.inner : 0) + kRow<acc_t> + kLanes<acc_t>),
       rows_([&] {
         for (int k = 0; k < kParameters; ++k) {
@@ -194,7 +205,7 @@ ChannelSums<acc_t>::ChannelSums(const LifShape& shape, int count)
     : shape_(shape),
       count_(count),
       wide_(wide<acc_t>(shape)),
-      once_(!wide_ && one_row_for_all(shape)),
+      once_(!wide_ && in_one_row(shape, kLongSums)),
       stride_((once_ ? shape.channels * shape.inner : 0) + kRow<acc_t> + kLanes<acc_t>),
       rows_(count * stride_) {
   std::fill_n(rows_.get(), count * stride_, acc_t(0));

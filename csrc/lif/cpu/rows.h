@@ -85,12 +85,10 @@ IIRSNN_INLINE void prefetch(const scalar_t* row) {
   for (int i = 0; i < V::kSize; i += kLine) __builtin_prefetch(row + i);
 }
 
-// Whether what a kernel writes, [T, N], would push all else out of the caches, and lies as streams want it.
+// Whether kernels write past the caches: what is large, and lies as streams want it.
 template <typename scalar_t>
 bool past_caches(const LifShape& shape, const void* to) {
-  constexpr int64_t kLarge = int64_t(32) << 20;
-  return shape.timesteps * shape.neurons * int64_t(sizeof(scalar_t)) >= kLarge &&
-         reinterpret_cast<uintptr_t>(to) % 64 == 0 && shape.neurons * sizeof(scalar_t) % 64 == 0;
+  return large(shape) && reinterpret_cast<uintptr_t>(to) % 64 == 0 && shape.neurons * sizeof(scalar_t) % 64 == 0;
 }
 
 // What was written past the caches is there for whoever comes to know that the kernel is done.
