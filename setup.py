@@ -58,8 +58,9 @@ def extension():
         """
 
         def finalize_options(self):
+            kept = ROOT / "build" / f"objects-{sys.implementation.cache_tag}"
+            self.build_temp = self.build_temp or str(kept)
             super().finalize_options()
-            self.build_temp = str(ROOT / "build" / f"objects-{sys.implementation.cache_tag}")
 
         def run(self):
             try:

@@ -26,7 +26,7 @@ LINES = [
     ["iirsnn.ops.lif"],
     ["iirsnn.ops.reference"],
     ["iirsnn.ops.surrogates"],
-    ["iirsnn.atomic_files"],
+    ["iirsnn.atomic_files", "iirsnn.cache"],
     ["iirsnn.errors"],
 ]
 LINE_OF = {name: number for number, line in enumerate(LINES) for name in line}

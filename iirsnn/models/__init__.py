@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..errors import check_choice
+from .graph import GraphNetwork
 from .network import Network
 from .resnet import PLANS, ResidualBlock, resnet
 from .vgg import HIDDEN, LAYERS, POOLS, vgg
 
 __all__ = [
+    "GraphNetwork",
     "ModelConfig",
     "Network",
     "ResidualBlock",

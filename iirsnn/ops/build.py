@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 # One rounding per operation and no fast math; the two -fno flags only drop errno and FP traps.
 CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
@@ -91,7 +92,7 @@ def cuda_archs() -> str:
     return ";".join([*archs[:-1], archs[-1] + "+PTX"])
 
 
-def recipe(mode: str) -> dict:
+def recipe(mode: str) -> dict[str, Any]:
     """Sources (absolute paths) and flags: keys sources, cxx, nvcc, cuda (bool), why (str)."""
     folder = source_dir()
     sources = sorted(folder.rglob("*.cpp"))
