@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import iirsnn._C
 import torch
 from torch import Tensor, nn
 
+import iirsnn._C
 from iirsnn import FusedLIF
 from iirsnn.functional import lif
 

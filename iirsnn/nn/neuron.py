@@ -93,7 +93,8 @@ class FusedLIF(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         held = self._parameters.get  # self.threshold takes a failed look-up first
-        threshold, leak = held("threshold"), held("leak")
+        threshold: Tensor | None = held("threshold")
+        leak: Tensor | None = held("leak")
         if threshold is None:
             threshold = self.threshold
         if leak is None:

@@ -4,10 +4,10 @@ import itertools
 import subprocess
 import sys
 
-import iirsnn._C
 import pytest
 import torch
 
+import iirsnn._C
 from iirsnn.functional import lif
 from iirsnn.ops import backend
 from iirsnn.ops import lif as contract
