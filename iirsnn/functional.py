@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from .errors import check_choice
-from .ops.backend import choose
+from .ops.backend import choose, direct
 from .ops.packed import PackedSpikes
-from .ops.reference import RESETS, SURROGATES, acc_dtype
+from .ops.reference import RESETS, acc_dtype
+from .ops.surrogates import SURROGATES
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_COMPILED = ("auto", "cpu", "cuda")
+_SCALES = {name: scale for name, (_, scale) in SURROGATES.items()}
 
 
 def lif(
@@ -33,7 +36,7 @@ def lif(
 ) -> Any:
     """Leaky integrate-and-fire neurons over time, in one pass over memory.
 
-    For t = 0 .. T-1, starting from v[-1] = v0 or 0, all of it per neuron::
+    For t = 0 .. T-1, starting from v[-1] = v0 or 0, all of it per neuron:
 
         h[t] = leak v[t-1] + x[t]                  (membrane)
         s[t] = 1 if h[t] > threshold else 0        (spike; NaN if h is NaN)
@@ -46,31 +49,46 @@ def lif(
 
     Backward, with z = h / threshold - 1, takes ds/dz = f(z) of the surrogate with its scale a:
 
-    ============  =====================================  =========
-    triangle      a max(0, 1 - abs(z))                   a = 0.3
-    atan          a / 2 / (1 + (pi / 2 a z)^2)           a = 2
-    sigmoid       a sig(a z) (1 - sig(a z))              a = 4
-    fast_sigmoid  1 / (1 + a abs(z))^2                   a = 25
-    boxcar        1 / (2 a) where abs(z) <= a, else 0    a = 0.5
-    ============  =====================================  =========
+        triangle      a max(0, 1 - abs(z))                   a = 0.3
+        atan          a / 2 / (1 + (pi / 2 a z)^2)           a = 2
+        sigmoid       a sig(a z) (1 - sig(a z))              a = 4
+        fast_sigmoid  1 / (1 + a abs(z))^2                   a = 25
+        boxcar        1 / (2 a) where abs(z) <= a, else 0    a = 0.5
 
-    detach_reset (the default) lets no gradient through the spike in the reset; the threshold in
-    the reset always gets one.
+    Args:
+        x: input current [T, *neurons], T >= 1; float32, float64, float16 or bfloat16. "acc" below
+            is float32, or float64 when x is. Read in place in any dense layout with time outermost
+            (contiguous, channels_last, x0.expand(T, ...)); any other is copied once.
+        threshold: a number, or a tensor of 1 or C elements that acts along dim 2 of [T, B, C, ...];
+            computed in acc.
+        leak: as threshold.
+        v0: membrane [*neurons] to start from; computed in acc. None for 0.
+        reset: soft, hard, none or soft_delayed.
+        v_reset: membrane after a spike, of a hard reset.
+        detach_reset: no gradient through the spike in the reset; the threshold in the reset always
+            gets one.
+        surrogate: triangle, atan, sigmoid, fast_sigmoid or boxcar.
+        surrogate_scale: a; None for the surrogate's own.
+        packed: spikes as bits, without a gradient.
+        return_v: return the last membrane as well; time goes on where it is passed as the next v0.
+        backend: auto, cpu, cuda, triton or reference.
 
-    x: input current [T, *neurons], T >= 1; float32, float64, float16 or bfloat16. "acc" below is
-       float32, or float64 when x is. Read in place in any dense layout with time outermost
-       (contiguous, channels_last, x0.expand(T, ...)); any other is copied once.
-    threshold, leak: a number, or a tensor of 1 or C elements that acts along dim 2 of
-       [T, B, C, ...]; computed in acc.
-    v0: membrane [*neurons] to start from; computed in acc.
-    Returns spikes [T, *neurons] in the dtype of x, or `PackedSpikes` when packed (no gradient;
-    NaN in x raises on a CPU and is 0 on a GPU); with return_v, (spikes, v[T-1] [*neurons] acc).
-    Time continues where it stopped: pass that v as the next v0.
+    Returns:
+        Spikes [T, *neurons] in the dtype of x, or `PackedSpikes` when packed (NaN in x raises on a
+        CPU and is 0 on a GPU); with return_v, (spikes, v[T-1] [*neurons] acc).
 
-    Raises TypeError for a wrong type or dtype, ValueError for a wrong shape or value (the values
-    of threshold and leak tensors are checked on a CPU only: on a GPU that would wait for it),
-    RuntimeError for a backend that cannot run.
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape or value; the values of threshold and leak tensors are checked on
+            a CPU only: on a GPU that would wait for it.
+        RuntimeError: a backend that cannot run.
     """
+    if not packed:
+        how = reset, v_reset, detach_reset, surrogate, surrogate_scale, return_v
+        result = short_way(backend, x, threshold, leak, v0, *how)
+        if result is not None:
+            return result
+
     acc = _check_x(x)
     scale = check_options(reset, v_reset, surrogate, surrogate_scale)
     threshold = parameter_like("threshold", threshold, x, acc)
@@ -106,6 +124,37 @@ def lif(
             x, threshold, leak, v0, reset, v_reset, detach_reset, surrogate, scale, return_v
         )
     return (s, v) if return_v else s
+
+
+def short_way(
+    backend: str,
+    x: Tensor,
+    threshold: float | Tensor,
+    leak: float | Tensor,
+    v0: Tensor | None,
+    reset: str,
+    v_reset: float,
+    detach_reset: bool,
+    surrogate: str,
+    surrogate_scale: float | None,
+    return_v: bool,
+) -> Any:
+    """What `lif` returns, where the compiled kernels can take the arguments as they are; else None.
+
+    On small tensors a call is all that there is to pay for, so this is one call into C++. What is
+    wrong is left to `lif`, which says so.
+    """
+    if torch.compiler.is_compiling() or backend not in _COMPILED:
+        return None
+    call, scale = direct(), surrogate_scale
+    if call is None or reset not in RESETS or surrogate not in _SCALES:
+        return None
+    if scale is None:
+        scale = _SCALES[surrogate]
+    if not (0 < scale < math.inf and -math.inf < v_reset < math.inf):
+        return None
+    how = reset, v_reset, detach_reset, surrogate, scale, return_v
+    return call(backend, x, threshold, leak, v0, *how)
 
 
 def _check_x(x: Tensor) -> torch.dtype:

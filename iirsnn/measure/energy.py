@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.resnet import ResidualBlock
-from ..nn import FusedLIF
+from ..nn.batch_norm import spiking_layers
 
 MULTIPLY_ACCUMULATE_PJ = 4.6
 ADDITION_PJ = 0.9
@@ -82,16 +82,17 @@ class _Observer:
             ValueError: a pool whose sub-spikes cannot be counted.
         """
         hooks = [self.model.register_forward_pre_hook(self._start)]
+        spiking = list(spiking_layers(self.model))
+        for name, module in spiking:
+            hooks.append(module.register_forward_hook(self._neuron_hook(name)))
         for name, module in self.model.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 hooks.append(module.register_forward_hook(self._layer_hook(name)))
-            elif isinstance(module, FusedLIF):
-                hooks.append(module.register_forward_hook(self._neuron_hook(name)))
             elif isinstance(module, nn.AvgPool2d):
                 hooks.append(module.register_forward_hook(self._pool))
             elif isinstance(module, ResidualBlock) and not len(module.shortcut):
                 hooks.append(module.register_forward_pre_hook(self._shortcut_hook(name)))
-            elif isinstance(module, (nn.AdaptiveAvgPool2d, nn.LPPool2d)):
+            elif spiking and isinstance(module, (nn.AdaptiveAvgPool2d, nn.LPPool2d)):
                 raise ValueError(f"{name}: expected AvgPool2d or MaxPool2d as a pool, got {module}")
         try:
             yield

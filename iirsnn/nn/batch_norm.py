@@ -2,20 +2,24 @@
 
 Two modules keep two tensors of that size for backward, the input of the BatchNorm and the current
 that it gives. Here the current is computed again from the input and the statistics: by one kernel
-on a CPU (float32 and bfloat16), by torch's ops everywhere else.
+on a CPU (float32 and bfloat16), by torch's ops everywhere else. Whatever is not exactly these two
+modules, hooks included, is called as it is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..functional import check_options, is_dense, lif, parameter_like
 from ..ops.backend import is_compiled_cpu
 from .neuron import FusedLIF
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class BatchNormLIF(nn.Module):
@@ -24,33 +28,36 @@ class BatchNormLIF(nn.Module):
     The statistics are those of `norm` on the merged T*B axis. In training, where the neuron keeps
     no state and returns spikes alone, half the memory is kept for backward: by one kernel in
     float32 and bfloat16 on a CPU, else by torch's ops, for one more pass of normalisation and LIF.
-    Everywhere else it is `norm` and `neuron`, one after the other.
+
+    That is for exactly torch's nn.BatchNorm1d, 2d or 3d and `FusedLIF`, without hooks. Other
+    modules (a subclass, a synchronised norm, nn.GroupNorm, nn.Identity), modules with hooks of any
+    kind, and everything outside training are called one after the other: `norm` on
+    [T*B, C, ...], `neuron` on [T, B, C, ...]. Either may be exchanged at any time.
 
     "The same" is to within rounding: the kernel sums the statistics in double. Its gradients repeat
     bit for bit, whatever the number of threads and the instruction set.
 
-    norm: nn.BatchNorm1d, 2d or 3d. neuron: a FusedLIF. Both stay what they are, with their
-    parameters and buffers.
-    Raises TypeError for other modules, ValueError for an input without [T, B, C].
+    norm, neuron: modules. Both stay what they are, with their parameters and buffers.
+    Raises TypeError for what is no module, ValueError for an input without [T, B, C].
     """
 
     over_time = True  # takes [T, B, ...] as a whole
 
-    def __init__(self, norm: _BatchNorm, neuron: FusedLIF) -> None:
+    def __init__(self, norm: nn.Module, neuron: nn.Module) -> None:
         super().__init__()
-        if not isinstance(norm, _BatchNorm) or isinstance(norm, nn.SyncBatchNorm):
-            raise TypeError(f"norm: expected nn.BatchNorm1d, 2d or 3d, got {type(norm).__name__}")
-        if not isinstance(neuron, FusedLIF):
-            raise TypeError(f"neuron: expected a FusedLIF, got {type(neuron).__name__}")
-        self.norm, self.neuron = norm, neuron
+        for name, module in (("norm", norm), ("neuron", neuron)):
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"{name}: expected a module, got {type(module).__name__}")
+        self.norm: Any = norm
+        self.neuron: Any = neuron
 
     def forward(self, x: Tensor) -> Any:
         if x.dim() < 3:
             raise ValueError(f"x: expected shape [T, B, C, ...], got {tuple(x.shape)}")
         norm, neuron = self.norm, self.neuron
-        kept = torch.is_grad_enabled() and norm.training and norm.track_running_stats
-        if not kept or x.numel() == 0 or neuron.stateful or neuron.return_v or neuron.packed:
+        if x.numel() == 0 or not self._fusable():
             return neuron(norm(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
+        norm._check_input_dim(x[0])
         if x.numel() == x.shape[2]:
             raise ValueError(
                 f"x: expected more than one value per channel in training, got {tuple(x.shape)}"
@@ -60,11 +67,24 @@ class BatchNormLIF(nn.Module):
             return self._fused(x)
         with torch.no_grad():
             mean, var = torch.batch_norm_update_stats(
-                x.flatten(0, 1), norm.running_mean, norm.running_var, self._momentum()
+                x.flatten(0, 1), norm.running_mean, norm.running_var, next_momentum(norm)
             )
             rstd = (var + norm.eps).rsqrt()
         return _Recomputed.apply(
             x, norm.weight, norm.bias, neuron.threshold, neuron.leak, mean, rstd, norm.eps, neuron
+        )
+
+    def _fusable(self) -> bool:
+        """Whether norm and neuron, called now, would do what is fused, and nothing else."""
+        norm, neuron = self.norm, self.neuron
+        return (
+            _is_plain(norm, _BATCH_NORMS)
+            and _is_plain(neuron, (FusedLIF,))
+            and not _has_any_global_hook()
+            and torch.is_grad_enabled()
+            and norm.training
+            and norm.track_running_stats
+            and not (neuron.stateful or neuron.return_v or neuron.packed)
         )
 
     def _fused(self, x: Tensor) -> Tensor:
@@ -72,6 +92,7 @@ class BatchNormLIF(nn.Module):
         scale = check_options(
             neuron.reset, neuron.v_reset, neuron.surrogate, neuron.surrogate_scale
         )
+        s: Tensor
         s, mean, var, _ = torch.ops.iirsnn.bn_lif_forward(
             x if is_dense(x) else x.contiguous(),
             None if norm.weight is None else norm.weight.float(),
@@ -86,22 +107,46 @@ class BatchNormLIF(nn.Module):
             scale,
         )
         count = x.numel() // x.shape[2]
-        momentum = self._momentum()
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        with torch.no_grad():
-            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-            unbiased = var * (count / (count - 1))
-            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
+        update_running_statistics(norm, mean, var * (count / (count - 1)))
         return s
 
-    def _momentum(self) -> float:
-        """Of this call, which is counted: a running mean where the norm has no momentum."""
-        assert self.norm.num_batches_tracked is not None
-        self.norm.num_batches_tracked.add_(1)
-        if self.norm.momentum is None:
-            return 1.0 / float(self.norm.num_batches_tracked)
-        return self.norm.momentum
+
+def next_momentum(norm: Any) -> float:
+    """Of a BatchNorm's call, which is counted: a running mean where the norm has no momentum."""
+    norm.num_batches_tracked.add_(1)
+    return 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+
+
+@torch.no_grad()
+def update_running_statistics(norm: Any, mean: Tensor, variance: Tensor) -> None:
+    """Count a call of a BatchNorm that saw this mean and unbiased variance, each [C]."""
+    momentum = next_momentum(norm)
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+    norm.running_var.lerp_(variance.to(norm.running_var.dtype), momentum)
+
+
+def spiking_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of whatever gives spikes: each FusedLIF, or the BatchNormLIF that it is in.
+
+    A hook there leaves a BatchNormLIF its fused path; one on the neuron inside does not.
+    """
+    named = list(model.named_modules())
+    pairs = {m: m.neuron for _, m in named if isinstance(m, BatchNormLIF)}
+    for name, module in named:
+        spiking = pairs.get(module, module)
+        if isinstance(spiking, FusedLIF) and (module in pairs or module not in pairs.values()):
+            yield name, module
+
+
+def _is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
+    """Whether the module is exactly one of these, so that its attributes say all that it does."""
+    hooks = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    return type(module) in kinds and "forward" not in module.__dict__ and not any(hooks)
 
 
 def _normalised(
@@ -115,7 +160,7 @@ def _normalised(
 
 
 def _spikes(neuron: FusedLIF, current: Tensor, threshold: Tensor, leak: Tensor) -> Tensor:
-    return lif(
+    spikes: Tensor = lif(
         current,
         threshold,
         leak,
@@ -126,18 +171,30 @@ def _spikes(neuron: FusedLIF, current: Tensor, threshold: Tensor, leak: Tensor) 
         surrogate_scale=neuron.surrogate_scale,
         backend=neuron.backend,
     )
+    return spikes
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, threshold, leak, mean, rstd, eps, neuron):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        threshold: Tensor,
+        leak: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        eps: float,
+        neuron: FusedLIF,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, threshold, leak, mean, rstd)
         ctx.eps, ctx.neuron = eps, neuron
         return _spikes(neuron, _normalised(x, weight, bias, mean, rstd), threshold, leak)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_s):
+    def backward(ctx: Any, grad_s: Tensor) -> Any:
         x, weight, bias, threshold, leak, mean, rstd = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         current = _normalised(x, weight, bias, mean, rstd).requires_grad_()

@@ -16,14 +16,20 @@ from .. import models
 from ..conversion import NeuronConfig
 from ..errors import UsageError, check_choice, one_line
 from ..models import ModelConfig
-from . import freed_memory
+from . import any_network, freed_memory
 from .data import DataConfig
 from .stage_order import stages
 
 
 @dataclass
 class ConversionConfig:
-    """How thresholds are balanced: percentile of the current, times scale, on so many images."""
+    """How thresholds are balanced.
+
+    Attributes:
+        percentile: of the input current of each layer, in (0, 100].
+        scale: factor on each threshold.
+        images: of the training set that currents are taken on.
+    """
 
     percentile: float = 90.0
     scale: float = 1.0
@@ -38,9 +44,13 @@ class StageConfig:
         epochs: passes over the training set.
         optimizer: sgd or adam (amsgrad).
         learning_rate: at the start.
+        momentum: of sgd.
+        weight_decay: of weights; thresholds and leaks have none.
         schedule: step (divide by `decay` at each of `milestones`) or cosine (to zero).
         milestones: fractions of the stage, in (0, 1).
+        decay: what a milestone divides the learning rate by.
         dropout: probability, one mask for all timesteps.
+        label_smoothing: share of a label that goes to all classes.
         accumulate: micro-batches a step is split into.
         neuron_rate: the learning rate of thresholds and leaks, as a factor on that of the weights.
         teacher: whose soft labels are learned too: none, ann, or previous (the stage before).
@@ -50,6 +60,8 @@ class StageConfig:
         energy_budget: additions per operation that are free, in each micro-batch of each process.
         mixup: alpha of the Beta distribution that images are mixed by (Zhang et al., arXiv
             1710.09412); 0 for none.
+        weights: of the ANN alone, a file with its trained weights (.safetensors, or .pt with a
+            state_dict), which are tested and not trained.
     """
 
     epochs: int = 1
@@ -70,6 +82,7 @@ class StageConfig:
     energy_weight: float = 0.0
     energy_budget: float = 0.0
     mixup: float = 0.0
+    weights: str = ""
 
 
 @dataclass
@@ -117,6 +130,8 @@ class Recipe:
     """A whole run, from the ANN to the last T.
 
     Attributes:
+        name: of the run's folder; "" for the file's.
+        seed: of weights, order, augmentation and the validation split.
         timesteps: T of the spiking stages, strictly decreasing.
         stages: settings of one stage that differ from `snn`, e.g. {T1: {epochs: 4}}.
     """
@@ -177,6 +192,7 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     text = read("recipe", name_or_path)
     loaded = parse(text, overrides, source=name_or_path)
     loaded.name = loaded.name or Path(name_or_path).stem
+    check_folder_name("name", loaded.name)
     return loaded
 
 
@@ -226,7 +242,14 @@ def check(recipe: Recipe) -> None:
         UsageError: naming the key, what was expected and what came.
     """
     names = [stage.name for stage in stages(recipe.timesteps)]
-    check_choice("model.name", recipe.model.name, models.NAMES)
+    if recipe.name:
+        check_folder_name("name", recipe.name)
+    if not any_network.is_foreign(recipe.model.name):
+        check_choice("model.name", recipe.model.name, models.NAMES)
+    elif any(recipe.stage_config(name).energy_weight for name in names):
+        raise UsageError(
+            f"energy_weight: expected 0 for {recipe.model.name}, whose additions have no gradient"
+        )
     try:
         recipe.neuron.build(channels=1)
     except ValueError as error:
@@ -258,6 +281,12 @@ def check(recipe: Recipe) -> None:
         _check_stage(name, recipe.stage_config(name))
 
 
+def check_folder_name(key: str, name: str) -> None:
+    """Raises UsageError unless a folder of that name lies in the folder it is made in."""
+    if Path(name).name != name or name.startswith(".") or "\\" in name or not name.isprintable():
+        raise UsageError(f"{key}: expected the name of a folder, no path, got {name!r}")
+
+
 def _check_stage(name: str, stage: StageConfig) -> None:
     check_choice(f"{name}: optimizer", stage.optimizer, ("sgd", "adam"))
     check_choice(f"{name}: schedule", stage.schedule, ("step", "cosine"))
@@ -280,6 +309,8 @@ def _check_stage(name: str, stage: StageConfig) -> None:
     )
     temperature = stage.teacher_temperature
     _number(f"{name}: teacher_temperature", temperature, "positive", 0 < temperature < math.inf)
+    if name != "ann" and stage.weights:
+        raise UsageError(f"{name}: weights: expected none but for ann, got {stage.weights!r}")
     if name == "ann" and stage.teacher != "none":
         raise UsageError(f"ann: teacher: expected none, as the first, got {stage.teacher!r}")
     if name == "ann" and stage.energy_weight:
