@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import iirsnn._C
 import torch
 from torch import Tensor, nn
 
@@ -78,6 +77,8 @@ def measure(timesteps: int) -> dict[str, float]:
 
 
 def main() -> None:
+    import iirsnn._C  # after torch, whose libraries it needs
+
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {iirsnn._C.build_info()['cpu_capability']}")
