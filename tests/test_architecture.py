@@ -25,7 +25,8 @@ LINES = [
     ["iirsnn.ops.batch_norm", "iirsnn.ops.spike"],
     ["iirsnn.ops.lif"],
     ["iirsnn.ops.reference"],
-    ["iirsnn.atomic_files"],
+    ["iirsnn.ops.surrogates"],
+    ["iirsnn.atomic_files", "iirsnn.cache"],
     ["iirsnn.errors"],
 ]
 LINE_OF = {name: number for number, line in enumerate(LINES) for name in line}

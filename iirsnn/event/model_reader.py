@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from ..errors import UsageError
@@ -288,6 +288,18 @@ def _function_of(kind: Callable[..., nn.Module]) -> Callable[..., Value]:
     return call
 
 
+def _max_pool(
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> nn.MaxPool2d:
+    """In the order of torch's function, which is not the module's."""
+    return nn.MaxPool2d(kernel_size, stride, padding, dilation, return_indices, ceil_mode)
+
+
 def _neurons(reader: _Reader, name: str, module: FusedLIF, value: Value) -> Value:
     return reader.builder.neurons(value, name, module)
 
@@ -297,7 +309,9 @@ def _weighted(reader: _Reader, name: str, module: nn.Module, value: Value) -> Va
 
 
 def _affine(reader: _Reader, name: str, module: Affine, value: Value) -> Value:
-    return reader.builder.affine(value, name, module.weight, module.bias)
+    bias = module.bias
+    assert bias is None or isinstance(bias, Tensor)
+    return reader.builder.affine(value, name, module.weight, bias)
 
 
 def _identity(reader: _Reader, name: str, module: nn.Module, value: Value) -> Value:
@@ -333,7 +347,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.chunk: _Reader._chunk,
     torch.mean: _Reader._mean,
     F.dropout: _Reader._same,
-    F.max_pool2d: _function_of(nn.MaxPool2d),
+    F.max_pool2d: _function_of(_max_pool),
     F.avg_pool2d: _function_of(nn.AvgPool2d),
     F.adaptive_avg_pool2d: _function_of(nn.AdaptiveAvgPool2d),
 }
