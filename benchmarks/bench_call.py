@@ -78,6 +78,8 @@ def measure(timesteps: int) -> dict[str, float]:
 
 
 def main() -> None:
+    import iirsnn._C  # after torch, whose libraries it needs
+
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {iirsnn._C.build_info()['cpu_capability']}")

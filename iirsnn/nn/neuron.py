@@ -92,9 +92,8 @@ class FusedLIF(nn.Module):
             self.register_buffer(name, tensor)
 
     def forward(self, x: Tensor) -> Any:
-        held = self._parameters.get  # self.threshold takes a failed look-up first
-        threshold: Tensor | None = held("threshold")
-        leak: Tensor | None = held("leak")
+        held: Any = self._parameters.get  # self.threshold takes a failed look-up first
+        threshold, leak = held("threshold"), held("leak")
         if threshold is None:
             threshold = self.threshold
         if leak is None:
