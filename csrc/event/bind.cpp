@@ -68,19 +68,50 @@ LayerParameters parameters(const std::string& name, const Array& bias, const Arr
   return {chosen, values("bias", bias, outputs), chosen == Precision::int8 ? values("scale", scale, outputs) : nullptr};
 }
 
-int64_t add_neurons(Engine& engine, const std::vector<PySynapses>& given,
-                    const std::vector<std::pair<int64_t, float>>& skips, const std::string& precision_name,
-                    const Array& bias, const Array& scale, const Array& threshold, const Array& leak,
-                    const std::string& reset_name, float v_reset) {
-  std::vector<Synapses> all;
-  for (const PySynapses& one : given) all.push_back(synapses(engine, one));
-  if (all.empty()) throw std::invalid_argument("synapses: expected at least one, got none");
-  const int64_t outputs = all[0].outputs;
-  std::vector<Skip> added;
-  for (const auto& [source, unit] : skips) added.push_back({source, unit});
+using PySkips = std::vector<std::pair<int64_t, float>>;  // (source, unit)
+
+// A layer's parts, its arrays borrowed.
+struct LayerParts {
+  std::vector<Synapses> synapses;
+  std::vector<Skip> skips;
+  int64_t outputs;
+  LayerParameters parameters;
+
+  LayerParts(const Engine& engine, const std::vector<PySynapses>& given, const PySkips& added,
+             const std::string& precision_name, const Array& bias, const Array& scale) {
+    for (const PySynapses& one : given) synapses.push_back(event::synapses(engine, one));
+    for (const auto& [source, unit] : added) skips.push_back({source, unit});
+    if (synapses.empty() && skips.empty()) throw std::invalid_argument("synapses: expected at least one, got none");
+    outputs = synapses.empty() ? engine.shape(skips[0].source).channels : synapses[0].outputs;
+    parameters = event::parameters(precision_name, bias, scale, outputs);
+  }
+};
+
+int64_t add_neurons(Engine& engine, const std::vector<PySynapses>& given, const PySkips& skips,
+                    const std::string& precision_name, const Array& bias, const Array& scale, const Array& threshold,
+                    const Array& leak, const std::string& reset_name, float v_reset) {
+  const LayerParts parts(engine, given, skips, precision_name, bias, scale);
   return engine.add_neurons(
-      all, added, parameters(precision_name, bias, scale, outputs),
-      {values("threshold", threshold, outputs), values("leak", leak, outputs), reset(reset_name), v_reset});
+      parts.synapses, parts.skips, parts.parameters,
+      {values("threshold", threshold, parts.outputs), values("leak", leak, parts.outputs), reset(reset_name), v_reset});
+}
+
+int64_t add_currents(Engine& engine, const std::vector<PySynapses>& given, const PySkips& skips,
+                     const std::string& precision_name, const Array& bias, const Array& scale) {
+  const LayerParts parts(engine, given, skips, precision_name, bias, scale);
+  return engine.add_currents(parts.synapses, parts.skips, parts.parameters);
+}
+
+int64_t add_channels(Engine& engine, const std::vector<std::tuple<int64_t, int64_t, int64_t, float>>& given) {
+  std::vector<Part> parts;
+  for (const auto& [source, first, channels, unit] : given) parts.push_back({source, first, channels, unit});
+  return engine.add_channels(parts);
+}
+
+int64_t add_sum(Engine& engine, const std::vector<std::pair<int64_t, int64_t>>& given) {
+  std::vector<Term> terms;
+  for (const auto& [source, times] : given) terms.push_back({source, times});
+  return engine.add_sum(terms);
 }
 
 void add_readout(Engine& engine, const PySynapses& given, const std::string& precision_name, const Array& bias,
@@ -109,9 +140,9 @@ py::tuple run(const Engine& engine, const Array& images, int threads) {
 
 py::array_t<uint64_t> bits(const Engine& engine, const Call& call, int64_t source) {
   const Shape shape = engine.shape(source);
-  if (source < 1 || source > int64_t(call.bits.size())) {
-    throw std::invalid_argument("source: expected the number of a layer, 1 to " + std::to_string(call.bits.size()) +
-                                ", got " + std::to_string(source));
+  if (source < 1 || source > int64_t(call.bits.size()) || engine.real(source)) {
+    throw std::invalid_argument("source: expected the number of a layer that gives spikes or counts, 1 to " +
+                                std::to_string(call.bits.size()) + ", got " + std::to_string(source));
   }
   const std::vector<uint64_t>& all = call.bits[source - 1];
   const py::ssize_t rows = shape.height, columns = shape.width, words = ceil_div(shape.channels, kWord);
@@ -128,6 +159,7 @@ py::list report(const Call& call) {
     entry["multiplications"] = layer.multiplications;
     entry["weight_bytes"] = layer.weight_bytes;
     entry["spike_bytes"] = layer.spike_bytes;
+    entry["value_bytes"] = layer.value_bytes;
     entry["milliseconds"] = layer.milliseconds;
     layers.append(entry);
   }
@@ -196,7 +228,13 @@ void bind(py::module_& m) {
           "add_average_pool",
           [](Engine& e, int64_t source, const Numbers& n) { return e.add_average_pool(source, window(n)); },
           py::arg("source"), py::arg("window"))
+      .def("add_currents", &add_currents, py::arg("synapses"), py::arg("skips"), py::arg("precision"), py::arg("bias"),
+           py::arg("scale"))
+      .def("add_adaptive_pool", &Engine::add_adaptive_pool, py::arg("source"), py::arg("height"), py::arg("width"))
+      .def("add_channels", &add_channels, py::arg("parts"), "[(source, first channel, channels, unit)] side by side.")
+      .def("add_sum", &add_sum, py::arg("terms"), "[(source, how often it counts)] of counts.")
       .def("add_readout", &add_readout, py::arg("synapses"), py::arg("precision"), py::arg("bias"), py::arg("scale"))
+      .def("add_output", &Engine::add_output, py::arg("source"), py::arg("unit"))
       .def(
           "shape",
           [](const Engine& e, int64_t source) {

@@ -49,13 +49,54 @@ void store_weight(Precision precision, void* weights, int64_t at, int64_t output
   }
 }
 
+// Gives real values slots of a call's memory, each of which serves again once the last step that reads it is over.
+void share_slots(Network& network) {
+  std::vector<size_t> last(network.sources.size() + 1, 0);
+  for (size_t i = 0; i < network.steps.size(); ++i) {
+    for (const int64_t source : sources_of(network.steps[i])) last[source] = i;
+  }
+  std::vector<size_t> busy;  // by slot: until the end of which step
+  for (size_t i = 0; i < network.steps.size(); ++i) {
+    const int64_t gives = network.steps[i].gives;
+    if (gives == 0 || !network.source(gives).real()) continue;
+    Source& source = network.sources[gives - 1];
+    size_t slot = 0;
+    while (slot < busy.size() && busy[slot] >= i) ++slot;
+    if (slot == busy.size()) {
+      busy.push_back(0);
+      network.slots.push_back(0);
+    }
+    busy[slot] = std::max(last[gives], i);
+    network.slots[slot] = std::max(network.slots[slot], source.values());
+    source.slot = int64_t(slot);
+  }
+}
+
+constexpr int64_t kMostCount = (1 << 16) - 1;  // of spikes in one count
+constexpr int64_t kMostValues = int64_t(1) << 31;
+
 }  // namespace
+
+std::vector<int64_t> sources_of(const Step& step) {
+  std::vector<int64_t> found;
+  if (step.source) found.push_back(step.source);
+  for (const Part& part : step.parts) found.push_back(part.source);
+  for (const Term& term : step.terms) found.push_back(term.source);
+  for (const Connection& c : step.connections) found.push_back(c.source);
+  for (const Skip& skip : step.skips) found.push_back(skip.source);
+  for (const Skip& skip : step.others) found.push_back(skip.source);
+  return found;
+}
 
 Engine::Engine(Shape image, int64_t timesteps)
     : network_(new Network{image, timesteps, {}, {}}), shelf_(std::make_shared<Shelf>()) {
   check(image.channels > 0 && image.height > 0 && image.width > 0,
         "image: expected a positive number of channels, rows and columns");
-  check(timesteps > 0, "timesteps: expected at least 1, got " + std::to_string(timesteps));
+  check(image.channels < kMostValues && image.height < kMostValues && image.width < kMostValues &&
+            image.channels * image.height < kMostValues && image.channels * image.height * image.width < kMostValues,
+        "image: expected fewer than 2^31 values");
+  check(timesteps > 0 && timesteps < kMostCount,
+        "timesteps: expected at least 1 and fewer than 65535, got " + std::to_string(timesteps));
 }
 Engine::~Engine() = default;
 
@@ -68,17 +109,26 @@ const Source& Engine::source(int64_t number) const {
 
 Shape Engine::shape(int64_t number) const { return number == 0 ? network_->image : source(number).shape; }
 
+bool Engine::real(int64_t number) const { return number == 0 || source(number).real(); }
+
 int64_t Engine::outputs() const {
   const std::vector<Step>& steps = network_->steps;
-  check(!steps.empty() && steps.back().kind == Step::kReadout, "network: expected a readout as its last layer");
-  return steps.back().out.channels;
+  check(!steps.empty() && steps.back().gives == 0, "network: expected a readout as its last layer");
+  return steps.back().out.channels * steps.back().out.height * steps.back().out.width;
 }
 
+// most: of a count that the step gives; 0: it gives real values.
 int64_t Engine::add_step(Step step, int64_t most) {
   std::vector<Step>& steps = network_->steps;
-  check(steps.empty() || steps.back().kind != Step::kReadout, "network: expected nothing after the readout");
-  if (step.kind != Step::kReadout) {
-    int64_t planes = 1;
+  check(steps.empty() || steps.back().gives != 0, "network: expected nothing after the readout");
+  const Shape& out = step.out;
+  check(out.channels < kMostValues && out.height < kMostValues && out.width < kMostValues &&
+            out.channels * out.height < kMostValues && out.channels * out.height * out.width < kMostValues,
+        "layer: expected fewer than 2^31 values of an image");
+  check(most <= kMostCount,
+        "counts: expected at most " + std::to_string(kMostCount) + " spikes, got " + std::to_string(most));
+  if (step.kind != Step::kReadout && step.kind != Step::kOutput) {
+    int64_t planes = 0;
     while (most >> planes) ++planes;
     network_->sources.push_back({step.out, most, planes});
     step.gives = int64_t(network_->sources.size());
@@ -87,38 +137,94 @@ int64_t Engine::add_step(Step step, int64_t most) {
   return steps.back().gives;
 }
 
-Step Engine::pool(int64_t number, const Window& window) const {
+Step Engine::pool(int64_t number, const Shape& out) const {
   Step step{};
   step.source = number;
-  step.window = window;
-  step.out = output_shape(source(number).shape, source(number).shape.channels, window);
+  step.out = out;
   return step;
 }
 
 int64_t Engine::add_max_pool(int64_t number, const Window& window) {
-  check(source(number).planes == 1, "max pool: expected spikes, got the counts of an average pool");
-  Step step = pool(number, window);
+  const Source& in = source(number);
+  check(in.planes <= 1, "max pool: expected spikes or real values, got counts");
+  Step step = pool(number, output_shape(in.shape, in.shape.channels, window));
   step.kind = Step::kMaxPool;
-  return add_step(std::move(step), 1);
+  step.window = window;
+  return add_step(std::move(step), in.most);
 }
 
 int64_t Engine::add_average_pool(int64_t number, const Window& window) {
-  Step step = pool(number, window);
+  const Source& in = source(number);
+  Step step = pool(number, output_shape(in.shape, in.shape.channels, window));
   step.kind = Step::kAveragePool;
-  const int64_t most = source(number).most * window.kernel.y * window.kernel.x;
-  check(most < (1 << 16), "average pool: expected windows of fewer than 65536 spikes, got " + std::to_string(most));
+  step.window = window;
+  return add_step(std::move(step), in.most * window.kernel.y * window.kernel.x);
+}
+
+int64_t Engine::add_adaptive_pool(int64_t number, int64_t height, int64_t width) {
+  const Source& in = source(number);
+  check(height > 0 && width > 0 && height < kMostValues && width < kMostValues,
+        "adaptive pool: expected a positive number of rows and columns below 2^31");
+  Step step = pool(number, {in.shape.channels, height, width});
+  step.kind = Step::kAdaptivePool;
+  return add_step(std::move(step),
+                  in.most * axis_multiple(in.shape.height, height) * axis_multiple(in.shape.width, width));
+}
+
+int64_t Engine::add_channels(const std::vector<Part>& parts) {
+  check(!parts.empty(), "channels: expected at least one part, got none");
+  Step step{};
+  step.kind = Step::kChannels;
+  step.parts = parts;
+  step.out = {0, source(parts[0].source).shape.height, source(parts[0].source).shape.width};
+  int64_t most = 0;
+  bool values = false;
+  for (const Part& part : parts) {
+    const Source& in = source(part.source);
+    check(in.shape.height == step.out.height && in.shape.width == step.out.width,
+          "channels: expected parts with the same rows and columns");
+    check(part.first >= 0 && part.channels > 0 && part.channels <= in.shape.channels &&
+              part.first <= in.shape.channels - part.channels,
+          "channels: expected some of the " + std::to_string(in.shape.channels) + " there are");
+    step.out.channels += part.channels;
+    most = std::max(most, in.most);
+    values |= in.real();
+  }
+  return add_step(std::move(step), values ? 0 : most);
+}
+
+int64_t Engine::add_sum(const std::vector<Term>& terms) {
+  check(!terms.empty(), "sum: expected at least one term, got none");
+  Step step{};
+  step.kind = Step::kSum;
+  step.terms = terms;
+  step.out = source(terms[0].source).shape;
+  int64_t most = 0;
+  for (const Term& term : terms) {
+    const Source& in = source(term.source);
+    check(!in.real(), "sum: expected spikes or counts, got real values");
+    check(in.shape == step.out, "sum: expected terms of the same shape");
+    check(term.times > 0 && term.times <= kMostCount, "sum: expected to count a term a positive number of times");
+    most += in.most * term.times;
+  }
   return add_step(std::move(step), most);
 }
 
-Connection Engine::connect(const Synapses& s, const LayerParameters& parameters) const {
+void Engine::add_output(int64_t number, float unit) {
+  Step step = pool(number, source(number).shape);
+  step.kind = Step::kOutput;
+  step.unit = unit;
+  add_step(std::move(step), 1);
+  finish();
+}
+
+Connection Engine::connect(const Synapses& s, Precision precision, bool rows) const {
   const Shape in = shape(s.source);
   check(s.outputs > 0, "outputs: expected at least 1, got " + std::to_string(s.outputs));
   check(s.groups > 0 && in.channels % s.groups == 0 && s.outputs % s.groups == 0,
         "groups: expected a divisor of " + std::to_string(in.channels) + " channels and " + std::to_string(s.outputs) +
             " outputs, got " + std::to_string(s.groups));
-  const Shape out = output_shape(in, s.outputs, s.window);
-  const bool image = s.source == 0, rows = whole_rows(image, s.groups, out);
-  const Precision precision = image ? Precision::fp32 : parameters.precision;
+  const bool values = real(s.source);
   const Filters filters{s.weight, s.outputs, s.groups, in.channels / s.groups, s.window.kernel.y * s.window.kernel.x};
   const int64_t taps = filters.taps, group_channels = filters.group_channels, group_outputs = s.outputs / s.groups;
   check(!is_integer(precision) ||
@@ -127,6 +233,17 @@ Connection Engine::connect(const Synapses& s, const LayerParameters& parameters)
 
   Connection made{s.source, in, s.window, {}, nullptr, 0};
   const int64_t padded = round_up(s.outputs, row_unit(precision));
+  if (values && s.source > 0 && s.groups == in.channels && s.outputs == in.channels) {
+    made.each = true;
+    made.bytes = taps * padded * int64_t(sizeof(float));
+    made.weights = std::make_shared<Memory>(made.bytes);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      for (int64_t k = 0; k < s.outputs; ++k) {
+        store_weight(Precision::fp32, made.weights->data(), tap * padded, k, filters.at(k, 0, tap));
+      }
+    }
+    return made;
+  }
   const int64_t tile = rows ? padded : tile_width(precision);
   const auto pitch = [&](int64_t width) { return rows ? row_pitch(precision, padded) : width; };
   int64_t size = 0;
@@ -146,7 +263,7 @@ Connection Engine::connect(const Synapses& s, const LayerParameters& parameters)
       int64_t row = piece.offset;
       const int64_t end = piece.first + piece.channels;
       for (int64_t block = piece.first; block < end;) {  // the channels of one word, or all values of a pixel
-        const int64_t next = image ? end : std::min(end, (block / kWord + 1) * kWord);
+        const int64_t next = values ? end : std::min(end, (block / kWord + 1) * kWord);
         for (int64_t tap = 0; tap < taps; ++tap) {
           for (int64_t c = block; c < next; ++c, row += pitch(width)) {
             const int64_t group = c / group_channels;
@@ -166,22 +283,33 @@ Connection Engine::connect(const Synapses& s, const LayerParameters& parameters)
   return made;
 }
 
-Step Engine::layer(const std::vector<Synapses>& synapses, const LayerParameters& parameters) const {
-  check(!synapses.empty(), "synapses: expected at least one source, got none");
+Step Engine::layer(const std::vector<Synapses>& synapses, const std::vector<Skip>& skips,
+                   const LayerParameters& parameters) const {
+  check(!synapses.empty() || !skips.empty(), "synapses: expected at least one source, got none");
   Step step{};
-  step.image = synapses[0].source == 0;
+  step.out = synapses.empty() ? source(skips[0].source).shape
+                              : output_shape(shape(synapses[0].source), synapses[0].outputs, synapses[0].window);
+  bool image = false, values = skips.size() > 1;
+  step.rows = step.constant = !synapses.empty();
   for (const Synapses& s : synapses) {
-    check((s.source == 0) == step.image, "synapses: expected all of a layer to read the image, or none");
     const Shape out = output_shape(shape(s.source), s.outputs, s.window);
-    if (&s == &synapses[0]) step.out = out;
     check(out == step.out, "synapses: expected all of a layer to give the same shape");
-    step.connections.push_back(connect(s, parameters));
-    step.rows = whole_rows(step.image, s.groups, out);
-    step.precision = step.image ? Precision::fp32 : parameters.precision;
+    image |= s.source == 0;
+    values |= real(s.source);
+    step.constant &= s.source == 0;
+    step.rows &= whole_rows(real(s.source), s.groups, out);
   }
-  if (step.rows) {
-    for (const Synapses& s : synapses) check(s.groups == 1, "groups: expected 1 in all of a layer's synapses, or none");
+  for (const Skip& s : skips) {
+    check(source(s.source).shape == step.out, "skips: expected spikes of the layer's own shape");
+    values |= real(s.source);
   }
+  step.rows &= !values;
+  step.precision = values ? Precision::fp32 : parameters.precision;
+  (values || skips.size() > 1 ? step.others : step.skips) = skips;
+  step.constant &= step.others.empty();
+  check(!image || step.constant || network_->timesteps == 1,
+        "synapses: expected one timestep in a layer that reads the image and others");
+  for (const Synapses& s : synapses) step.connections.push_back(connect(s, step.precision, step.rows));
   const auto padded = [&](const float* values) {
     std::vector<float> result(step.padded());
     std::copy(values, values + step.out.channels, result.begin());
@@ -194,13 +322,8 @@ Step Engine::layer(const std::vector<Synapses>& synapses, const LayerParameters&
 
 int64_t Engine::add_neurons(const std::vector<Synapses>& synapses, const std::vector<Skip>& skips,
                             const LayerParameters& parameters, const NeuronParameters& neurons) {
-  Step step = layer(synapses, parameters);
+  Step step = layer(synapses, skips, parameters);
   step.kind = Step::kNeurons;
-  for (const Skip& given : skips) {
-    check(source(given.source).shape == step.out, "skips: expected spikes of the layer's own shape");
-  }
-  check(skips.size() <= 1, "skips: expected at most one, got " + std::to_string(skips.size()));
-  step.skips = skips;
   step.threshold.assign(step.padded(), 0.0f);
   step.leak = step.threshold;
   std::copy(neurons.threshold, neurons.threshold + step.out.channels, step.threshold.begin());
@@ -210,18 +333,31 @@ int64_t Engine::add_neurons(const std::vector<Synapses>& synapses, const std::ve
   return add_step(std::move(step), 1);
 }
 
+int64_t Engine::add_currents(const std::vector<Synapses>& synapses, const std::vector<Skip>& skips,
+                             const LayerParameters& parameters) {
+  Step step = layer(synapses, skips, parameters);
+  step.kind = Step::kCurrents;
+  if (!step.skips.empty()) {
+    check(!is_integer(step.precision), "skips: expected none beside int8 weights in a layer without neurons");
+    step.others.swap(step.skips);
+    step.constant = false;
+  }
+  return add_step(std::move(step), 0);
+}
+
 void Engine::add_readout(const Synapses& synapses, const LayerParameters& parameters) {
-  Step step = layer({synapses}, parameters);
+  Step step = layer({synapses}, {}, parameters);
   step.kind = Step::kReadout;
   check(step.out.height * step.out.width == 1, "readout: expected one position an image, got " +
                                                    std::to_string(step.out.height) + " x " +
                                                    std::to_string(step.out.width));
   add_step(std::move(step), 1);
-  pack();
+  finish();
 }
 
 // Moves all weights into one piece of memory, in the order of their use: on huge pages, whatever a layer's size.
-void Engine::pack() {
+void Engine::finish() {
+  share_slots(*network_);
   int64_t size = 0;
   for (Step& step : network_->steps) {
     for (Connection& c : step.connections) {

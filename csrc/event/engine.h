@@ -1,4 +1,5 @@
-// A spiking network as a sequence of layers that handle events. Build it once, run it on any number of images.
+// A spiking network as a graph of steps that handle events, added in the order in which they run. Build it once, run it
+// on any number of images.
 //
 // A layer's work is cut into tasks: a strip of positions by a range of outputs. A task keeps its sums (and over several
 // timesteps its membranes) in a buffer of its thread that fits the cache, and writes nothing but spikes.
@@ -14,7 +15,10 @@
 
 namespace iirsnn::event {
 
-// A convolution from a source: 0 is the image, others are what Engine::add_* returned.
+// Numbers of sources: 0 is the image, others are what Engine::add_* returned. A source gives spikes, counts of spikes,
+// or real values, and any number of steps may read it.
+
+// A convolution.
 struct Synapses {
   int64_t source;
   const float* weight;  // [outputs][channels / groups][kernel.y][kernel.x]; integers in [-127, 127] when int8
@@ -23,14 +27,25 @@ struct Synapses {
   Window window;
 };
 
-// Spikes, or counts of an average pool, of the layer's own shape, which add `unit` each to its current.
+// Spikes, counts or values of the layer's own shape, which add `unit` each to its current.
 struct Skip {
   int64_t source;
   float unit;
 };
 
+// Channels [first, first + channels) of a source; where the step gives real values, `unit` times what they are.
+struct Part {
+  int64_t source, first, channels;
+  float unit;
+};
+
+// A source that is counted so many times.
+struct Term {
+  int64_t source, times;
+};
+
 struct LayerParameters {
-  Precision precision;  // of weights that spikes meet; those of the image are fp32
+  Precision precision;  // of the weights; fp32 in a layer that meets real values or has several skips
   const float* bias;    // [outputs]
   const float* scale;   // [outputs] when int8: current = sum * scale + bias
 };
@@ -46,9 +61,10 @@ struct LayerReport {
   int64_t spikes = 0;           // that the layer gave
   int64_t neurons = 0;          // of one image
   int64_t additions = 0;        // weights added, and the doublings and sums that pooled counts cost
-  int64_t multiplications = 0;  // of the image's values
+  int64_t multiplications = 0;  // of real values, the image's among them
   int64_t weight_bytes = 0;     // of the rows added
   int64_t spike_bytes = 0;      // of the bits read and written
+  int64_t value_bytes = 0;      // of the real values read and written, but for the image's
   double milliseconds = 0;
 };
 
@@ -57,7 +73,9 @@ struct Call {
   int64_t images = 0;
   std::vector<LayerReport> report;          // in the order of adding
   std::vector<std::vector<uint64_t>> bits;  // of source i at i - 1:
-                                            // [digit of the count][image][timestep][row][column][word of 64 channels]
+                                            // [digit of the count][image][timestep][row][column][word of 64 channels];
+                                            // none where it gives real values
+  std::vector<Memory> values;               // by slot: float [image][timestep][row][column][channel]
   Memory sums;
 };
 
@@ -67,22 +85,31 @@ struct Step;
 struct Connection;
 class Shelf;
 
-// Once its readout is there an engine does not change: any number of threads may run it at once.
+// Once its readout or output is there an engine does not change: any number of threads may run it at once.
 class Engine {
  public:
   Engine(Shape image, int64_t timesteps);
   ~Engine();
 
   // Each returns the number that stands for the spikes it gives. std::invalid_argument says what cannot be.
-  // A layer's current is the sum of its synapses, plus its skip, if it has one.
+  // A layer's current is the sum of its synapses, its skips and its bias.
   int64_t add_neurons(const std::vector<Synapses>& synapses, const std::vector<Skip>& skips,
                       const LayerParameters& parameters, const NeuronParameters& neurons);
+  // Currents that reach no neurons: real values.
+  int64_t add_currents(const std::vector<Synapses>& synapses, const std::vector<Skip>& skips,
+                       const LayerParameters& parameters);
   int64_t add_max_pool(int64_t source, const Window& window);      // any spike in the window is one
   int64_t add_average_pool(int64_t source, const Window& window);  // counts; dividing is for the next layer's weights
+  // Counts in units of 1 / (a common multiple of the areas of all windows), see axis_multiple. Real values: averages.
+  int64_t add_adaptive_pool(int64_t source, int64_t height, int64_t width);
+  int64_t add_channels(const std::vector<Part>& parts);  // side by side; real values where one part has them
+  int64_t add_sum(const std::vector<Term>& terms);       // of counts
   void add_readout(const Synapses& synapses, const LayerParameters& parameters);
+  void add_output(int64_t source, float unit);  // its values, `unit` times what they are, as the logits
 
   Shape shape(int64_t source) const;
-  int64_t outputs() const;  // of the readout
+  bool real(int64_t source) const;  // gives real values
+  int64_t outputs() const;          // logits
 
   // images [count][channels][height][width] -> logits [count][outputs], summed over the timesteps; by the calling
   // thread and up to threads - 1 others. Once nobody holds the Call, a later one takes over its memory.
@@ -91,10 +118,11 @@ class Engine {
  private:
   const Source& source(int64_t number) const;
   int64_t add_step(Step step, int64_t most);
-  Connection connect(const Synapses& synapses, const LayerParameters& parameters) const;
-  Step layer(const std::vector<Synapses>& synapses, const LayerParameters& parameters) const;
-  Step pool(int64_t source, const Window& window) const;
-  void pack();
+  Connection connect(const Synapses& synapses, Precision precision, bool rows) const;
+  Step layer(const std::vector<Synapses>& synapses, const std::vector<Skip>& skips,
+             const LayerParameters& parameters) const;
+  Step pool(int64_t source, const Shape& out) const;
+  void finish();
 
   std::unique_ptr<Network> network_;
   std::shared_ptr<Shelf> shelf_;

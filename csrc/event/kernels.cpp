@@ -146,7 +146,14 @@ IIRSNN_INLINE void carry_over(const Additions& work, int digit) {
 
 // ---- Events ----
 
-// Rows of a visit begin at `rows`, whose first is that of channel 0 of the word.
+// The channels of a word that take part: the lowest is bit 0 of what `of` gives, as its row is the first of the
+// block's.
+struct Channels {
+  int first;
+  uint64_t mask;
+  IIRSNN_INLINE uint64_t of(uint64_t word) const { return word >> first & mask; }
+};
+
 template <typename Weights, int kWidth, int kBytes>
 struct TileVisit {
   using weight_t = typename Weights::weight_t;
@@ -168,13 +175,13 @@ struct TileVisit {
     sum.store(sums);
   }
   // bits[0] counts once, bits[plane] twice, bits[2 * plane] four times, ...
-  IIRSNN_INLINE void pooled(const uint64_t* bits, int64_t plane, int planes, uint64_t mask, const weight_t* rows,
-                            sum_t* sums, Work& done) const {
+  IIRSNN_INLINE void pooled(const uint64_t* bits, int64_t plane, int planes, const Channels& channels,
+                            const weight_t* rows, sum_t* sums, Work& done) const {
     Sum sum;
     sum.load(sums);
-    add(sum, bits[0] & mask, rows);
+    add(sum, channels.of(bits[0]), rows);
     for (int digit = 1; digit < planes; ++digit) {
-      const uint64_t set = bits[digit * plane] & mask;
+      const uint64_t set = channels.of(bits[digit * plane]);
       done.count(set, digit);
       if (digit == 1) {
         add(sum, set, rows, 1);  // most of them: without a loop
@@ -186,8 +193,8 @@ struct TileVisit {
   }
 };
 
-// The blocks of one call, a word of a tap each, in the order of their weights; `complete`: whether the sums have to be
-// complete after the block.
+// The blocks of one call, a word of a tap each, in the order of their weights: `here` rows, `ahead` in the next block.
+// `complete`: whether the sums have to be complete after the block.
 template <typename Weights, typename Visit>
 IIRSNN_INLINE void each_block(const Additions& work, const Visit& visit) {
   const typename Weights::weight_t* rows = static_cast<const typename Weights::weight_t*>(work.weights);
@@ -196,13 +203,15 @@ IIRSNN_INLINE void each_block(const Additions& work, const Visit& visit) {
     const uint64_t mask =
         (word == 0 ? work.first_mask : ~uint64_t(0)) & (word == work.words - 1 ? work.last_mask : ~uint64_t(0));
     const int skipped = word == 0 ? __builtin_ctzll(work.first_mask) : 0;
+    const Channels channels{skipped, mask >> skipped};
     const int here = left < kWord - skipped ? left : kWord - skipped;
     left -= here;
     for (int t = 0; t < work.tap_count; ++t, rows += here * work.pitch) {
+      const int ahead = t + 1 < work.tap_count ? here : left < kWord ? left : kWord;
       const int block = word * work.tap_count + t;
       const auto carry = [&](int of) { return work.carries ? Carry(work.carries[of]) : Carry::none; };
       const bool last = block + 1 == work.words * work.tap_count;
-      visit(work.taps[t], work.bits + work.first_word + word, mask, rows - skipped * work.pitch, here, carry(block),
+      visit(work.taps[t], work.bits + work.first_word + word, channels, rows, here, ahead, carry(block),
             last || carry(block + 1) != Carry::none);
     }
   }
@@ -252,15 +261,15 @@ struct TileLoop {
     using Wide = typename Weights::Wide;
     constexpr bool kNarrow = !std::is_same_v<Weights, Wide>;
     alignas(64) typename Wide::weight_t wide[kNarrow ? kWord * kWidth : 1];
-    each_block<Weights>(work, [&](const Tap& tap, const uint64_t* bits, uint64_t mask, const weight_t* rows, int here,
-                                  Carry carry, bool) IIRSNN_INLINE_LAMBDA {
+    each_block<Weights>(work, [&](const Tap& tap, const uint64_t* bits, const Channels& channels, const weight_t* rows,
+                                  int here, int ahead, Carry carry, bool) IIRSNN_INLINE_LAMBDA {
       if (kIntegers && carry != Carry::none) carry_over<kBytes>(work, 0);
       if constexpr (kIntegers && !kPlain) {
         if (carry == Carry::by_digit) {
           for (int digit = 0; digit < work.planes; ++digit) {
             each_position<sum_t>(work, tap, bits + digit * work.plane,
                                  [&](const uint64_t* in, sum_t* sums) IIRSNN_INLINE_LAMBDA {
-                                   const uint64_t set = *in & mask;
+                                   const uint64_t set = channels.of(*in);
                                    done.count(set, digit);
                                    for (int part = 0; part < kWidth; part += kPart) {
                                      stored.plain(set, rows + part, sums + part);
@@ -272,32 +281,30 @@ struct TileLoop {
         }
       }
       const int64_t visits = work.images * tap.rows * tap.columns;
-      const weight_t *next = rows + (__builtin_ctzll(mask) + here) * work.pitch, *end = next;
-      if (visits >= kVisitsToPrefetch) end += here * work.pitch;
-      const int64_t share = (here + visits - 1) / (visits > 0 ? visits : 1);
+      const weight_t* const next = rows + here * work.pitch;
+      const int64_t share = (ahead + visits - 1) / (visits > 0 ? visits : 1);
+      const int64_t wanted = visits >= kVisitsToPrefetch ? ahead : 0;
+      int64_t asked = 0;
       const auto all = [&](const auto& visit, const auto* rows) IIRSNN_INLINE_LAMBDA {
         for (int part = 0; part < kWidth; part += kPart) {
           Work& count = part ? again : done;
           each_position<sum_t>(work, tap, bits, [&](const uint64_t* in, sum_t* sums) IIRSNN_INLINE_LAMBDA {
-            if (next < end) {
-              for (int64_t row = share; row > 0; --row, next += work.pitch) {
-                for (int p = 0; p < kWidth; p += kPart) stored.prefetch(next + p);
-              }
+            for (const int64_t last = std::min(asked + share, wanted); asked < last; ++asked) {
+              for (int p = 0; p < kWidth; p += kPart) stored.prefetch(next + asked * work.pitch + p);
             }
             if constexpr (kPlain) {
               count.count(*in, 0);
               visit.plain(*in, rows + part, sums + part);
             } else {
-              count.count(*in & mask, 0);
-              visit.pooled(in, work.plane, work.planes, mask, rows + part, sums + part, count);
+              count.count(channels.of(*in), 0);
+              visit.pooled(in, work.plane, work.planes, channels, rows + part, sums + part, count);
             }
           });
         }
       };
       if constexpr (kNarrow) {
         if (visits >= kVisitsToWiden) {
-          const int skipped = __builtin_ctzll(mask);
-          for (int c = skipped; c < skipped + here; ++c) {
+          for (int c = 0; c < here; ++c) {
             for (int part = 0; part < kWidth; part += kPart) {
               decltype(stored)::Sum::widen(rows + c * work.pitch + part, wide + c * kWidth + part);
             }
@@ -383,17 +390,17 @@ struct StreamLoop {
                                  }
                                }
                              };
-    each_block<Weights>(work, [&](const Tap& tap, const uint64_t* bits, uint64_t mask, const weight_t* rows, int here,
-                                  Carry carry, bool complete) IIRSNN_INLINE_LAMBDA {
+    each_block<Weights>(work, [&](const Tap& tap, const uint64_t* bits, const Channels& channels, const weight_t* rows,
+                                  int here, int ahead, Carry carry, bool complete) IIRSNN_INLINE_LAMBDA {
       if (kIntegers && carry != Carry::none) carry_over<kBytes>(work, 0);
       const bool by_digit = kIntegers && carry == Carry::by_digit;
       // of many positions one or another needs almost every row of the next block, so they share out all of them
-      const bool share = work.images * tap.rows * tap.columns >= kVisitsToPrefetch;
-      const weight_t* next = rows + (__builtin_ctzll(mask) + here) * work.pitch;
+      const bool share = ahead > 0 && work.images * tap.rows * tap.columns >= kVisitsToPrefetch;
+      const weight_t* const next = rows + here * work.pitch;
       for (int digit = 0; digit < (by_digit ? work.planes : 1); ++digit) {
         each_position<sum_t>(work, tap, bits, [&](const uint64_t* in, sum_t* sums) IIRSNN_INLINE_LAMBDA {
-          if (by_digit) return collect(in[digit * work.plane] & mask, digit, 0, rows, sums);
-          for (int d = 0; d < work.planes; ++d) collect(in[d * work.plane] & mask, d, d, rows, sums);
+          if (by_digit) return collect(channels.of(in[digit * work.plane]), digit, 0, rows, sums);
+          for (int d = 0; d < work.planes; ++d) collect(channels.of(in[d * work.plane]), d, d, rows, sums);
         });
         const int64_t count = groups.size(), kept = complete || by_digit || share ? 0 : groups_ahead + 2;
         for (int64_t i = 0; i < count - kept; ++i) {
@@ -402,7 +409,8 @@ struct StreamLoop {
           int shift = 0;
           if (share) {
             for (int64_t k = 0; k < kRows; ++k) {
-              block.rows[k] = next + std::min(i * here / count + k, (i + 1) * here / count) * work.pitch;
+              const int64_t last = std::min<int64_t>((i + 1) * ahead / count, ahead - 1);
+              block.rows[k] = next + std::min(i * ahead / count + k, last) * work.pitch;
             }
           } else {
             soon = &groups[std::min(i + groups_ahead, count - 1)];
@@ -448,7 +456,7 @@ void add_events(const Additions& work, Work& done) {
 constexpr int kProducts = 16;
 
 struct ProductTap {
-  const float* in;       // of the row's column 0, in the first channel
+  const float* in;       // of column `first`, in the first channel
   const float* weights;  // of the first output
   int first, last;       // columns that it reaches
 };
@@ -466,7 +474,8 @@ IIRSNN_INLINE void multiply(const Products& work, const ProductTap* taps, int ta
   }
   const int64_t column = work.column_in;
   for (int t = 0; t < tap_count; ++t) {
-    const float *in = taps[t].in + x * column, *row = taps[t].weights + part;
+    const float *in = taps[t].in, *row = taps[t].weights + part;
+    const int64_t from = (x - taps[t].first) * column;
     const auto add = [&](auto all) IIRSNN_INLINE_LAMBDA {
       for (int c = 0; c < work.channels; ++c, in += work.channel_in, row += work.pitch) {
         Floats w[kRegisters];
@@ -475,7 +484,7 @@ IIRSNN_INLINE void multiply(const Products& work, const ProductTap* taps, int ta
         IIRSNN_REGISTERS
         for (int p = 0; p < kPositions; ++p) {
           if (!decltype(all)::value && (x + p < taps[t].first || x + p >= taps[t].last)) continue;
-          const Floats value = spread<kBytes>(in[p * column]);
+          const Floats value = spread<kBytes>(in[from + p * column]);
           IIRSNN_REGISTERS
           for (int i = 0; i < kRegisters; ++i) v[p][i] += w[i] * value;
         }
@@ -513,7 +522,7 @@ struct ProductLoop {
           const int top = int(tap.out / work.row_out), begin = int(tap.out % work.row_out);
           if (y < top || y >= top + tap.rows || tap.columns == 0) continue;
           taps[count++] = {work.image + tap.in + image * work.image_in + (y - top) * work.row_in +
-                               work.first_channel * work.channel_in - begin * work.column_in,
+                               work.first_channel * work.channel_in,
                            work.weights + int64_t(t) * work.channels * work.pitch, begin, begin + tap.columns};
           left = std::min(left, begin);
           right = std::max(right, begin + tap.columns);

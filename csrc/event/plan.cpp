@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <limits>
+#include <numeric>
 
 namespace iirsnn::event {
 namespace {
@@ -13,6 +14,7 @@ constexpr int64_t kPositions = 256, kFewPositions = 32;
 constexpr int64_t kStreamBytes = 512 << 10;
 constexpr int64_t kStreamBlock = 256 << 10;  // of weights that several positions read
 constexpr int64_t kFewestPositions = 4;
+constexpr int64_t kMostOfWindow = 1 << 16;
 // Of a layer with whole rows: from so many positions on, tiles of them are worth reading them once for each tile.
 constexpr int64_t kPositionsToTile = 32;
 
@@ -25,6 +27,10 @@ int64_t positions(int64_t size, int64_t kernel, int64_t stride, int64_t dilation
 Shape output_shape(const Shape& in, int64_t channels, const Window& w) {
   check(w.kernel.y > 0 && w.kernel.x > 0 && w.stride.y > 0 && w.stride.x > 0 && w.dilation.y > 0 && w.dilation.x > 0,
         "window: expected a positive kernel, stride and dilation");
+  for (const Pair& p : {w.kernel, w.stride, w.dilation, w.before, w.after}) {
+    check(p.y >= 0 && p.x >= 0 && p.y <= kMostOfWindow && p.x <= kMostOfWindow,
+          "window: expected numbers from 0 to " + std::to_string(kMostOfWindow));
+  }
   check(in.height + w.before.y + w.after.y > w.dilation.y * (w.kernel.y - 1) &&
             in.width + w.before.x + w.after.x > w.dilation.x * (w.kernel.x - 1),
         "window: expected a kernel that fits the padded input of " + std::to_string(in.height) + " x " +
@@ -40,8 +46,27 @@ Span span(int64_t from, int64_t to, int64_t tap, int64_t stride, int64_t before,
   return {first, std::max(first, last), first * stride - shift};
 }
 
-bool whole_rows(bool image, int64_t groups, const Shape& out) {
-  return !image && groups == 1 && out.height * out.width <= kFewestPositions;
+Axis window_axis(int64_t position, int64_t kernel, int64_t stride, int64_t dilation, int64_t before, int64_t size) {
+  const int64_t start = position * stride - before, outside = start < 0 ? ceil_div(-start, dilation) : 0;
+  const int64_t from = start + outside * dilation;
+  return {from, std::max(from, std::min(size, start + (kernel - 1) * dilation + 1)), dilation};
+}
+
+Axis adaptive_axis(int64_t position, int64_t size, int64_t positions) {
+  return {position * size / positions, ceil_div((position + 1) * size, positions), 1};
+}
+
+int64_t axis_multiple(int64_t size, int64_t positions) {
+  int64_t multiple = 1;
+  for (int64_t i = 0; i < positions; ++i) {
+    multiple = std::lcm(multiple, adaptive_axis(i, size, positions).size());
+    check(multiple < kMostOfWindow, "adaptive pool: expected windows whose areas have a smaller common multiple");
+  }
+  return multiple;
+}
+
+bool whole_rows(bool real, int64_t groups, const Shape& out) {
+  return !real && groups == 1 && out.height * out.width <= kFewestPositions;
 }
 
 int64_t row_pitch(Precision precision, int64_t padded) {

@@ -18,8 +18,19 @@ struct Span {
 };
 Span span(int64_t from, int64_t to, int64_t tap, int64_t stride, int64_t before, int64_t size);
 
+// What one position of a pool looks at along an axis: from, from + step, ... below `to`, all inside the image.
+struct Axis {
+  int64_t from, to, step;
+
+  int64_t size() const { return (to - from + step - 1) / step; }
+};
+Axis window_axis(int64_t position, int64_t kernel, int64_t stride, int64_t dilation, int64_t before, int64_t size);
+Axis adaptive_axis(int64_t position, int64_t size, int64_t positions);
+// The least common multiple of the sizes of all positions.
+int64_t axis_multiple(int64_t size, int64_t positions);
+
 // Whether a layer keeps its rows of weights whole: with so few positions an image each row is met once or not at all.
-bool whole_rows(bool image, int64_t groups, const Shape& out);
+bool whole_rows(bool real, int64_t groups, const Shape& out);
 
 // Outputs from one whole row to the next: an odd number of cache lines, so that a column does not fall into few sets.
 int64_t row_pitch(Precision precision, int64_t padded);

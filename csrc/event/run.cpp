@@ -1,10 +1,13 @@
 // One call: layer by layer, the tasks of a layer by several threads.
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstring>
 
+#include "event/bits.h"
 #include "event/layers.h"
 #include "event/thread_pool.h"
+#include "event/values.h"
 
 namespace iirsnn::event {
 namespace {
@@ -20,19 +23,43 @@ class Running {
       : net_(network), images_(images), logits_(logits), threads_(threads), call_(call) {}
 
   void pool(const Step& step, LayerReport& report);
+  void channels(const Step& step, LayerReport& report);
+  void sum(const Step& step, LayerReport& report);
   void layer(const Step& step, LayerReport& report);
+  void output(const Step& step, LayerReport& report);
 
  private:
-  int64_t steps(const Step& step) const { return step.image ? 1 : net_.timesteps; }
+  template <typename F>
+  void in_parts(int64_t count, int64_t work, const F& f) const;
+  int64_t frames() const { return call_.images * net_.timesteps; }
+  int64_t steps(const Step& step) const { return step.constant ? 1 : net_.timesteps; }
   const uint64_t* bits(int64_t source) const { return call_.bits[source - 1].data(); }
   int64_t bytes(int64_t source) const { return 8 * int64_t(call_.bits[source - 1].size()); }
-  int64_t plane(const Source& source) const { return call_.images * net_.timesteps * source.image_words(); }
+  int64_t plane(const Source& source) const { return frames() * source.image_words(); }
+  CountsIn counts(int64_t source) const {
+    const Source& from = net_.source(source);
+    return {bits(source), from.planes, plane(from), from.words()};
+  }
+  CountsOut given(int64_t source) const {
+    const Source& to = net_.source(source);
+    return {call_.bits[source - 1].data(), to.planes, plane(to), to.words()};
+  }
+  float* values(int64_t source) const {
+    return reinterpret_cast<float*>(call_.values[net_.source(source).slot].data());
+  }
+  int64_t value_bytes(int64_t source) const {
+    const Source& from = net_.source(source);
+    return from.real() ? frames() * from.values() * int64_t(sizeof(float)) : 0;
+  }
+  void traffic(const Step& step, LayerReport& report) const;
 
   void add_up(const Step& step, const Strip& strip, void* sums, Counts& counts) const;
   void add_products(const Step& step, const Connection& c, const Piece& piece, const Strip& strip, void* sums,
                     const std::vector<Tap>& taps) const;
   Work add_events(const Step& step, const Connection& c, const Piece& piece, const Strip& strip, void* sums,
                   const std::vector<Tap>& taps) const;
+  void add_others(const Step& step, const Strip& strip, void* sums, Counts& counts) const;
+  void keep(const Step& step, const Strip& strip, const void* sums) const;
   void finish(const Step& step, const Strip& strip, const void* sums, Counts& counts);
 
   const Network& net_;
@@ -42,54 +69,148 @@ class Running {
   Call& call_;
 };
 
+// f(first, last) over parts of `count` positions or rows, so many at a time that a part is some thousands of steps of
+// work: one is over in a nanosecond.
+template <typename F>
+void Running::in_parts(int64_t count, int64_t work, const F& f) const {
+  const int64_t together = std::max<int64_t>(1, 8192 / std::max<int64_t>(1, work));
+  parallel_for(ceil_div(count, together), threads_,
+               [&](int64_t task, int) { f(task * together, std::min(count, (task + 1) * together)); });
+}
+
 void Running::pool(const Step& step, LayerReport& report) {
   const Source &in = net_.source(step.source), &out = net_.source(step.gives);
-  const uint64_t* const from_bits = bits(step.source);
-  uint64_t* const to_bits = call_.bits[step.gives - 1].data();
-  const int64_t words = in.words(), in_plane = plane(in), out_plane = plane(out);
   const Window& w = step.window;
-  const bool counts = step.kind == Step::kAveragePool;
-  const auto pool_row = [&](int64_t row) {
-    const int64_t image = row / out.shape.height, y = row % out.shape.height;
-    uint64_t* to = to_bits + row * out.shape.width * words;
-    for (int64_t digit = 0; digit < out.planes; ++digit) {
-      std::fill_n(to + digit * out_plane, out.shape.width * words, uint64_t(0));
+  const bool adaptive = step.kind == Step::kAdaptivePool;
+  const Shape &from = in.shape, &to = out.shape;
+  const auto axes = [&](int64_t size, int64_t positions, int64_t Pair::* of) {
+    std::vector<Axis> found;
+    for (int64_t i = 0; i < positions; ++i) {
+      found.push_back(adaptive ? adaptive_axis(i, size, positions)
+                               : window_axis(i, w.kernel.*of, w.stride.*of, w.dilation.*of, w.before.*of, size));
     }
-    for (int64_t ky = 0; ky < w.kernel.y; ++ky) {
-      const int64_t in_y = y * w.stride.y + ky * w.dilation.y - w.before.y;
-      if (in_y < 0 || in_y >= in.shape.height) continue;
-      for (int64_t kx = 0; kx < w.kernel.x; ++kx) {
-        const Span xs = span(0, out.shape.width, kx * w.dilation.x, w.stride.x, w.before.x, in.shape.width);
-        for (int64_t x = xs.first, in_x = xs.in; x < xs.last; ++x, in_x += w.stride.x) {
-          const uint64_t* from = from_bits + ((image * in.shape.height + in_y) * in.shape.width + in_x) * words;
-          for (int64_t word = 0; word < words; ++word) {
-            uint64_t* sum = to + x * words + word;
-            if (!counts) {
-              *sum |= from[word];
-              continue;
-            }
-            for (int64_t digit = 0; digit < in.planes; ++digit) {  // binary addition of 64 counts at once
-              uint64_t carry = from[word + digit * in_plane];
-              for (int64_t high = digit; carry; ++high) {
-                const uint64_t old = sum[high * out_plane];
-                sum[high * out_plane] = old ^ carry;
-                carry &= old;
-              }
-            }
-          }
+    return found;
+  };
+  const std::vector<Axis> rows = axes(from.height, to.height, &Pair::y), columns = axes(from.width, to.width, &Pair::x);
+  const int64_t window =
+      adaptive ? ceil_div(from.height, to.height) * ceil_div(from.width, to.width) : w.kernel.y * w.kernel.x;
+  if (in.real()) {
+    const int64_t in_row = from.width * from.channels, out_row = to.width * to.channels;
+    in_parts(frames() * to.height, out_row * window, [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row) {
+        const ValuePoolRow work{values(step.source) + row / to.height * from.height * in_row,
+                                values(step.gives) + row * out_row,
+                                from.width,
+                                from.channels,
+                                rows[row % to.height],
+                                columns};
+        if (step.kind == Step::kMaxPool) {
+          pool_largest(work);
+        } else {
+          pool_averages(work, adaptive ? 0 : window);
         }
       }
+    });
+    if (step.kind != Step::kMaxPool) {
+      report.additions = frames() * to.height * out_row * window;
+      report.multiplications = frames() * to.height * out_row;
     }
-  };
-  const int64_t rows = call_.images * net_.timesteps * out.shape.height;
-  // words read in a row of the output: a task is some thousands of them, for one is over in a nanosecond
-  const int64_t work = out.shape.width * words * w.kernel.y * w.kernel.x * in.planes;
-  const int64_t together = std::max<int64_t>(1, 8192 / work);
-  parallel_for(ceil_div(rows, together), threads_, [&](int64_t task, int) {
-    const int64_t last = std::min(rows, (task + 1) * together);
-    for (int64_t row = task * together; row < last; ++row) pool_row(row);
+    report.value_bytes = value_bytes(step.source) + value_bytes(step.gives);
+    return;
+  }
+  const int64_t row_multiple = adaptive ? axis_multiple(from.height, to.height) : 0,
+                column_multiple = adaptive ? axis_multiple(from.width, to.width) : 0;
+  in_parts(frames() * to.height, to.width * in.words() * window * in.planes, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      PoolRow work{counts(step.source), given(step.gives), from.width, rows[row % to.height], columns};
+      work.in.bits += row / to.height * in.image_words();
+      work.out.bits += row * to.width * out.words();
+      if (step.kind == Step::kMaxPool) {
+        pool_spikes(work);
+      } else {
+        pool_counts(work, row_multiple, column_multiple);
+      }
+    }
   });
-  report.spike_bytes = 8 * (in.planes * in_plane + out.planes * out_plane);
+  report.spike_bytes = bytes(step.source) + bytes(step.gives);
+}
+
+void Running::channels(const Step& step, LayerReport& report) {
+  const Source& out = net_.source(step.gives);
+  const int64_t positions = frames() * out.shape.height * out.shape.width;
+  in_parts(positions, out.shape.channels / 8 + 1, [&](int64_t first, int64_t last) {
+    int64_t to = 0;
+    if (out.real()) {
+      float* const sums = values(step.gives) + first * out.shape.channels;
+      std::fill_n(sums, (last - first) * out.shape.channels, 0.0f);
+    } else {
+      for (int64_t digit = 0; digit < out.planes; ++digit) {
+        std::fill_n(given(step.gives).bits + digit * plane(out) + first * out.words(), (last - first) * out.words(),
+                    uint64_t(0));
+      }
+    }
+    for (const Part& part : step.parts) {
+      const Source& in = net_.source(part.source);
+      float* const sums = out.real() ? values(step.gives) + first * out.shape.channels + to : nullptr;
+      if (!out.real()) {
+        copy_channels(counts(part.source), part.first, part.channels, given(step.gives), to, first, last);
+      } else if (in.real()) {
+        add_values(values(part.source) + first * in.shape.channels + part.first, in.shape.channels, part.unit, sums,
+                   out.shape.channels, last - first, part.channels);
+      } else {
+        CountsIn from = counts(part.source);
+        from.bits += first * from.words;
+        add_counted(from, part.unit, sums, part.first, part.channels, out.shape.channels, last - first);
+      }
+      to += part.channels;
+    }
+  });
+  traffic(step, report);
+}
+
+void Running::sum(const Step& step, LayerReport& report) {
+  const Source& out = net_.source(step.gives);
+  std::atomic<int64_t> read{0};
+  in_parts(frames() * out.shape.height * out.shape.width, out.words() * out.planes, [&](int64_t first, int64_t last) {
+    for (int64_t digit = 0; digit < out.planes; ++digit) {
+      std::fill_n(given(step.gives).bits + digit * plane(out) + first * out.words(), (last - first) * out.words(),
+                  uint64_t(0));
+    }
+    int64_t mine = 0;
+    for (const Term& term : step.terms) {
+      mine += add_counts(counts(term.source), term.times, given(step.gives), first, last);
+    }
+    read += mine;
+  });
+  report.additions = read;
+  traffic(step, report);
+}
+
+void Running::output(const Step& step, LayerReport& report) {
+  const Source& in = net_.source(step.source);
+  const Shape& shape = in.shape;
+  const int64_t positions = shape.height * shape.width;
+  in_parts(call_.images, net_.timesteps * positions * shape.channels, [&](int64_t first, int64_t last) {
+    std::vector<float> sums(positions * shape.channels);
+    for (int64_t image = first; image < last; ++image) {
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      for (int64_t frame = image * net_.timesteps; frame < (image + 1) * net_.timesteps; ++frame) {
+        if (in.real()) {
+          add_values(values(step.source) + frame * positions * shape.channels, shape.channels, step.unit, sums.data(),
+                     shape.channels, positions, shape.channels);
+        } else {
+          CountsIn from = counts(step.source);
+          from.bits += frame * in.image_words();
+          add_counted(from, step.unit, sums.data(), 0, shape.channels, shape.channels, positions);
+        }
+      }
+      float* const logits = logits_ + image * positions * shape.channels;
+      for (int64_t c = 0; c < shape.channels; ++c) {
+        for (int64_t p = 0; p < positions; ++p) logits[c * positions + p] = sums[p * shape.channels + c];
+      }
+    }
+  });
+  traffic(step, report);
 }
 
 void Running::layer(const Step& step, LayerReport& report) {
@@ -113,14 +234,20 @@ void Running::layer(const Step& step, LayerReport& report) {
     report.multiplications += part.multiplications;
     report.weight_bytes += part.weight_bytes;
   }
-  for (const Connection& c : step.connections) {
-    if (c.source) report.spike_bytes += bytes(c.source);
+  if (step.kind == Step::kNeurons) report.neurons = step.out.channels * step.out.height * step.out.width;
+  traffic(step, report);
+}
+
+// The bytes of what a step reads and gives.
+void Running::traffic(const Step& step, LayerReport& report) const {
+  for (const int64_t source : sources_of(step)) {
+    if (source == 0) continue;
+    report.spike_bytes += bytes(source);
+    report.value_bytes += value_bytes(source);
   }
-  for (const Skip& skip : step.skips) report.spike_bytes += bytes(skip.source);
-  if (step.kind == Step::kNeurons) {
-    report.neurons = step.out.channels * step.out.height * step.out.width;
-    report.spike_bytes += bytes(step.gives);
-  }
+  if (step.gives == 0) return;
+  report.spike_bytes += bytes(step.gives);
+  report.value_bytes += value_bytes(step.gives);
 }
 
 void Running::add_up(const Step& step, const Strip& strip, void* sums, Counts& counts) const {
@@ -134,15 +261,23 @@ void Running::add_up(const Step& step, const Strip& strip, void* sums, Counts& c
   }
   const bool single = step.out.height * step.out.width == 1;  // then images are what lies in a row
   for (const Connection& c : step.connections) {
-    const int64_t pixel = c.source ? net_.source(c.source).words() : 1;
+    const bool image = c.source == 0, real = image || net_.source(c.source).real();
+    const int64_t pixel = image ? 1 : real ? c.in.channels : net_.source(c.source).words();
     const std::vector<Tap> reach =
         taps(c.window, c.in, step.out.width, strip.top, strip.bottom, pixel * c.in.width, pixel, single ? count : 1);
     int64_t reached = 0;  // pairs of a tap and a position
     for (const Tap& tap : reach) reached += int64_t(tap.rows) * tap.columns;
     if (!single) reached *= count;
+    if (c.each) {
+      const Piece piece{strip.output, strip.outputs, 1};
+      add_products(step, c, piece, strip, sums, reach);
+      counts.multiplications += reached * strip.outputs;
+      counts.weight_bytes += reached * strip.outputs * weight_bytes(Precision::fp32);
+      continue;
+    }
     for (const Piece& piece : c.tiles[strip.tile]) {
       const int64_t outputs = std::min(piece.reached, strip.outputs);
-      if (step.image) {
+      if (real) {
         add_products(step, c, piece, strip, sums, reach);
         counts.multiplications += reached * piece.channels * outputs;
         counts.weight_bytes += reached * piece.channels * outputs * weight_bytes(Precision::fp32);
@@ -153,21 +288,44 @@ void Running::add_up(const Step& step, const Strip& strip, void* sums, Counts& c
       }
     }
   }
+  if (!step.others.empty()) add_others(step, strip, sums, counts);
+}
+
+// The skips that the neurons do not add themselves.
+void Running::add_others(const Step& step, const Strip& strip, void* sums, Counts& counts) const {
+  const int64_t area = (strip.bottom - strip.top) * step.out.width;
+  for (int64_t i = 0; i < (strip.last - strip.first) * net_.timesteps; ++i) {
+    const int64_t first = ((strip.first * net_.timesteps + i) * step.out.height + strip.top) * step.out.width;
+    float* const to = static_cast<float*>(sums) + i * area * strip.width;
+    for (const Skip& skip : step.others) {
+      const Source& from = net_.source(skip.source);
+      if (from.real()) {
+        add_values(values(skip.source) + first * from.shape.channels + strip.output, from.shape.channels, skip.unit, to,
+                   strip.width, area, strip.outputs);
+        counts.additions += area * strip.outputs;
+      } else {
+        CountsIn in = this->counts(skip.source);
+        in.bits += first * in.words;
+        counts.additions += add_counted(in, skip.unit, to, strip.output, strip.outputs, strip.width, area);
+      }
+    }
+  }
 }
 
 void Running::add_products(const Step& step, const Connection& c, const Piece& piece, const Strip& strip, void* sums,
                            const std::vector<Tap>& taps) const {
-  const int64_t image = c.in.channels * c.in.height * c.in.width;
+  const int64_t image = c.in.channels * c.in.height * c.in.width, count = (strip.last - strip.first) * steps(step);
   const bool single = step.out.height * step.out.width == 1;
+  const int64_t pixel = c.source ? c.in.channels : 1;  // the image alone keeps its channels apart
   Products work{};
-  work.image = images_ + strip.first * image;
-  work.images = single ? 1 : strip.last - strip.first;
+  work.image = (c.source ? values(c.source) : images_) + strip.first * steps(step) * image;
+  work.images = single ? 1 : count;
   work.image_in = image;
   work.image_out = (strip.bottom - strip.top) * step.out.width;
-  work.channel_in = c.in.height * c.in.width;
-  work.row_in = c.window.stride.y * c.in.width;
+  work.channel_in = c.source ? 1 : c.in.height * c.in.width;
+  work.row_in = c.window.stride.y * c.in.width * pixel;
   work.row_out = step.out.width;
-  work.column_in = single ? image : c.window.stride.x;
+  work.column_in = single ? image : c.window.stride.x * pixel;
   work.taps = taps.data();
   work.tap_count = int(taps.size());
   work.first_channel = int(piece.first);
@@ -176,7 +334,10 @@ void Running::add_products(const Step& step, const Connection& c, const Piece& p
   work.pitch = strip.width;
   work.sums = static_cast<float*>(sums);
   work.width = int(strip.width);
-  event::add_products(work);
+  if (!c.each) return event::add_products(work);
+  work.weights += strip.output;
+  work.pitch = step.padded();
+  add_each_product(work);
 }
 
 Work Running::add_events(const Step& step, const Connection& c, const Piece& piece, const Strip& strip, void* sums,
@@ -223,13 +384,35 @@ Work Running::add_events(const Step& step, const Connection& c, const Piece& pie
   return done;
 }
 
+// Sums as values, of each timestep where they are constant.
+void Running::keep(const Step& step, const Strip& strip, const void* sums) const {
+  const int64_t area = (strip.bottom - strip.top) * step.out.width, channels = step.out.channels;
+  const bool integer = is_integer(step.precision);
+  for (int64_t i = 0; i < (strip.last - strip.first) * net_.timesteps; ++i) {
+    const int64_t first = ((strip.first * net_.timesteps + i) * step.out.height + strip.top) * step.out.width;
+    const int64_t at = (step.constant ? i / net_.timesteps : i) * area * strip.width;
+    float* to = values(step.gives) + first * channels + strip.output;
+    for (int64_t p = 0; p < area; ++p, to += channels) {
+      if (!integer) {
+        std::copy_n(static_cast<const float*>(sums) + at + p * strip.width, strip.outputs, to);
+        continue;
+      }
+      const int32_t* const from = static_cast<const int32_t*>(sums) + at + p * strip.width;
+      for (int64_t k = 0; k < strip.outputs; ++k) {
+        to[k] = float(from[k]) * step.scale[strip.output + k] + step.bias[strip.output + k];
+      }
+    }
+  }
+}
+
 void Running::finish(const Step& step, const Strip& strip, const void* sums, Counts& counts) {
+  if (step.kind == Step::kCurrents) return keep(step, strip, sums);
   const bool integer = is_integer(step.precision);
   if (step.kind == Step::kReadout) {
     Logits work{};
     work.sums = sums;
     work.integer = integer;
-    work.constant = step.image;
+    work.constant = step.constant;
     work.images = strip.last - strip.first;
     work.timesteps = net_.timesteps;
     work.width = int(strip.width);
@@ -247,7 +430,7 @@ void Running::finish(const Step& step, const Strip& strip, const void* sums, Cou
   Neurons work{};
   work.sums = sums;
   work.integer = integer;
-  work.constant = step.image;
+  work.constant = step.constant;
   work.images = strip.last - strip.first;
   work.timesteps = net_.timesteps;
   work.positions = (strip.bottom - strip.top) * step.out.width;
@@ -284,14 +467,32 @@ void run_network(const Network& network, const float* images, float* logits, int
     call.bits[i].resize(source.planes * call.images * network.timesteps * source.image_words());
   }
   if (call.images == 0) return;
+  call.values.resize(network.slots.size());
+  for (size_t i = 0; i < network.slots.size(); ++i) {
+    const int64_t size = network.slots[i] * call.images * network.timesteps * int64_t(sizeof(float));
+    if (call.values[i].size() < size) call.values[i] = Memory(size);
+  }
   Running running(network, images, logits, threads, call);
   for (size_t i = 0; i < network.steps.size(); ++i) {
     const Step& step = network.steps[i];
     const auto start = std::chrono::steady_clock::now();
-    if (step.kind == Step::kMaxPool || step.kind == Step::kAveragePool) {
-      running.pool(step, call.report[i]);
-    } else {
-      running.layer(step, call.report[i]);
+    switch (step.kind) {
+      case Step::kMaxPool:
+      case Step::kAveragePool:
+      case Step::kAdaptivePool:
+        running.pool(step, call.report[i]);
+        break;
+      case Step::kChannels:
+        running.channels(step, call.report[i]);
+        break;
+      case Step::kSum:
+        running.sum(step, call.report[i]);
+        break;
+      case Step::kOutput:
+        running.output(step, call.report[i]);
+        break;
+      default:
+        running.layer(step, call.report[i]);
     }
     call.report[i].milliseconds =
         std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();

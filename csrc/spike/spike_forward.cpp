@@ -81,7 +81,7 @@ IIRSNN_INLINE void add_block(const Conv& conv, const ForwardChunk& chunk, int64_
   const int64_t together = conv.dilation_w == 1 ? conv.kernel_w : 1;  // kernel columns under which events adjoin
   for (int64_t ky = 0; ky < conv.kernel_h; ++ky) {
     for (int64_t kx = 0; kx < conv.kernel_w; kx += together) {
-      const char* tap = reinterpret_cast<const char*>(weights) + (ky * conv.kernel_w + kx) * block * row_bytes;
+      const uintptr_t tap = reinterpret_cast<uintptr_t>(weights) + (ky * conv.kernel_w + kx) * block * row_bytes;
       float* sum = sums;
       for (int64_t image = 0; image < chunk.images; ++image) {
         for (int64_t y = chunk.first_row; y < chunk.first_row + chunk.rows; ++y) {

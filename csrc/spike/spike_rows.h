@@ -29,20 +29,21 @@ struct Row {
     for (int i = 0; i < kRegisters; ++i) v[i] += other.v[i];
   }
   template <bool kValues>
-  IIRSNN_INLINE void add(const char* row, float value) {
+  IIRSNN_INLINE void add(uintptr_t row, float value) {
     const Floats factor = kValues ? spread<kBytes>(value) : Floats{};
     IIRSNN_REGISTERS
     for (int i = 0; i < kRegisters; ++i) {
-      const Floats part = load_register<Floats>(row + i * kBytes);
+      const Floats part = load_register<Floats>(reinterpret_cast<const char*>(row + i * kBytes));
       v[i] += kValues ? part * factor : part;
     }
   }
 };
 
-// sums[tap] += the rows at `rows - tap * row` of the events [first, last), a float each where kValues.
+// sums[tap] += the rows at `rows - tap * row` of the events [first, last), a float each where kValues. `rows` is an
+// address, not a pointer: it may lie outside the array, where the events' rows do not.
 // Two sums take turns where there are few: an addition takes several cycles, and one can start in each.
 template <int kPart, int kWidth, int kTaps, bool kValues, int kBytes>
-IIRSNN_INLINE void accumulate_part(const char* rows, const uint32_t* entries, const float* values, int64_t first,
+IIRSNN_INLINE void accumulate_part(uintptr_t rows, const uint32_t* entries, const float* values, int64_t first,
                                    int64_t last, float* sums) {
   constexpr bool kTwo = kTaps * kWidth < 64;
   Row<kPart, kBytes> sum[kTaps], other[kTaps];
@@ -75,8 +76,8 @@ IIRSNN_INLINE void accumulate_part(const char* rows, const uint32_t* entries, co
 }
 
 template <int kWidth, int kTaps, bool kValues, int kBytes>
-IIRSNN_INLINE void accumulate(const char* rows, const uint32_t* entries, const float* values, int64_t first,
-                              int64_t last, float* sums) {
+IIRSNN_INLINE void accumulate(uintptr_t rows, const uint32_t* entries, const float* values, int64_t first, int64_t last,
+                              float* sums) {
 #if defined(__x86_64__)
   constexpr int kPart = kBytes == 16 ? 16 : kWidth;  // sums in 16 registers
 #else

@@ -72,7 +72,7 @@ Conv conv_of(IntArrayRef size, IntArrayRef weight, IntArrayRef stride, IntArrayR
   // events address rows of 128 bytes by 32 bits
   TORCH_CHECK_VALUE(
       conv.width * 192 < (int64_t(1) << 25) && conv.height * (conv.width + conv.out_width) < (int64_t(1) << 25),
-      "x: expected images of at most 2^25 positions, got ", size);
+      "x: expected a width below 2^25 / 192 and height * (width + output width) below 2^25, got ", size);
   return conv;
 }
 

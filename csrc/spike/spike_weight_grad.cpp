@@ -52,7 +52,7 @@ IIRSNN_INLINE void list_channels(const WeightGrad& work, const GradPlan& plan, i
 // The sums [channel][kernel row][kernel column][kTile] of a tile get the gradients of one chunk of output rows.
 template <bool kValues, int kBytes>
 IIRSNN_INLINE void add_gradients(const Conv& conv, const GradPlan& plan, const ChannelLists& lists, int64_t channels,
-                                 int64_t images, int64_t first_row, int64_t rows, const char* grad, float* sums) {
+                                 int64_t images, int64_t first_row, int64_t rows, uintptr_t grad, float* sums) {
   const bool adjoin = conv.stride_h == 1 && conv.stride_w == 1;
   const int64_t most = adjoin && conv.dilation_w == 1 ? 3 : 1;  // taps whose events are the same
   for (int64_t ky = 0; ky < conv.kernel_h; ++ky) {
@@ -66,7 +66,7 @@ IIRSNN_INLINE void add_gradients(const Conv& conv, const GradPlan& plan, const C
       const int64_t taps = std::min(most, conv.kernel_w - kx);
       const int64_t column = kx * conv.dilation_w - conv.padding_w;
       const int64_t remainder = mod(column, conv.stride_w), shift_x = -floor_div(column, conv.stride_w);
-      const char* rows_at = grad + ((shift_y - first_row) * images * plan.pitch + shift_x) * kRowBytes;
+      const uintptr_t rows_at = grad + ((shift_y - first_row) * images * plan.pitch + shift_x) * kRowBytes;
       for (int64_t c = 0; c < channels; ++c) {
         float* sum = sums + ((c * conv.kernel_h + ky) * conv.kernel_w + kx) * kTile;
         const uint32_t* entries = lists.entries + c * lists.capacity;
@@ -185,7 +185,7 @@ struct WeightGradLoop {
               }
             }
             add_gradients<Reader::kValues, kBytes>(conv, plan, lists, channels, images, row, rows,
-                                                   reinterpret_cast<const char*>(grads.get() + plan.left * kTile),
+                                                   reinterpret_cast<uintptr_t>(grads.get() + plan.left * kTile),
                                                    sums + tile * tile_floats);
           }
         }

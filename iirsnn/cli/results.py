@@ -45,7 +45,7 @@ def evaluate(
 
 
 def report(run: Run) -> None:
-    """Time the networks, then write report.json and the plots, and print the table."""
+    """Time the networks, write report.html, report.json and the plots, and print the tables."""
     from ..train.pipeline import open_data
     from ..train.run_folder import RunFolder
 
@@ -66,7 +66,7 @@ def compare(
 
 
 def write_report(folder: RunFolder, splits: Splits) -> None:
-    """Write report.json and the plots of a run, and print its tables."""
+    """Write report.json, report.html and the plots of a run, and print its tables."""
     from ..report import activity, run_report
     from ..train.pipeline import Pipeline
 
@@ -74,8 +74,13 @@ def write_report(folder: RunFolder, splits: Splits) -> None:
     run_report.write(built, folder.path)
     if built["stages"]:
         activity.write(Pipeline(folder, splits), folder.path)
+    run_report.write_page(built, folder.path)
     run_report.show(built, console)
-    console.print(f"Written: {folder.path}/report.json and plots", highlight=False)
+    console.print(
+        f"Written: {folder.path}/report.json, report.html and plots",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def write_comparison(

@@ -64,6 +64,7 @@ class LayerStatistics:
     dense_operations: int
     weight_bytes: int
     spike_bytes: int
+    value_bytes: int
     milliseconds: float
 
 

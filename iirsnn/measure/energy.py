@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.resnet import ResidualBlock
-from ..nn import FusedLIF
+from ..nn.batch_norm import spiking_layers
 
 MULTIPLY_ACCUMULATE_PJ = 4.6
 ADDITION_PJ = 0.9
@@ -82,11 +82,11 @@ class _Observer:
             ValueError: a pool whose sub-spikes cannot be counted.
         """
         hooks = [self.model.register_forward_pre_hook(self._start)]
+        for name, module in spiking_layers(self.model):
+            hooks.append(module.register_forward_hook(self._neuron_hook(name)))
         for name, module in self.model.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 hooks.append(module.register_forward_hook(self._layer_hook(name)))
-            elif isinstance(module, FusedLIF):
-                hooks.append(module.register_forward_hook(self._neuron_hook(name)))
             elif isinstance(module, nn.AvgPool2d):
                 hooks.append(module.register_forward_hook(self._pool))
             elif isinstance(module, ResidualBlock) and not len(module.shortcut):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from statistics import median
 from typing import Any, Protocol, TypeVar
@@ -106,17 +106,19 @@ def count_operations(
     return counter
 
 
-def latencies(networks: Sequence[nn.Module], images: Tensor, *, repeats: int = 9) -> list[float]:
+def latencies(
+    networks: Sequence[Callable[[Tensor], Any]], images: Tensor, *, repeats: int = 9
+) -> list[float]:
     """Median milliseconds per image of each network, measured round robin on the same images.
 
     Args:
-        networks: on the device of the images.
+        networks: modules on the device of the images, or anything else that takes them.
         images: [B, C, H, W].
         repeats: rounds counted; one more comes first to warm up.
     """
     synchronise = torch.cuda.synchronize if images.is_cuda else lambda: None
     times: list[list[float]] = [[] for _ in networks]
-    with evaluating(*networks):
+    with evaluating(*(network for network in networks if isinstance(network, nn.Module))):
         for round_ in range(repeats + 1):
             for network, measured in zip(networks, times, strict=True):
                 synchronise()

@@ -2,20 +2,25 @@
 
 Two modules keep two tensors of that size for backward, the input of the BatchNorm and the current
 that it gives. Here the current is computed again from the input and the statistics: by one kernel
-on a CPU (float32 and bfloat16), by torch's ops everywhere else.
+on a CPU (float32 and bfloat16), by torch's ops everywhere else. Whatever is not exactly these two
+modules, hooks included, is called as it is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..functional import check_options, is_dense, lif, parameter_like
 from ..ops.backend import is_compiled_cpu
 from .neuron import FusedLIF
+
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class BatchNormLIF(nn.Module):
@@ -24,33 +29,36 @@ class BatchNormLIF(nn.Module):
     The statistics are those of `norm` on the merged T*B axis. In training, where the neuron keeps
     no state and returns spikes alone, half the memory is kept for backward: by one kernel in
     float32 and bfloat16 on a CPU, else by torch's ops, for one more pass of normalisation and LIF.
-    Everywhere else it is `norm` and `neuron`, one after the other.
+
+    That is for exactly torch's nn.BatchNorm1d, 2d or 3d and `FusedLIF`, without hooks. Other
+    modules (a subclass, a synchronised norm, nn.GroupNorm, nn.Identity), modules with hooks of any
+    kind, and everything outside training are called one after the other: `norm` on
+    [T*B, C, ...], `neuron` on [T, B, C, ...]. Either may be exchanged at any time.
 
     "The same" is to within rounding: the kernel sums the statistics in double. Its gradients repeat
     bit for bit, whatever the number of threads and the instruction set.
 
-    norm: nn.BatchNorm1d, 2d or 3d. neuron: a FusedLIF. Both stay what they are, with their
-    parameters and buffers.
-    Raises TypeError for other modules, ValueError for an input without [T, B, C].
+    norm, neuron: modules. Both stay what they are, with their parameters and buffers.
+    Raises TypeError for what is no module, ValueError for an input without [T, B, C].
     """
 
     over_time = True  # takes [T, B, ...] as a whole
 
-    def __init__(self, norm: _BatchNorm, neuron: FusedLIF) -> None:
+    def __init__(self, norm: nn.Module, neuron: nn.Module) -> None:
         super().__init__()
-        if not isinstance(norm, _BatchNorm) or isinstance(norm, nn.SyncBatchNorm):
-            raise TypeError(f"norm: expected nn.BatchNorm1d, 2d or 3d, got {type(norm).__name__}")
-        if not isinstance(neuron, FusedLIF):
-            raise TypeError(f"neuron: expected a FusedLIF, got {type(neuron).__name__}")
-        self.norm, self.neuron = norm, neuron
+        for name, module in (("norm", norm), ("neuron", neuron)):
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"{name}: expected a module, got {type(module).__name__}")
+        self.norm: Any = norm
+        self.neuron: Any = neuron
 
     def forward(self, x: Tensor) -> Any:
         if x.dim() < 3:
             raise ValueError(f"x: expected shape [T, B, C, ...], got {tuple(x.shape)}")
         norm, neuron = self.norm, self.neuron
-        kept = torch.is_grad_enabled() and norm.training and norm.track_running_stats
-        if not kept or x.numel() == 0 or neuron.stateful or neuron.return_v or neuron.packed:
+        if x.numel() == 0 or not self._fusable():
             return neuron(norm(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
+        norm._check_input_dim(x[0])
         if x.numel() == x.shape[2]:
             raise ValueError(
                 f"x: expected more than one value per channel in training, got {tuple(x.shape)}"
@@ -65,6 +73,19 @@ class BatchNormLIF(nn.Module):
             rstd = (var + norm.eps).rsqrt()
         return _Recomputed.apply(
             x, norm.weight, norm.bias, neuron.threshold, neuron.leak, mean, rstd, norm.eps, neuron
+        )
+
+    def _fusable(self) -> bool:
+        """Whether norm and neuron, called now, would do what is fused, and nothing else."""
+        norm, neuron = self.norm, self.neuron
+        return (
+            _is_plain(norm, _BATCH_NORMS)
+            and _is_plain(neuron, (FusedLIF,))
+            and not _has_any_global_hook()
+            and torch.is_grad_enabled()
+            and norm.training
+            and norm.track_running_stats
+            and not (neuron.stateful or neuron.return_v or neuron.packed)
         )
 
     def _fused(self, x: Tensor) -> Tensor:
@@ -87,8 +108,6 @@ class BatchNormLIF(nn.Module):
         )
         count = x.numel() // x.shape[2]
         momentum = self._momentum()
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
         with torch.no_grad():
             norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
             unbiased = var * (count / (count - 1))
@@ -97,11 +116,34 @@ class BatchNormLIF(nn.Module):
 
     def _momentum(self) -> float:
         """Of this call, which is counted: a running mean where the norm has no momentum."""
-        assert self.norm.num_batches_tracked is not None
         self.norm.num_batches_tracked.add_(1)
         if self.norm.momentum is None:
             return 1.0 / float(self.norm.num_batches_tracked)
         return self.norm.momentum
+
+
+def spiking_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of whatever gives spikes: each FusedLIF, or the BatchNormLIF that it is in.
+
+    A hook there leaves a BatchNormLIF its fused path; one on the neuron inside does not.
+    """
+    named = list(model.named_modules())
+    pairs = {m: m.neuron for _, m in named if isinstance(m, BatchNormLIF)}
+    for name, module in named:
+        spiking = pairs.get(module, module)
+        if isinstance(spiking, FusedLIF) and (module in pairs or module not in pairs.values()):
+            yield name, module
+
+
+def _is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
+    """Whether the module is exactly one of these, so that its attributes say all that it does."""
+    hooks = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    return type(module) in kinds and "forward" not in module.__dict__ and not any(hooks)
 
 
 def _normalised(

@@ -133,7 +133,7 @@ class _Convolution(torch.autograd.Function):
                 "tensor", "dense", "dense", float("nan"), "the input is neither spikes nor counts"
             )
             ctx.save_for_backward(x, weight, None)
-            ctx.kept, ctx.by_events = False, False
+            ctx.kept = ctx.by_events = ctx.addressable = False
             return _dense_forward(x, weight, bias, geometry)
         kind, (bits, table, nonzeros) = packed
         density = nonzeros / x.numel()
@@ -141,6 +141,9 @@ class _Convolution(torch.autograd.Function):
         positions = geometry.positions(x, weight)
         work = events_or_dense.product(weight, geometry.groups, x.shape[0], positions)
         ways, reason = events_or_dense.decide(layer.mode, name, density, work, weight.dtype)
+        ctx.addressable = geometry.addressable(x, weight)
+        if not ctx.addressable:
+            ways, reason = ("dense", "dense"), "events cannot address images of this size"
         layer.decision = Decision(name, *ways, density=density, reason=reason)
         ctx.save_for_backward(bits, weight, table)
         ctx.kept, ctx.by_events = True, ways[1] == "events"
@@ -195,13 +198,23 @@ class _Geometry(tuple):
 
     def positions(self, x: Tensor, weight: Tensor) -> int:
         """Of the output of one image of x."""
+        rows, columns = self._output(x, weight)
+        return rows * columns
+
+    def addressable(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether the kernels of events take images of this size: their offsets have 32 bits."""
+        (height, width), (out_height, out_width) = x.shape[2:], self._output(x, weight)
+        positions = max(height, out_height) * (width + out_width)
+        return 192 * max(width, out_width) < 2**25 and positions < 2**25
+
+    def _output(self, x: Tensor, weight: Tensor) -> tuple[int, int]:
         rows, columns = (
             (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
             for size, kernel, stride, padding, dilation in zip(
                 x.shape[2:], weight.shape[2:], *self[:3], strict=True
             )
         )
-        return rows * columns
+        return rows, columns
 
 
 _LINEAR = _Geometry(([1, 1], [0, 0], [1, 1], 1))
@@ -215,7 +228,7 @@ def _format(x: Tensor) -> torch.memory_format:
 def _input_by_events(ctx: Any, grad: Tensor, weight: Tensor) -> bool:
     """Whether the gradient of x is to be computed by the events of the output's gradient."""
     layer, stride = ctx.layer, ctx.geometry[0]
-    if not ctx.kept or stride != [1, 1] or weight.dtype != torch.float32 or not grad.numel():
+    if not ctx.addressable or stride != [1, 1] or weight.dtype != torch.float32 or not grad.numel():
         return False
     sample = grad[:: max(1, grad.shape[0] // 16)]
     density = torch.count_nonzero(sample).item() / sample.numel()

@@ -123,7 +123,7 @@ class Processes:
             nn.SyncBatchNorm.convert_sync_batchnorm(network)
             return
         for module in network.modules():
-            if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
                 module.__class__ = SyncedBatchNorm  # parameters, buffers and hooks stay
 
 
@@ -148,8 +148,12 @@ class SyncedBatchNorm(_BatchNorm):
         mean = total[:-1] / count
         centred = x - mean.view(shape)
         variance = _AllReduce.apply(centred.square().sum(others)) / count
-        self._track(mean.detach(), variance.detach() * count / (count - 1))
-        scale = (variance + self.eps).rsqrt() * self.weight
+        if self.track_running_stats:
+            self._track(mean.detach(), variance.detach() * count / (count - 1))
+        scale = (variance + self.eps).rsqrt()
+        if not self.affine:
+            return (centred * scale.view(shape)).to(input.dtype)
+        scale = scale * self.weight
         return (centred * scale.view(shape) + self.bias.view(shape)).to(input.dtype)
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ def test_train_reports_what_it_did(finished):
     made = {str(path) for path in contents(finished)}
     assert made == {
         *["recipe.yaml", "metrics.jsonl", "report.json", "accuracy.png", "spike_rates.png"],
-        *["raster.png", "membranes.png", "thresholds.png"],
+        *["raster.png", "membranes.png", "thresholds.png", "times.png", "report.html"],
         *(
             f"stages/{s}/{f}"
             for s in ("ann", "T2", "T1")
@@ -58,7 +58,7 @@ def test_evaluate_measures_the_same_again(iirsnn, finished):
 
 def test_report_writes_again(iirsnn, finished_copy):
     old = json.loads((finished_copy / "report.json").read_text())
-    for name in ("report.json", "accuracy.png", "spike_rates.png", "raster.png"):
+    for name in ("report.json", "report.html", "accuracy.png", "spike_rates.png", "raster.png"):
         (finished_copy / name).unlink()
     result = iirsnn("report", finished_copy)
     assert result.code == 0
@@ -66,9 +66,10 @@ def test_report_writes_again(iirsnn, finished_copy):
     new = json.loads((finished_copy / "report.json").read_text())
     assert (finished_copy / "accuracy.png").stat().st_size > 5000
     assert (finished_copy / "raster.png").stat().st_size > 5000
+    assert (finished_copy / "report.html").stat().st_size > 50000
     for report in (old, new):
         for entry in (report["ann"], *report["stages"]):
-            del entry["milliseconds_per_image"]
+            del entry["milliseconds_per_image"], entry["times"]
         del report["commit"], report["machine"]
     assert new == old
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from iirsnn import FusedLIF, Network, Readout
+from iirsnn import BatchNormLIF, FusedLIF, Network, Readout
 from iirsnn.conversion import to_spiking
 from iirsnn.measure.energy import EnergyPenalty, OperationCounter, fan_out
 from iirsnn.measure.evaluation import count_operations
@@ -330,3 +330,20 @@ def test_the_penalty_is_the_additions_counted(pool, timesteps):
     value.backward()
     gradients = [p.grad for p in network.layers[0].parameters()]
     assert all(g is not None and g.abs().sum() > 0 for g in gradients)
+
+
+def test_the_price_on_spikes_of_a_norm_and_a_neuron_in_one():
+    torch.manual_seed(0)
+    norm, neuron, head = nn.BatchNorm2d(4), FusedLIF(0.3), Readout(144, 3)
+    images, found = torch.rand(5, 1, 8, 8), []
+    for pair in ([norm, neuron], [BatchNormLIF(norm, neuron)]):
+        network = Network([nn.Conv2d(1, 4, 3), nn.Identity(), *pair, nn.Flatten(), head])
+        nn.init.constant_(network.layers[0].weight, 0.1)
+        network.timesteps = 3
+        penalty, counter = EnergyPenalty(network), OperationCounter(network)
+        with penalty.watching(), counter.watching():
+            assert all(m._fusable() for m in network.layers if isinstance(m, BatchNormLIF))
+            network(images)
+        found.append((penalty.value(3).item(), counter.additions, *counter.spike_rates))
+    assert found[0][0] > 0
+    assert found[1] == pytest.approx(found[0])

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from iirsnn import BatchNormLIF, FusedLIF
+from iirsnn.nn.batch_norm import spiking_layers
 from tests.composed import Composed
 
 SHAPE = (3, 4, 6, 5, 5)
@@ -94,13 +95,128 @@ def test_what_is_not_plain_training_is_the_two_modules():
             assert torch.equal(got, wanted)
 
 
+class Doubled(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Silent(FusedLIF):
+    def forward(self, x):
+        return 0 * super().forward(x)
+
+
+def of_float(dtype=torch.float32):
+    """A norm and a neuron for the compiled kernel."""
+    norm, neuron = pair(dtype)
+    neuron.backend = "auto"
+    return norm, neuron
+
+
+def shadowed(norm):
+    norm.forward = lambda x: x + 1
+    return norm
+
+
+EXCHANGED = {
+    "subclass": (lambda norm: Doubled(6), None),
+    "forward of its own": (shadowed, None),
+    "identity": (lambda norm: nn.Identity(), None),
+    "group norm": (lambda norm: nn.GroupNorm(3, 6), None),
+    "instance norm": (lambda norm: nn.InstanceNorm2d(6, affine=True), None),
+    "parametrised": (lambda norm: spectral(norm), None),
+    "neuron's subclass": (None, lambda neuron: Silent(0.7)),
+    "no neuron": (None, lambda neuron: nn.ReLU()),
+}
+
+
+def spectral(norm):
+    nn.utils.parametrize.register_parametrization(norm, "weight", nn.Softplus())
+    return norm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", EXCHANGED)
+def test_what_takes_the_place_of_a_part_is_called(name, dtype):
+    fused = BatchNormLIF(*of_float(dtype))
+    for part, exchange in zip(("norm", "neuron"), EXCHANGED[name], strict=True):
+        if exchange:
+            setattr(fused, part, exchange(getattr(fused, part)).to(dtype))
+    composed = Composed(*copy.deepcopy((fused.norm, fused.neuron)))
+    x, grad_s = torch.randn(2, *SHAPE, dtype=dtype)
+    for got, wanted in zip(run(fused, x, grad_s), run(composed, x, grad_s), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    torch.testing.assert_close(dict(fused.named_buffers()), dict(composed.named_buffers()))
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+@pytest.mark.parametrize("place", ["norm", "neuron", "everywhere"])
+def test_hooks_fire_in_training(kind, place):
+    fused = BatchNormLIF(*of_float())
+    fired = []
+
+    def hook(module, *args):
+        fired.append(type(module))
+
+    if place == "everywhere":
+        register = getattr(torch.nn.modules.module, f"register_module_{kind}_hook")
+    else:
+        register = getattr(getattr(fused, place), f"register_{kind}_hook")
+    handle = register(hook)
+    try:
+        run(fused, torch.randn(SHAPE), torch.randn(SHAPE))
+    finally:
+        handle.remove()
+    wanted = {"norm": {nn.BatchNorm2d}, "neuron": {FusedLIF}}
+    assert set(fired) == wanted.get(place, {BatchNormLIF, nn.BatchNorm2d, FusedLIF})
+    fired.clear()
+    run(fused, torch.randn(SHAPE), torch.randn(SHAPE))
+    assert fired == []
+
+
+def test_a_hooks_result_is_taken():
+    fused = BatchNormLIF(*of_float())
+    fused.norm.register_forward_hook(lambda module, args, current: current - 100)
+    assert not fused(torch.randn(SHAPE)).any()
+
+
+def test_the_norm_checks_the_number_of_dimensions_in_training_too():
+    fused = BatchNormLIF(*of_float())
+    with pytest.raises(ValueError, match="expected 4D input"):
+        fused(torch.randn(3, 4, 6))
+
+
+def test_the_gradient_of_the_threshold_is_as_exact_as_the_two_modules():
+    """The root of the mean square error of many runs: of one, the two modules' may be 0 by luck."""
+    errors = torch.zeros(2, 16, dtype=torch.float64)
+    for seed in range(16):
+        norm, neuron = of_float()
+        torch.manual_seed(seed)
+        shape = (5, 4, 6, 16, 16)
+        x, grad_s = torch.randn(shape), torch.randn(shape) / 100
+        modules = BatchNormLIF, Composed, Composed
+        made = [kind(*copy.deepcopy((norm, neuron))) for kind in modules]
+        exact = run(made.pop().double(), x.double(), grad_s.double())
+        for i, module in enumerate(made):
+            s, _, grads = run(module, x, grad_s)
+            assert torch.equal(s.double(), exact[0])
+            errors[i, seed] = grads[2].double().sub(exact[2][2]).item()
+    fused, two = errors.square().mean(1).sqrt()
+    assert fused < 1.2 * two
+
+
+def test_layers_that_spike_are_named_once():
+    pairs = [BatchNormLIF(nn.BatchNorm2d(6), neuron) for neuron in (FusedLIF(), nn.ReLU())]
+    net = nn.Sequential(FusedLIF(), *pairs)
+    assert dict(spiking_layers(net)) == {"0": net[0], "1": net[1]}
+
+
 def test_wrong_arguments_are_named():
     norm, neuron = pair()
-    with pytest.raises(TypeError, match=r"norm: expected nn\.BatchNorm1d, 2d or 3d, got LayerNorm"):
-        BatchNormLIF(nn.LayerNorm(6), neuron)
-    with pytest.raises(TypeError, match="neuron: expected a FusedLIF, got ReLU"):
-        BatchNormLIF(norm, nn.ReLU())
+    with pytest.raises(TypeError, match="norm: expected a module, got type"):
+        BatchNormLIF(nn.BatchNorm2d, neuron)
+    with pytest.raises(TypeError, match="neuron: expected a module, got float"):
+        BatchNormLIF(norm, 1.0)
     with pytest.raises(ValueError, match=r"x: expected shape \[T, B, C, ...\], got \(4, 6\)"):
         BatchNormLIF(norm, neuron)(torch.randn(4, 6, dtype=torch.float64))
     with pytest.raises(ValueError, match="more than one value per channel"):
-        BatchNormLIF(norm, neuron)(torch.randn(1, 1, 6, dtype=torch.float64))
+        BatchNormLIF(norm, neuron)(torch.randn(1, 1, 6, 1, 1, dtype=torch.float64))

@@ -16,10 +16,11 @@ from iirsnn.errors import RunError
 from iirsnn.measure import evaluation, provenance
 from iirsnn.measure.evaluation import latencies
 from iirsnn.report import run_report
+from iirsnn.report.run_report import tables
 from iirsnn.train.pipeline import open_data
 from iirsnn.train.run_folder import RunFolder
 
-PICTURES = {"accuracy.png": (960, 600), "spike_rates.png": (1440, 600)}
+PICTURES = {"accuracy.png": (960, 600), "spike_rates.png": (1440, 600), "times.png": (1440, 600)}
 
 
 def printed(built, width=80):
@@ -76,8 +77,48 @@ def test_plots_are_pictures(finished):
             assert len(set(picture.convert("L").tobytes())) > 20
 
 
+def test_times_are_of_each_path_and_batch(finished):
+    found = json.loads((finished / "report.json").read_text())
+    assert found["engine_missing"] == ""
+    for times in found["ann"]["times"].values():
+        assert list(times) == [
+            "PyTorch",
+            "PyTorch, BatchNorm folded",
+            "PyTorch, BatchNorm folded, channels_last",
+        ]
+        assert all(milliseconds > 0 for milliseconds in times.values())
+    for stage in found["stages"]:
+        assert list(stage["times"]) == ["1", "64"] == list(found["ann"]["times"])
+        for times in stage["times"].values():
+            assert list(times) == ["PyTorch", "engine"]
+            assert all(milliseconds > 0 for milliseconds in times.values())
+        assert stage["milliseconds_per_image"] == stage["times"]["64"]["PyTorch"]
+
+
+def test_the_engine_stands_beside_the_anns_best():
+    report = large_report((2, 1), 3)
+    report["ann"]["times"] = {"1": {"PyTorch": 9.0, "folded": 6.0}, "64": {"PyTorch": 3.0}}
+    for stage, engine in zip(report["stages"], (3.0, 1.5), strict=True):
+        stage["times"] = {"1": {"PyTorch": 8.0, "engine": engine}, "64": {"PyTorch": 7.0}}
+    columns, rows = next(table[1:] for table in tables(report) if "Milliseconds" in table[0])
+    assert [column.header.replace("\n", " ") for column in columns] == [
+        "",
+        *("PyTorch batch 1", "engine batch 1", "ANN's best / engine"),
+        *("PyTorch batch 64", "engine batch 64", "ANN's best / engine"),
+    ]
+    assert rows == [
+        ["ANN's best", "6.000", "", "", "3.000", "", ""],
+        ["T=2", "8.000", "3.000", "2.0x", "7.000", "", ""],
+        ["T=1", "8.000", "1.500", "4.0x", "7.000", "", ""],
+    ]
+    assert "folded (batch 1); PyTorch (batch 64)" in " ".join(printed(report).split())
+    report["engine_missing"] = "no compiler"
+    assert "No engine: no compiler." in " ".join(printed(report).split())
+
+
 def test_table_of_a_run(finished):
     text = printed(json.loads((finished / "report.json").read_text()))
+    text = text[: text.index("Milliseconds an image")]
     lines = [line.split() for line in text.splitlines()]
     rows = {line[0]: line for line in lines if line and line[0] in ("ANN", "T=2", "T=1")}
     assert rows.keys() == {"ANN", "T=2", "T=1"}
@@ -93,8 +134,11 @@ def test_table_of_a_run(finished):
 def large_report(timesteps, layers):
     """As wide as numbers get: VGG16 on ImageNet."""
     shared = {"test_accuracy": 1.0, "additions": 123.4e9, "multiplications": 15.47e9}
-    ann = {**shared, "name": "ann", "energy_uj": 71162.0, "milliseconds_per_image": 123.456}
-    stage = {**shared, "energy_uj": 71162.0, "milliseconds_per_image": 1234.567}
+    batches = ("1", "64")
+    ann = {**shared, "name": "ann", "energy_uj": 71162.0}
+    ann["times"] = {batch: {"PyTorch": 1234.567} for batch in batches}
+    stage = {**shared, "energy_uj": 71162.0}
+    stage["times"] = {batch: {"PyTorch": 1234.567, "engine": 123.456} for batch in batches}
     stage |= {"converted_without_retraining_accuracy": 1.0, "spike_rates": [1.2345] * layers}
     return {
         "recipe": "imagenet",
@@ -102,6 +146,8 @@ def large_report(timesteps, layers):
         "stages": [{**stage, "timesteps": t} for t in timesteps],
         "ann_energy_uj": 71162.0,
         "timed_batch": 64,
+        "engine_missing": "",
+        "commit": "0123456789ab",
         "machine": "A processor with quite a long name @ 2.45 GHz, 128 threads",
     }
 
@@ -124,8 +170,8 @@ def test_tables_keep_their_numbers_on_a_narrow_console(width):
     narrow, wide = printed(report, width), printed(report, 200)
     assert "…" not in narrow
     assert all(len(line) <= width for line in narrow.splitlines())
-    tables = wide[: wide.index("All per image")]
-    assert {word for word in tables.split() if word[0].isdigit()} <= set(narrow.split())
+    above = wide[: wide.index("All per image")]
+    assert {word for word in above.split() if word[0].isdigit()} <= set(narrow.split())
 
 
 def test_a_run_that_is_not_finished_is_reported_as_far_as_it_is(finished_copy):
@@ -142,6 +188,7 @@ def test_a_run_that_is_not_finished_is_reported_as_far_as_it_is(finished_copy):
     assert built["stages"] == []
     assert "ANN" in printed(built)
     run_report.write(built, finished_copy)
+    run_report.write_page(built, finished_copy)
     assert json.loads((finished_copy / "report.json").read_text())["stages"] == []
 
     (finished_copy / "stages" / "ann" / "result.json").unlink()

@@ -1,5 +1,6 @@
 """Many processes: the run of one process, whatever their number, and one message if it ends."""
 
+import copy
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from iirsnn import atomic_files, cli
+from iirsnn import BatchNormLIF, FusedLIF, atomic_files, cli
 from iirsnn.errors import RunError
 from iirsnn.train import data, pipeline
 from iirsnn.train.data import DataConfig
@@ -194,7 +195,11 @@ def test_bad_input_is_one_message(tmp_path):
 def batch_norm():
     """In each of the processes: synchronised BatchNorm against one over the whole batch."""
     processes = Processes(accelerator(tiny()))
-    for shape, kind in (((5, 3, 4, 2), nn.BatchNorm2d), ((5, 3), nn.BatchNorm1d)):
+    for shape, kind in (
+        ((5, 3, 4, 2), nn.BatchNorm2d),
+        ((5, 3), nn.BatchNorm1d),
+        ((5, 3, 2, 2, 2), nn.BatchNorm3d),
+    ):
         generator = torch.Generator().manual_seed(0)
         x, g = (torch.randn(shape, generator=generator) * 3 + 7 for _ in range(2))
         results = []
@@ -222,6 +227,20 @@ def batch_norm():
         torch.testing.assert_close(y_here, y[part])
         torch.testing.assert_close(grad_here, grad[part], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(rest_here, rest)
+    exchanged_norms(processes)
+
+
+def exchanged_norms(processes):
+    """A BatchNormLIF whose norm is synchronised takes the statistics of all processes."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, 6, 5, 5, generator=generator) * 3 + 7
+    for affine in (True, False):
+        parts = nn.BatchNorm2d(6, affine=affine), FusedLIF(0.7, 0.8)
+        whole, here = BatchNormLIF(*copy.deepcopy(parts)), BatchNormLIF(*parts)
+        processes.synchronise(here)
+        mine = slice(2 * processes.rank, 2 * processes.rank + 2)
+        assert torch.equal(here(x[:, mine]), whole(x)[:, mine])
+        torch.testing.assert_close(dict(here.named_buffers()), dict(whole.named_buffers()))
 
 
 def test_synchronised_batch_norm_is_that_of_the_whole_batch(tmp_path):
