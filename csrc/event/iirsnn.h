@@ -35,17 +35,18 @@ typedef struct {
   int64_t classes;                 /* logits of an image */
   int64_t timesteps;
   int64_t layers;
-  int64_t weight_bytes;    /* in memory */
-  int prepares_pixels;     /* whether the file says what iirsnn_prepare needs */
+  int64_t weight_bytes; /* in memory */
+  int prepares_pixels;  /* whether the file says what iirsnn_prepare needs */
 } iirsnn_facts;
 
 typedef struct {
   const char* kind; /* "neurons", "max_pool", ...; of the network, as is `name` */
   const char* name;
-  int64_t neurons;          /* of an image */
-  int64_t spikes;           /* of the whole call, as is all that follows */
-  int64_t additions;        /* of weights and counts */
-  int64_t multiplications;  /* of real values */
+  int64_t channels, height, width;                /* of what it gives */
+  int64_t neurons;                                /* of an image */
+  int64_t spikes;                                 /* of the whole call, as is all that follows */
+  int64_t additions;                              /* of weights and counts */
+  int64_t multiplications;                        /* of real values, those of the image among them */
   int64_t weight_bytes, spike_bytes, value_bytes; /* read and written */
   double milliseconds;
 } iirsnn_layer;
@@ -80,6 +81,13 @@ IIRSNN_API iirsnn_status iirsnn_prepare(const iirsnn_network* network, const uin
 IIRSNN_API iirsnn_status iirsnn_run(const iirsnn_network* network, const float* images, int64_t count, int threads,
                                     float* logits, iirsnn_call** call);
 IIRSNN_API iirsnn_status iirsnn_layer_of(const iirsnn_call* call, int64_t index, iirsnn_layer* layer);
+
+/* Bits of the spikes or counts that a layer gave: *words holds
+ * [digits][count][timesteps][height][width][*words_a_pixel] words of 64 channels, channel 0 in the lowest bit; a count
+ * is the sum of digit d times 2^d. Valid as long as the call. *digits is 0, and *words NULL, where the layer gave real
+ * values. */
+IIRSNN_API iirsnn_status iirsnn_bits_of(const iirsnn_call* call, int64_t index, const uint64_t** words, int64_t* digits,
+                                        int64_t* words_a_pixel);
 IIRSNN_API void iirsnn_free_call(iirsnn_call* call);
 
 #ifdef __cplusplus

@@ -28,7 +28,7 @@ int64_t bytes_of(const std::string& dtype) {
   static constexpr struct {
     const char* name;
     int64_t bytes;
-  } kTypes[] = {{"F32", 4}, {"I8", 1},  {"F64", 8}, {"F16", 2}, {"BF16", 2}, {"U8", 1},  {"BOOL", 1},
+  } kTypes[] = {{"F32", 4}, {"I8", 1},  {"F64", 8}, {"F16", 2}, {"BF16", 2}, {"U8", 1}, {"BOOL", 1},
                 {"I16", 2}, {"U16", 2}, {"I32", 4}, {"U32", 4}, {"I64", 8},  {"U64", 8}};
   for (const auto& type : kTypes) {
     if (dtype == type.name) return type.bytes;
@@ -159,8 +159,8 @@ uint32_t crc32(std::string_view bytes, uint32_t value) {
   value = ~value;
   for (; left >= 8; at += 8, left -= 8) {
     value ^= uint32_t(at[0]) | uint32_t(at[1]) << 8 | uint32_t(at[2]) << 16 | uint32_t(at[3]) << 24;
-    value = table[7][value & 0xff] ^ table[6][value >> 8 & 0xff] ^ table[5][value >> 16 & 0xff] ^ table[4][value >> 24] ^
-            table[3][at[4]] ^ table[2][at[5]] ^ table[1][at[6]] ^ table[0][at[7]];
+    value = table[7][value & 0xff] ^ table[6][value >> 8 & 0xff] ^ table[5][value >> 16 & 0xff] ^
+            table[4][value >> 24] ^ table[3][at[4]] ^ table[2][at[5]] ^ table[1][at[6]] ^ table[0][at[7]];
   }
   for (; left; ++at, --left) value = value >> 8 ^ table[0][(value ^ *at) & 0xff];
   return ~value;
