@@ -45,7 +45,7 @@ demo: $(VENV)/.train
 	@if [ -f $(DEMO)/recipe.yaml ]; then rm -rf $(DEMO); fi
 	$(BIN)/iirsnn train digits --out $(DEMO) $(DEMO_FLAGS)
 
-test: $(VENV)/.installed
+test: $(VENV)/.neurons
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # The engine alone: neither torch nor Python, so that nothing else is reported.
@@ -58,17 +58,23 @@ sanitize:
 	    build/shared_engine || exit 1; \
 	done
 
-# The libraries compared with, each by itself and with build isolation: one that fails costs no other. None may change
-# the torch that the kernels are compiled against.
-PEERS := onnx onnxruntime openvino 'spikingjelly>=2.0' 'snntorch>=1.0' 'norse>=1.1' 'sinabs>=3.1'
-$(VENV)/.bench: $(VENV)/.installed
-	@$(BIN)/pip list --format=freeze --disable-pip-version-check | grep -E '^(torch|torchvision|numpy)==' > $@.constraint
-	@for peer in $(PEERS); do \
-	    $(BIN)/pip install --quiet --disable-pip-version-check --constraint $@.constraint "$$peer" > $@.log 2>&1 || \
-	        { echo "make: $$peer could not be installed, the results will call it missing:"; tail -n 1 $@.log; }; \
-	done
-	@rm -f $@.log $@.constraint
-	@touch $@
+# Other libraries, each by itself and with build isolation: one that fails costs no other. None may change the torch that
+# the kernels are compiled against.
+define install_each
+@$(BIN)/pip list --format=freeze --disable-pip-version-check | grep -E '^(torch|torchvision|numpy)==' > $@.constraint
+@for peer in $(1); do \
+    $(BIN)/pip install --quiet --disable-pip-version-check --constraint $@.constraint "$$peer" > $@.log 2>&1 || \
+        { echo "make: $$peer could not be installed, $(2):"; tail -n 1 $@.log; }; \
+done
+@rm -f $@.log $@.constraint
+@touch $@
+endef
+
+$(VENV)/.neurons: $(VENV)/.installed
+	$(call install_each,'spikingjelly>=2.0' 'snntorch>=1.0' 'norse>=1.1' 'sinabs>=3.1',its tests are skipped)
+
+$(VENV)/.bench: $(VENV)/.neurons
+	$(call install_each,onnx onnxruntime openvino,the results will call it missing)
 
 # Every row, into benchmarks/results/<machine>-<capability>.json. A second call goes on where the first one was cut short:
 # rows of this commit are left out. BENCH_FLAGS="-k lif" runs a part; IIRSNN_CPU_CAPABILITY=avx2 another instruction set.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import conversion, event, functional, models, nn, ops
-    from .conversion import NeuronConfig, convert
+    from .conversion import NeuronConfig, convert, replace_neurons
     from .models import Network
     from .nn import (
         BatchNormLIF,
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
         SpikeConv2d,
         SpikeLinear,
         TimeSequential,
+        record,
+        reset_state,
         use_spike_layers,
     )
     from .ops import PackedSpikes
@@ -38,6 +40,9 @@ _ROOM_OF = {
     "TimeSequential": "nn",
     "convert": "conversion",
     "env_report": "ops.environment",
+    "record": "nn",
+    "replace_neurons": "conversion",
+    "reset_state": "nn",
     "use_spike_layers": "nn",
 }
 _ROOMS = ("conversion", "event", "functional", "models", "nn", "ops")
@@ -62,6 +67,9 @@ __all__ = [
     "models",
     "nn",
     "ops",
+    "record",
+    "replace_neurons",
+    "reset_state",
     "use_spike_layers",
 ]
 

@@ -33,7 +33,7 @@ def lif(
 ) -> Any:
     """Leaky integrate-and-fire neurons over time, in one pass over memory.
 
-    For t = 0 .. T-1, starting from v[-1] = v0 or 0, all of it per neuron::
+    For t = 0 .. T-1, starting from v[-1] = v0 or 0, all of it per neuron:
 
         h[t] = leak v[t-1] + x[t]                  (membrane)
         s[t] = 1 if h[t] > threshold else 0        (spike; NaN if h is NaN)
@@ -46,30 +46,39 @@ def lif(
 
     Backward, with z = h / threshold - 1, takes ds/dz = f(z) of the surrogate with its scale a:
 
-    ============  =====================================  =========
-    triangle      a max(0, 1 - abs(z))                   a = 0.3
-    atan          a / 2 / (1 + (pi / 2 a z)^2)           a = 2
-    sigmoid       a sig(a z) (1 - sig(a z))              a = 4
-    fast_sigmoid  1 / (1 + a abs(z))^2                   a = 25
-    boxcar        1 / (2 a) where abs(z) <= a, else 0    a = 0.5
-    ============  =====================================  =========
+        triangle      a max(0, 1 - abs(z))                   a = 0.3
+        atan          a / 2 / (1 + (pi / 2 a z)^2)           a = 2
+        sigmoid       a sig(a z) (1 - sig(a z))              a = 4
+        fast_sigmoid  1 / (1 + a abs(z))^2                   a = 25
+        boxcar        1 / (2 a) where abs(z) <= a, else 0    a = 0.5
 
-    detach_reset (the default) lets no gradient through the spike in the reset; the threshold in
-    the reset always gets one.
+    Args:
+        x: input current [T, *neurons], T >= 1; float32, float64, float16 or bfloat16. "acc" below
+            is float32, or float64 when x is. Read in place in any dense layout with time outermost
+            (contiguous, channels_last, x0.expand(T, ...)); any other is copied once.
+        threshold: a number, or a tensor of 1 or C elements that acts along dim 2 of [T, B, C, ...];
+            computed in acc.
+        leak: as threshold.
+        v0: membrane [*neurons] to start from; computed in acc. None for 0.
+        reset: soft, hard, none or soft_delayed.
+        v_reset: membrane after a spike, of a hard reset.
+        detach_reset: no gradient through the spike in the reset; the threshold in the reset always
+            gets one.
+        surrogate: triangle, atan, sigmoid, fast_sigmoid or boxcar.
+        surrogate_scale: a; None for the surrogate's own.
+        packed: spikes as bits, without a gradient.
+        return_v: return the last membrane as well; time goes on where it is passed as the next v0.
+        backend: auto, cpu, cuda, triton or reference.
 
-    x: input current [T, *neurons], T >= 1; float32, float64, float16 or bfloat16. "acc" below is
-       float32, or float64 when x is. Read in place in any dense layout with time outermost
-       (contiguous, channels_last, x0.expand(T, ...)); any other is copied once.
-    threshold, leak: a number, or a tensor of 1 or C elements that acts along dim 2 of
-       [T, B, C, ...]; computed in acc.
-    v0: membrane [*neurons] to start from; computed in acc.
-    Returns spikes [T, *neurons] in the dtype of x, or `PackedSpikes` when packed (no gradient;
-    NaN in x raises on a CPU and is 0 on a GPU); with return_v, (spikes, v[T-1] [*neurons] acc).
-    Time continues where it stopped: pass that v as the next v0.
+    Returns:
+        Spikes [T, *neurons] in the dtype of x, or `PackedSpikes` when packed (NaN in x raises on a
+        CPU and is 0 on a GPU); with return_v, (spikes, v[T-1] [*neurons] acc).
 
-    Raises TypeError for a wrong type or dtype, ValueError for a wrong shape or value (the values
-    of threshold and leak tensors are checked on a CPU only: on a GPU that would wait for it),
-    RuntimeError for a backend that cannot run.
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape or value; the values of threshold and leak tensors are checked on
+            a CPU only: on a GPU that would wait for it.
+        RuntimeError: a backend that cannot run.
     """
     acc = _check_x(x)
     scale = check_options(reset, v_reset, surrogate, surrogate_scale)

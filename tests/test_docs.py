@@ -1,14 +1,18 @@
-"""README.md and docs/: links lead somewhere, and every block of Python runs."""
+"""README.md and docs/: links lead somewhere, Python runs, every public name is described."""
 
+import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from sybil import Sybil
-from sybil.parsers.markdown import PythonCodeBlockParser
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
+
+from tests.conftest import command
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 _FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
@@ -52,8 +56,19 @@ def test_the_readme_is_one_screen():
     assert len(PAGES[0].read_text(encoding="utf-8").splitlines()) <= 120
 
 
+def type_commands(block):
+    """Each line of a tutorial's ```sh as a person would type it."""
+    for line in block.parsed.splitlines():
+        program, *arguments = shlex.split(line)
+        assert program == "iirsnn", line
+        assert command(*arguments) == 0, line
+
+
 def blocks(page):
-    return list(Sybil(parsers=[PythonCodeBlockParser()]).parse(page).examples())
+    parsers = [PythonCodeBlockParser()]
+    if page.parent.name == "tutorials":
+        parsers.append(CodeBlockParser(language="sh", evaluator=type_commands))
+    return list(Sybil(parsers=parsers).parse(page).examples())
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name)
@@ -62,3 +77,54 @@ def test_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for block in blocks(page):
         block.evaluate()
+
+
+def hooks():
+    """docs/hooks.py, which MkDocs runs."""
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_public_name_is_described():
+    api = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert hooks().undocumented(api) == []
+
+
+def test_a_name_that_is_not_described_is_seen(monkeypatch):
+    class Bare:
+        def method(self):
+            pass
+
+    site = hooks()
+    monkeypatch.setattr(site, "public_names", lambda: [("iirsnn.Bare", Bare)])
+    assert site.undocumented("::: iirsnn.Other") == [
+        "iirsnn.Bare has no place in docs/api.md",
+        "iirsnn.Bare has no docstring",
+        "iirsnn.Bare.method has no docstring",
+    ]
+
+
+def test_links_on_the_site():
+    site = hooks()
+    assert site.repository_path("tutorials/a.md", "../../results/r.json") == "results/r.json"
+    assert site.repository_path("index.md", "docs/install.md") == "docs/install.md"
+    for path, uri in (
+        ("docs/tutorials/a.md", "tutorials/a.md"),
+        ("CONTRIBUTING.md", "contributing.md"),
+        ("recipes", "reference/recipes.md"),
+        ("results/r.json", "repository/results/r.json"),
+    ):
+        assert site.site_uri(path) == uri
+
+
+def test_pages_made_by_the_code():
+    page = hooks().command_line()
+    for each in ("train", "evaluate", "report", "compare", "reproduce", "deploy", "predict"):
+        assert f"## iirsnn {each}\n" in page
+    assert "| --resume RUN | Go on with a run that was stopped. |" in page
+    page = hooks().recipes()
+    assert "| epochs | `int` | `1` | passes over the training set. |" in page
+    assert "| cutout | `int` | `0` | side of a square at a random place" in page
+    assert "### fashion-mnist-plus" in page

@@ -1,17 +1,22 @@
-"""ANN to SNN: fold BatchNorm, exchange ReLU for neurons, balance their thresholds.
+"""ANN to SNN: fold BatchNorm, exchange ReLU for neurons, balance their thresholds; neurons of other
+libraries to ours.
 
 Not `iirsnn.convert`: that is the function, and importing a package binds its name in the parent.
 """
 
 from .ann_to_snn import NeuronConfig, convert, to_spiking
 from .batch_norm_folding import fold_batch_norm, folded
+from .replace import Replacement, Replacements, replace_neurons
 from .thresholds import balance_thresholds
 
 __all__ = [
     "NeuronConfig",
+    "Replacement",
+    "Replacements",
     "balance_thresholds",
     "convert",
     "fold_batch_norm",
     "folded",
+    "replace_neurons",
     "to_spiking",
 ]

@@ -2,8 +2,9 @@
 
 from .batch_norm import BatchNormLIF
 from .encoding import direct
-from .neuron import FusedLIF, neurons
+from .neuron import FusedLIF, neurons, reset_state
 from .over_time import Readout, SharedDropout, TimeSequential
+from .recorder import Recorder, record
 from .spike_layers import (
     SpikeAvgPool2d,
     SpikeConv2d,
@@ -16,6 +17,7 @@ __all__ = [
     "BatchNormLIF",
     "FusedLIF",
     "Readout",
+    "Recorder",
     "SharedDropout",
     "SpikeAvgPool2d",
     "SpikeConv2d",
@@ -23,6 +25,8 @@ __all__ = [
     "TimeSequential",
     "direct",
     "neurons",
+    "record",
+    "reset_state",
     "use_plain_layers",
     "use_spike_layers",
 ]

@@ -19,7 +19,6 @@ from ..functional import check_options, is_dense, lif, parameter_like
 from ..ops.backend import is_compiled_cpu
 from .neuron import FusedLIF
 
-
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 

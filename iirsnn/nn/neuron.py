@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import check_choice
 from ..functional import lif
-from ..ops.reference import RESETS, SURROGATES
+from ..ops.reference import RESETS, SURROGATES, acc_dtype
 
 
 class FusedLIF(nn.Module):
@@ -23,9 +23,17 @@ class FusedLIF(nn.Module):
         channel, along dim 2 of [T, B, C, ...]. learn_threshold, learn_leak: parameters, else
         buffers.
     stateful: keep the last membrane and start the next call from it, detached, so that a stream may
-        come in pieces of any length; `reset_state()` forgets it. The state follows .to() and is not
-        in the state_dict.
-    Raises ValueError for a value out of range or a state whose shape is not that of the input.
+        come in pieces of any length; `reset_state()` forgets it. See `state`.
+    Raises ValueError for a value out of range, or an input that does not go on where the state is.
+
+    state: the membrane [B, ...] that a stateful neuron keeps, in float32, or float64 for a float64
+        input; None before the first call. It is the process's own: no parameter and no buffer, so
+        it is not in the state_dict, DistributedDataParallel does not broadcast it and averaged
+        models do not average it. It follows .to() to another device, and to float64 and back; a
+        deepcopy and a pickle carry a copy of it. It stays one tensor, written in place, so that
+        the replays of a CUDA graph go on from each other (call once before the capture). A call
+        inside a backward pass, where activation checkpointing computes again what it did not keep,
+        raises RuntimeError: the state that it started from is gone.
     """
 
     over_time = True  # takes [T, B, ...] as a whole, not one merged T*B axis
@@ -72,7 +80,8 @@ class FusedLIF(nn.Module):
         self.backend = backend
         self._hold("threshold", threshold, learn_threshold)
         self._hold("leak", leak, learn_leak)
-        self.register_buffer("state", None, persistent=False)
+        self.state = None
+        self._fresh = False  # state is 0, and any other shape may take its place
 
     def _hold(self, name: str, value: float, learn: bool) -> None:
         tensor = torch.full((self.channels or 1,), float(value))
@@ -86,7 +95,7 @@ class FusedLIF(nn.Module):
             x,
             self.threshold,
             self.leak,
-            self.state,
+            self._before(x) if self.stateful else None,
             reset=self.reset,
             v_reset=self.v_reset,
             detach_reset=self.detach_reset,
@@ -99,12 +108,56 @@ class FusedLIF(nn.Module):
         if not self.stateful:
             return result
         s, v = result
-        self.state = v.detach()
+        assert self.state is not None
+        self.state.copy_(v.detach())
+        self._fresh = False
         return (s, v) if self.return_v else s
 
+    def _before(self, x: Tensor) -> Tensor:
+        """The state that a call with x starts from, as nothing later changes it."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "FusedLIF: expected no call of a stateful neuron inside a backward pass "
+                "(activation checkpointing would compute it again from another state), got "
+                "one; use stateful=False, or pass the membrane to iirsnn.functional.lif as v0"
+            )
+        state, dtype = self.state, acc_dtype(x.dtype)
+        same = state is not None and (state.shape, state.device) == (x.shape[1:], x.device)
+        if state is None or (self._fresh and not same):
+            if not compiling and x.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("FusedLIF: expected a call before the capture of a CUDA graph")
+            with torch.inference_mode(False):  # training may go on from it
+                state = torch.zeros_like(x[0], dtype=dtype)
+        elif not same:
+            raise ValueError(
+                f"x: expected [T, {', '.join(map(str, state.shape))}] on {state.device}, like the "
+                f"call that the state is from, got {tuple(x.shape)} on {x.device}; call "
+                "reset_state() before another batch"
+            )
+        self.state = state.to(dtype)
+        return self.state.clone() if torch.is_grad_enabled() else self.state
+
     def reset_state(self) -> None:
-        """Forget the membrane: the next call starts from 0."""
-        self.state = None
+        """Forget the membrane: the next call starts from 0, and may be of another shape."""
+        if self.state is not None:
+            self.state.zero_()  # in place: a CUDA graph knows this tensor
+            self._fresh = True
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What .to() and its like do, to the state too."""
+        super()._apply(fn, recurse)
+        if self.state is not None:
+            like = fn(self.state.new_empty(0))
+            dtype = self.state.dtype if like.dtype.itemsize < 4 else like.dtype
+            on_meta = self.state.is_meta and not like.is_meta  # there is nothing to be moved
+            self.state = None if on_meta else self.state.to(like.device, dtype)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.state is not None:  # another process may have sent memory that both write to
+            self.state = self.state.clone()
 
     @torch.no_grad()
     def constrain_(self) -> None:
@@ -135,6 +188,14 @@ class FusedLIF(nn.Module):
         if self.backend != "auto":
             parts.append(f"backend={self.backend}")
         return ", ".join(parts)
+
+
+def reset_state(model: nn.Module) -> None:
+    """Call `reset_state()` of every module in the model that has one: its streams end here."""
+    for module in model.modules():
+        reset = getattr(module, "reset_state", None)
+        if callable(reset):
+            reset()
 
 
 def neurons(model: nn.Module) -> list[FusedLIF]:

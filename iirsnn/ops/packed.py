@@ -42,4 +42,5 @@ class PackedSpikes:
         return hash((self.shape, self.stride))
 
     def to(self, device: torch.device | str) -> PackedSpikes:
+        """The same spikes on a device."""
         return PackedSpikes(self.bits.to(device), self.shape, self.stride)

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import RunError
 from ..measure.evaluation import evaluating
 from ..models import Network
-from ..nn import FusedLIF, neurons
+from ..nn import FusedLIF, neurons, recorder
 from ..train.pipeline import Pipeline
 from . import plot_files
 
@@ -80,25 +79,14 @@ def record(network: Network, images: Tensor) -> Activity:
 
 
 def membranes(neuron: FusedLIF, current: Tensor, spikes: Tensor) -> Iterator[Tensor]:
-    """The membrane h before reset, in thresholds, of one timestep after the other: float [B, ...].
+    """The membrane h before reset, in thresholds, of one timestep after the other: [B, ...].
 
-    The kernels keep none, so it is computed again, from a membrane of 0. current and spikes are
-    [T, B, ...].
+    current and spikes are [T, B, ...].
     """
-    channels = (-1, *[1] * (current.dim() - 3))
-    threshold, leak = (p.detach().reshape(channels) for p in (neuron.threshold, neuron.leak))
-    if current.dim() < 3:
-        threshold, leak = threshold.squeeze(), leak.squeeze()
-    v = torch.zeros_like(current[0], dtype=torch.float32)
-    before = torch.zeros_like(v)
-    for x, s in zip(current.float(), spikes.float(), strict=True):
-        h = leak * v + x
-        if neuron.reset == "soft_delayed":
-            h = h - threshold * before
-        v = h - threshold * s if neuron.reset == "soft" else h
-        if neuron.reset == "hard":
-            v = torch.where(s > 0, neuron.v_reset, h)
-        before = s
+    threshold = neuron.threshold.detach()
+    if threshold.numel() > 1:
+        threshold = threshold.view(-1, *[1] * (current.dim() - 3))
+    for h in recorder.membranes(neuron, current, spikes):
         yield h / threshold
 
 

@@ -23,7 +23,7 @@ class DataConfig:
     """The data section of a recipe.
 
     Attributes:
-        name: digits, fashion-mnist, cifar10, cifar100 or imagenet.
+        name: digits, fashion-mnist, cifar10, cifar100, imagenet or image-folder (your own files).
         root: folder of the data; "" is the data set's default place.
         download: fetch what is missing.
         validation: fraction of the training set that is held out for every choice.
@@ -34,6 +34,8 @@ class DataConfig:
         cutout: side of a square at a random place that is set to the mean (DeVries and Taylor,
             arXiv 1708.04552); 0 for none.
         workers: processes that load; 0 loads in the main one.
+        batch_size: images of a step, of all processes together.
+        test_batch_size: images of a forward pass in validation and test.
     """
 
     name: str = "digits"

@@ -23,7 +23,13 @@ from .stage_order import stages
 
 @dataclass
 class ConversionConfig:
-    """How thresholds are balanced: percentile of the current, times scale, on so many images."""
+    """How thresholds are balanced.
+
+    Attributes:
+        percentile: of the input current of each layer, in (0, 100].
+        scale: factor on each threshold.
+        images: of the training set that currents are taken on.
+    """
 
     percentile: float = 90.0
     scale: float = 1.0
@@ -38,9 +44,13 @@ class StageConfig:
         epochs: passes over the training set.
         optimizer: sgd or adam (amsgrad).
         learning_rate: at the start.
+        momentum: of sgd.
+        weight_decay: of weights; thresholds and leaks have none.
         schedule: step (divide by `decay` at each of `milestones`) or cosine (to zero).
         milestones: fractions of the stage, in (0, 1).
+        decay: what a milestone divides the learning rate by.
         dropout: probability, one mask for all timesteps.
+        label_smoothing: share of a label that goes to all classes.
         accumulate: micro-batches a step is split into.
         neuron_rate: the learning rate of thresholds and leaks, as a factor on that of the weights.
         teacher: whose soft labels are learned too: none, ann, or previous (the stage before).
@@ -117,6 +127,8 @@ class Recipe:
     """A whole run, from the ANN to the last T.
 
     Attributes:
+        name: of the run's folder; "" for the file's.
+        seed: of weights, order, augmentation and the validation split.
         timesteps: T of the spiking stages, strictly decreasing.
         stages: settings of one stage that differ from `snn`, e.g. {T1: {epochs: 4}}.
     """

@@ -1,7 +1,5 @@
 """FusedLIF: parameters, state, constraints, what it prints."""
 
-import copy
-import io
 import math
 
 import pytest
@@ -62,27 +60,6 @@ def test_the_state_is_detached():
     for _ in range(2):  # a second backward through the first piece would raise
         neuron(torch.rand(3, 4, requires_grad=True)).sum().backward()
     assert not neuron.state.requires_grad
-
-
-def test_the_state_follows_to_and_is_copied_but_not_saved():
-    neuron = FusedLIF(stateful=True)
-    assert neuron.state is None
-    neuron(torch.rand(3, 4))
-    assert neuron.state.dtype == torch.float32
-    twin = copy.deepcopy(neuron)
-    assert torch.equal(twin.state, neuron.state)
-    assert neuron.double().state.dtype == torch.float64
-    assert neuron.to("meta").state.device.type == "meta"
-    assert "state" not in twin.state_dict()
-    buffer = io.BytesIO()
-    torch.save(twin.state_dict(), buffer)
-
-
-def test_a_state_of_another_batch_is_refused():
-    neuron = FusedLIF(stateful=True)
-    neuron(torch.rand(3, 4))
-    with pytest.raises(ValueError, match=r"v0: expected shape \(5,\) on cpu, got \(4,\)"):
-        neuron(torch.rand(3, 5))
 
 
 def test_returns_the_membrane_or_packed_spikes():

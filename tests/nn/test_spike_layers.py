@@ -114,7 +114,10 @@ def against_dense(layer, plain, x, expected_kept, mode, last=False):
 @pytest.mark.parametrize("size", [(1, 180_000), (100, 170_000)], ids=str)
 def test_images_beyond_the_offsets_of_events_are_computed_as_torch_does(size):
     torch.manual_seed(0)
-    plain, layer = nn.Conv2d(1, 2, (1, 3), padding=(0, 1)), SpikeConv2d(1, 2, (1, 3), padding=(0, 1))
+    plain, layer = (
+        nn.Conv2d(1, 2, (1, 3), padding=(0, 1)),
+        SpikeConv2d(1, 2, (1, 3), padding=(0, 1)),
+    )
     layer.load_state_dict(plain.state_dict())
     layer.set_mode("events")
     x = spikes((1, 1, *size))

@@ -1,0 +1,117 @@
+"""Spike layers of any geometry, by events: outputs and gradients equal torch's, by ==.
+
+Spikes, counts, weights and gradients are multiples of powers of two, and few: every sum is exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import iirsnn._C
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from iirsnn import SpikeConv2d, SpikeLinear
+from iirsnn.nn import events_or_dense  # noqa: F401  # its costs are read when a layer runs
+from tests.fuzz.settings import fuzzed
+from tests.fuzz.test_event import CHANNELS, windows
+from tests.fuzz.test_lif import BEST, levels
+
+UNITS = {"spikes": (1.0, 1), "after dropout": (1.25, 1), "counts": (0.25, 12)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """size: [N, C, H, W] of the input. arguments: of nn.Conv2d after the channels; None: linear."""
+
+    size: tuple[int, int, int, int]
+    outputs: int
+    arguments: tuple | None
+    kind: str
+    dtype: torch.dtype
+    bias: bool
+    last: bool
+    threads: int
+    seed: int
+
+    def layers(self) -> tuple[nn.Module, nn.Module]:
+        """The spike layer and torch's."""
+        channels = self.size[1]
+        if self.arguments is None:
+            pair = [kind(channels, self.outputs, self.bias) for kind in (SpikeLinear, nn.Linear)]
+        else:
+            kernel, stride, dilation, padding, groups = self.arguments
+            options = (channels, self.outputs, kernel, stride, padding, dilation, groups, self.bias)
+            pair = [kind(*options) for kind in (SpikeConv2d, nn.Conv2d)]
+        rng = torch.Generator().manual_seed(self.seed)
+        for mine, torchs in zip(pair[0].parameters(), pair[1].parameters(), strict=True):
+            mine.data = torch.randint(-3, 4, mine.shape, generator=rng) * 0.5
+            torchs.data = mine.data.clone()
+        return pair[0].to(self.dtype), pair[1].to(self.dtype)
+
+    def tensors(self, out: torch.Size) -> tuple[Tensor, Tensor]:
+        """The input and the gradient of the output."""
+        rng = torch.Generator().manual_seed(self.seed + 1)
+        unit, most = UNITS[self.kind]
+        counts = torch.randint(1, most + 1, self.size, generator=rng)
+        x = (counts * (torch.rand(self.size, generator=rng) < 0.3)).to(self.dtype) * unit
+        grad = torch.randint(-1, 2, out, generator=rng).to(self.dtype)
+        if self.arguments is None:
+            return x.flatten(1), grad
+        return x.contiguous(memory_format=torch.channels_last) if self.last else x, grad
+
+
+@st.composite
+def cases(draw) -> Case:
+    images, channels = draw(st.integers(1, 6)), draw(st.sampled_from(CHANNELS))
+    outputs, arguments, height, width = draw(st.sampled_from(CHANNELS)), None, 1, 1
+    if draw(st.integers(0, 3)):
+        height, width = draw(st.integers(1, 12)), draw(st.integers(1, 12))
+        numbers, _, _ = draw(windows(height, width))
+        divisors = [n for n in range(1, channels + 1) if channels % n == 0]
+        groups = draw(st.sampled_from((1, 1, *divisors)))
+        outputs = outputs if groups == 1 else groups * draw(st.integers(1, max(1, 70 // groups)))
+        arguments = (*numbers, groups)
+    return Case(
+        (images, channels, height, width),
+        outputs,
+        arguments,
+        draw(st.sampled_from(tuple(UNITS))),
+        draw(st.sampled_from((torch.float32, torch.bfloat16))),
+        draw(st.booleans()),
+        draw(st.booleans()),
+        draw(st.integers(1, 3)),
+        draw(st.integers(0, 2**16)),
+    )
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    iirsnn._C.set_cpu_capability(BEST)
+
+
+def gradients(layer: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
+    """The output, and the gradients of the input and of all parameters."""
+    x = x.clone().requires_grad_()
+    out = layer(x)
+    return [out.detach(), *torch.autograd.grad(out, (x, *layer.parameters()), grad.to(out.dtype))]
+
+
+@fuzzed(few=40, share=0.15)
+@given(cases())
+def test_a_layer_gives_what_torch_gives(case):
+    layer, plain = case.layers()
+    layer.set_mode("events")
+    torch.set_num_threads(case.threads)
+    size = case.size[:2] if case.arguments is None else case.size
+    x, grad = case.tensors(plain(torch.zeros(size, dtype=case.dtype)).shape)
+    exact = gradients(plain.double(), x.double(), grad)
+    for level in levels():
+        for ours, theirs in zip(gradients(layer, x, grad), exact, strict=True):
+            assert torch.equal(ours, theirs.to(case.dtype)), level

@@ -1,0 +1,25 @@
+"""LIF calls of any shape and option: the Triton kernels in the interpreter (see conftest.py)."""
+
+import torch
+from hypothesis import given
+
+from tests.fuzz.lif_strategies import calls, check_backward, check_forward
+from tests.fuzz.settings import fuzzed
+from tests.lif_cases import Implementation
+
+TRITON = Implementation.of("triton_")
+
+# Triton's interpreter cuts bfloat16 off instead of rounding it: tests/lif_cases.py has those.
+DTYPES = (torch.float32, torch.float16)
+
+
+@fuzzed(few=12, share=0.01)
+@given(calls(DTYPES, most=120))
+def test_forward(call):
+    check_forward(call, TRITON)
+
+
+@fuzzed(few=12, share=0.01)
+@given(calls(DTYPES, hard=False, most=120))
+def test_backward(call):
+    check_backward(call, TRITON)
