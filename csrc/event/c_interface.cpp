@@ -132,7 +132,7 @@ iirsnn_status iirsnn_prepare(const iirsnn_network* network, const uint8_t* pixel
     const int64_t area = height * width;
     for (int64_t c = 0; c < colours; ++c) {
       for (int64_t i = 0; i < area; ++i) {
-        image[c * area + i] = (float(pixels[i * colours + c]) / 255.0f - how.mean[c]) / how.std[c];
+        image[c * area + i] = (float(pixels[i * colours + c]) * float(1.0 / 255) - how.mean[c]) / how.std[c];
       }
     }
   });
