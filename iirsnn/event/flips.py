@@ -7,6 +7,7 @@ and then later layers see other spikes (its consequences).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..nn import neurons
-from .layer import Layer, Window
+from .builder import common_multiple
+from .layer import Input, Layer, give_values
 from .network import EventNetwork
 
 
@@ -71,9 +73,7 @@ def trace_flips(net: EventNetwork, model: nn.Module, images: Tensor) -> list[Fli
     ]
     flips: list[Flip] = []
     clean = torch.ones(len(chosen), dtype=torch.bool)
-    for layer, a, b, (exact_a, size_a), (exact_b, size_b) in zip(
-        firing, ours, theirs, *walks, strict=True
-    ):
+    for layer, a, b, *found in zip(firing, ours, theirs, *walks, strict=True):
         assert layer.threshold is not None
         threshold = layer.threshold.double().view(-1, 1, 1)
         terms = _terms(layer)
@@ -81,19 +81,21 @@ def trace_flips(net: EventNetwork, model: nn.Module, images: Tensor) -> list[Fli
         for index in (a != b).nonzero().tolist():
             at = tuple(index)
             limit = float(threshold[at[1]])
-            found = []
-            for spike, exact, size in ((a, exact_a, size_a), (b, exact_b, size_b)):
-                distance = float((exact[at] - limit).abs() / (2.0**-24 * size[at]))
-                right = bool(spike[at]) == (float(exact[at]) > limit)
-                found.append((distance, right or distance <= terms))
+            distances, fine = [], True
+            for spike, current in ((a, found[0]), (b, found[1])):
+                exact = float(current.exact[at])
+                rounding = 2.0**-24 * float(current.size[at])
+                distances.append(abs(exact - limit) / rounding if rounding else math.inf)
+                right = bool(spike[at]) == (exact > limit)
+                fine &= right or abs(exact - limit) <= float(current.error[at])
             flips.append(
                 Flip(
                     image=int(chosen[at[0]]),
                     layer=layer.name,
                     neuron=int(np.ravel_multi_index(at[1:], a.shape[1:])),
                     root=bool(clean[at[0]]),
-                    explained=all(fine for _, fine in found),
-                    distance=min(distance for distance, _ in found),
+                    explained=fine,
+                    distance=min(distances),
                     terms=terms,
                 )
             )
@@ -117,54 +119,112 @@ def _spikes(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def _terms(layer: Layer) -> int:
-    """Additions of a neuron: its weights and its bias, and those of a shortcut."""
-    assert layer.weight is not None
-    short = 1 if layer.shortcut_weight is None else layer.shortcut_weight[0].numel()
-    return layer.weight[0].numel() + 1 + (short if layer.shortcut is not None else 0)
+    """Additions of a neuron: its weights and its bias, and one for each input without weights."""
+    return 1 + sum(1 if i.weight is None else i.weight[0].numel() for i in layer.inputs)
 
 
-def _currents(
-    layers: list[Layer], images: Tensor, spikes: list[Tensor]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of each layer with neurons, float64 [B, C, H, W]: the current that the layers before give it
-    with these spikes, and the sum of its parts' absolute values."""
+@dataclass
+class _Value:
+    """What a layer gives, float64 [B, C, H, W].
+
+    Attributes:
+        exact: without rounding, from the same spikes.
+        size: the sum of the absolute values of what was added.
+        error: by how much a float32 network may be off it.
+    """
+
+    exact: Tensor
+    size: Tensor
+    error: Tensor
+
+
+def _currents(layers: list[Layer], images: Tensor, spikes: list[Tensor]) -> Iterator[_Value]:
+    """Of each layer with neurons the current that the layers before it give it, all neurons having
+    fired as `spikes` says."""
     given = iter(spikes)
-    values: list[Tensor] = []
-    value = images.double()
+    values, real = [_certain(images.double())], give_values(layers)
     for layer in layers:
-        if layer.kind == "readout":
+        inputs = [values[each.source] for each in layer.inputs]
+        if layer.kind in ("readout", "output"):
             return
-        if layer.window is not None and layer.weight is None:
-            w = layer.window
-            value = F.pad(value, (w.before[1], w.after[1], w.before[0], w.after[0]))
-            if layer.kind == "max_pool":
-                value = F.max_pool2d(value, w.kernel, w.stride, 0, w.dilation)
-            else:
-                value = F.avg_pool2d(value, w.kernel, w.stride, divisor_override=1)  # counts
+        if layer.kind == "neurons":
+            yield _sum(layer, inputs)
+            value = _certain(next(given).double())
+        elif layer.kind == "currents":
+            value = _sum(layer, inputs)
+        elif layer.kind == "channels":
+            value = _joined(layer, inputs)
+        elif layer.kind == "sum":
+            times = [each.times for each in layer.inputs]
+            value = _certain(sum(n * v.exact for n, v in zip(times, inputs, strict=True)))
         else:
-            assert layer.weight is not None
-            assert layer.bias is not None
-            bias = layer.bias.double().view(-1, 1, 1)
-            exact = _weighted(value, layer.weight.double(), layer.window, layer.groups) + bias
-            size = _weighted(value.abs(), layer.weight.double().abs(), layer.window, layer.groups)
-            size = size + bias.abs()
-            if layer.shortcut is not None:
-                beside = values[layer.shortcut]
-                if layer.shortcut_weight is None:
-                    exact = exact + beside * layer.shortcut_unit
-                    size = size + beside * layer.shortcut_unit
-                else:
-                    weight = layer.shortcut_weight.double()
-                    exact = exact + _weighted(beside, weight, layer.shortcut_window, 1)
-                    size = size + _weighted(beside, weight.abs(), layer.shortcut_window, 1)
-            yield exact, size
-            value = next(given).double()
+            value = _pooled(layer, inputs[0], real[layer.inputs[0].source])
         values.append(value)
 
 
-def _weighted(value: Tensor, weight: Tensor, window: Window | None, groups: int) -> Tensor:
-    if window is None:
+def _certain(exact: Tensor) -> _Value:
+    return _Value(exact, exact.abs(), torch.zeros_like(exact))
+
+
+def _sum(layer: Layer, inputs: list[_Value]) -> _Value:
+    assert layer.bias is not None
+    exact = layer.bias.double().view(-1, 1, 1)
+    size, error = exact.abs(), torch.zeros_like(exact)
+    for each, value in zip(layer.inputs, inputs, strict=True):
+        if each.weight is None:
+            exact = exact + value.exact * each.unit
+            size = size + value.exact.abs() * abs(each.unit)
+            error = error + value.error * abs(each.unit)
+        else:
+            weight = each.weight.double()
+            exact = exact + _weighted(value.exact, weight, each)
+            size = size + _weighted(value.exact.abs(), weight.abs(), each)
+            error = error + _weighted(value.error, weight.abs(), each)
+    return _Value(exact, size, error + _terms(layer) * 2.0**-24 * (size + error))
+
+
+def _joined(layer: Layer, inputs: list[_Value]) -> _Value:
+    parts = []
+    for each, value in zip(layer.inputs, inputs, strict=True):
+        taken = slice(each.first, each.first + each.channels)
+        parts.append([t[:, taken] * each.unit for t in (value.exact, value.size, value.error)])
+    exact, size, error = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    return _Value(exact, size, error + 2.0**-24 * exact.abs())
+
+
+def _pooled(layer: Layer, value: _Value, real: bool) -> _Value:
+    """Counts as they are in the engine, or averages of real values."""
+    if layer.kind == "adaptive_pool":
+        assert layer.size is not None
+        size, have = layer.size, value.exact.shape[2:]
+        rows, columns = (common_multiple(*each) for each in zip(have, size, strict=True))
+        times = 1 if real else rows * columns
+
+        def pool(x: Tensor) -> Tensor:
+            return times * F.adaptive_avg_pool2d(x, size)
+
+    else:
+        assert layer.window is not None
+        w = layer.window
+
+        def pool(x: Tensor) -> Tensor:
+            lowest = -math.inf if real and layer.kind == "max_pool" else 0.0
+            x = F.pad(x, (w.before[1], w.after[1], w.before[0], w.after[0]), value=lowest)
+            if layer.kind == "max_pool":
+                return F.max_pool2d(x, w.kernel, w.stride, 0, w.dilation)
+            return F.avg_pool2d(x, w.kernel, w.stride, divisor_override=None if real else 1)
+
+    exact = pool(value.exact)
+    if not real:
+        return _certain(exact.round())
+    size = exact.abs() if layer.kind == "max_pool" else pool(value.size)
+    return _Value(exact, size, pool(value.error) + 2.0**-20 * size)
+
+
+def _weighted(value: Tensor, weight: Tensor, given: Input) -> Tensor:
+    if given.window is None:
         return F.linear(value.flatten(1), weight)[:, :, None, None]
-    (top, left), (bottom, right) = window.before, window.after
+    (top, left), (bottom, right) = given.window.before, given.window.after
     value = F.pad(value, (left, right, top, bottom))
-    return F.conv2d(value, weight, None, window.stride, 0, window.dilation, groups)
+    w = given.window
+    return F.conv2d(value, weight, None, w.stride, 0, w.dilation, given.groups)

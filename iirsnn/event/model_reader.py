@@ -1,221 +1,386 @@
-"""A trained model as the engine's layers: module by module, BatchNorm folded."""
+"""A trained model as the engine's layers: module by module, or node by node of its graph."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.fx.node import map_arg
 
-from ..conversion import folded
 from ..errors import UsageError
 from ..models import Network, ResidualBlock
-from ..nn import FusedLIF, Readout, SharedDropout
-from .layer import Layer, Window, check_finite
+from ..models.graph import TIME_FUNCTIONS, Affine, GraphNetwork, mean_over_time, split_time
+from ..nn import BatchNormLIF, FusedLIF, Readout, SharedDropout, TimeSequential, direct
+from .builder import Builder, Shape, Value, pair, unsupported
+from .layer import Layer, Window
 
-_IGNORED = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, SharedDropout)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-
-
-def _leaves(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules that compute, in order, with their names."""
-    if isinstance(module, Network):
-        yield from _leaves(module.layers, "layers")
-    elif isinstance(module, nn.Sequential):
-        for key, child in module.named_children():
-            yield from _leaves(child, f"{name}.{key}" if name else key)
-    else:
-        yield name or "model", module
+_IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, SharedDropout)
+_SEQUENTIAL = (nn.Sequential.forward, TimeSequential.forward)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
-def _unsupported(name: str, module: nn.Module, why: str) -> UsageError:
-    return UsageError(f"{name} ({type(module).__name__}): {why}")
-
-
-def layers_of(model: nn.Module) -> list[Layer]:
+def layers_of(
+    model: nn.Module, image_shape: Shape | None = None, timesteps: int = 1
+) -> list[Layer]:
     """The engine's layers of a model in eval mode, float32.
 
     Raises:
-        UsageError: a module the engine does not have, by its name; weights that are not finite.
+        UsageError: an operation that the engine does not have, by its name; weights that are not
+            finite; a graph without image_shape.
     """
-    reader = _Reader()
-    last = reader.read(_leaves(model))
-    if last is None or isinstance(last[1], nn.Conv2d):
-        raise UsageError("model: expected a Linear as its last layer, without neurons")
-    return [*reader.layers, replace(_synapses(*last, reader.divisor), kind="readout")]
+    builder = Builder(image_shape)
+    reader = _Reader(builder)
+    if isinstance(model, GraphNetwork):
+        value = reader.graph(model.graph_module, builder.image, "", model.graph_module.graph)
+    else:
+        value = reader.module("", model, builder.image)
+    summed = isinstance(model, (Network, nn.Sequential))
+    if timesteps > 1 and not summed and not reader.averages:
+        raise UsageError(
+            f"timesteps: expected 1 for a graph that ends without mean_over_time, got {timesteps}"
+        )
+    builder.output(value, timesteps if reader.averages else 1)
+    return builder.layers
 
 
 class _Reader:
-    """Collects the engine's layers module by module.
+    """Hands the operations of a model to a builder.
 
     Attributes:
-        layers: so far.
-        flat: a Flatten was there.
-        divisor: what the average pools since the last neurons left to be divided by.
+        averages: the logits are means over time, not sums.
     """
 
-    def __init__(self) -> None:
-        self.layers: list[Layer] = []
-        self.flat = False
-        self.divisor = 1
+    def __init__(self, builder: Builder) -> None:
+        self.builder = builder
+        self.averages = False
 
-    def read(self, modules: Iterable[tuple[str, nn.Module]]) -> tuple[str, nn.Module] | None:
-        """Adds the layers of the modules; a last Conv2d or Linear without neurons is returned."""
-        pending: tuple[str, nn.Module] | None = None  # a Conv2d or Linear; its neurons come next
-        for name, module in modules:
-            kind = type(module)
-            if kind in _IGNORED:
+    def module(self, name: str, module: nn.Module, value: Value) -> Value:
+        """What a module makes of a value."""
+        if isinstance(module, Network) or type(module).forward in _SEQUENTIAL:
+            for child, each in _children(module, name):
+                value = self.module(child, each, value)
+            return value
+        name = name or "model"
+        if type(module) in _MODULES:
+            return _MODULES[type(module)](self, name, module, value)
+        graph = module.graph if isinstance(module, fx.GraphModule) else _traced(name, module)
+        return self.graph(module, value, "" if name == "model" else name, graph)
+
+    def graph(self, root: nn.Module, value: Value, name: str, graph: fx.Graph) -> Value:
+        """What the nodes of a module's graph make of a value."""
+        known: dict[fx.Node, Any] = {}
+        images = next(node for node in graph.nodes if node.op == "placeholder")
+        for node in graph.nodes:
+            if node.op == "output":
+                result = map_arg(node.args[0], known.__getitem__)
+                if not isinstance(result, Value):
+                    raise UsageError(f"{name or 'model'}: expected one output, got {result}")
+                return result
+            if node.op == "placeholder":
+                known[node] = value if node is images else None
                 continue
-            if pending is not None and kind not in (*_BATCH_NORMS, FusedLIF):
-                after = f"{name} ({kind.__name__})"
-                raise _unsupported(
-                    *pending, f"expected a BatchNorm or FusedLIF after it, got {after}"
-                )
-            if kind is nn.Flatten:
-                if module.start_dim != 1 or module.end_dim not in (-1, 3):
-                    raise _unsupported(name, module, "expected start_dim=1 and end_dim=-1")
-                self.flat = True
-            elif kind in (nn.Conv2d, nn.Linear, Readout):
-                if self.flat == (kind is nn.Conv2d):
-                    wanted = "no" if self.flat else "a"
-                    raise _unsupported(name, module, f"expected {wanted} Flatten before")
-                pending = (name, module)
-            elif kind in _BATCH_NORMS:
-                if pending is None:
-                    raise _unsupported(name, module, "expected a Conv2d or Linear before it")
-                pending = (pending[0], _fold(pending[1], name, module))
-            elif kind is FusedLIF:
-                if pending is None:
-                    raise _unsupported(name, module, "expected a Conv2d or Linear before it")
-                self._add(_neurons(_synapses(*pending, self.divisor), name, module))
-                pending = None
-            elif kind in (nn.AvgPool2d, nn.MaxPool2d):
-                self._check_spikes(name, module)
-                if kind is nn.MaxPool2d:
-                    self.layers.append(Layer("max_pool", name, _max_window(name, module)))
-                else:
-                    window = _average_window(name, module)
-                    self.divisor *= math.prod(window.kernel)
-                    self.layers.append(Layer("average_pool", name, window))
-            elif kind is ResidualBlock:
-                self._check_spikes(name, module)
-                self._add_block(name, module)
+            place = f"{name}.{node.name}" if name else node.name
+            args: Any = map_arg(node.args, known.__getitem__)
+            kwargs: Any = map_arg(node.kwargs, known.__getitem__)
+            if node.op == "call_module" and len(args) == 1 and not kwargs:
+                child = root.get_submodule(str(node.target))
+                self._check_time(place, child, node.args[0])
+                inner = f"{name}.{node.target}" if name else str(node.target)
+                made = self.module(inner, child, args[0])
             else:
-                raise _unsupported(name, module, "the event engine has no such module")
-        return pending
+                made = self._call(place, node, args, kwargs)
+            if len(node.users) > 1 and isinstance(made, Value):
+                made = self.builder.settle(made, place)
+            known[node] = made
+        raise UsageError(f"{name or 'model'}: expected a graph with an output")
 
-    def _check_spikes(self, name: str, module: nn.Module) -> None:
-        if not self.layers or self.flat:
-            wanted = "no Flatten" if self.flat else "a FusedLIF"
-            raise _unsupported(name, module, f"expected {wanted} before it")
+    def _check_time(self, place: str, module: nn.Module, given: Any) -> None:
+        """A FusedLIF reads its first axis as time: that of a batch would be another network."""
+        if not isinstance(module, (FusedLIF, BatchNormLIF)):
+            return
+        if given.target not in (direct, split_time, "unflatten"):
+            raise unsupported(place, module, f"expected [T, B, ...] of split_time, got {given}")
 
-    def _add(self, layer: Layer) -> None:
-        self.layers.append(layer)
-        self.divisor = 1
+    def _call(self, place: str, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.op == "call_function" and node.target in _FUNCTIONS:
+            return _FUNCTIONS[node.target](self, place, *args, **kwargs)
+        if node.op == "call_method" and node.target in _METHODS:
+            return _METHODS[node.target](self, place, *args, **kwargs)
+        what = getattr(node.target, "__name__", str(node.target))
+        raise UsageError(f"{place} ({what}): the event engine has no such operation")
 
-    def _add_block(self, name: str, block: nn.Module) -> None:
-        assert isinstance(block, ResidualBlock)
-        entry, divisor = len(self.layers) - 1, self.divisor
-        last = self.read(_leaves(block.main, f"{name}.main"))
-        short = _Reader()
-        way = short.read(_leaves(block.shortcut, f"{name}.shortcut"))
-        if last is None or short.layers or not isinstance(block.neuron, FusedLIF):
-            raise _unsupported(
-                name, block, "expected conv, FusedLIF, conv; no neurons beside; a FusedLIF after"
-            )
-        layer = _synapses(*last, self.divisor)
-        layer.shortcut, layer.shortcut_unit = entry, 1 / divisor
-        if way is not None:
-            beside = _synapses(*way, divisor)
-            if beside.groups != 1:
-                raise _unsupported(*way, f"expected groups=1, got {beside.groups}")
-            assert layer.bias is not None
-            assert beside.bias is not None
-            layer.bias = layer.bias + beside.bias
-            layer.shortcut_weight, layer.shortcut_window = beside.weight, beside.window
-        self._add(_neurons(layer, f"{name}.neuron", block.neuron))
+    # ---- Modules ----
+
+    def _block(self, name: str, block: ResidualBlock, value: Value) -> Value:
+        value = self.builder.settle(value, name)
+        main = self.module(f"{name}.main", block.main, value)
+        both = self.builder.add(main, self.module(f"{name}.shortcut", block.shortcut, value), name)
+        return self.module(f"{name}.neuron", block.neuron, both)
+
+    def _norm_and_neurons(self, name: str, module: BatchNormLIF, value: Value) -> Value:
+        value = self.module(f"{name}.norm", module.norm, value)
+        return self.module(f"{name}.neuron", module.neuron, value)
+
+    def _batch_norm(self, name: str, norm: nn.Module, value: Value) -> Value:
+        if type(norm) is not nn.SyncBatchNorm and value.flat != (type(norm) is nn.BatchNorm1d):
+            wanted = "no" if value.flat else "a"
+            raise unsupported(name, norm, f"expected {wanted} Flatten before")
+        return self.builder.batch_norm(value, name, norm)
+
+    def _flatten(self, name: str, module: nn.Flatten, value: Value) -> Value:
+        if module.start_dim != 1 or module.end_dim not in (-1, 3):
+            raise unsupported(name, module, "expected start_dim=1 and end_dim=-1")
+        return self.builder.flatten(value)
+
+    def _max_pool(self, name: str, module: nn.MaxPool2d, value: Value) -> Value:
+        if module.return_indices:
+            raise unsupported(name, module, "expected return_indices=False")
+        window = self._window(name, module, value, pair(module.dilation))
+        return self.builder.max_pool(value, name, window)
+
+    def _average_pool(self, name: str, module: nn.AvgPool2d, value: Value) -> Value:
+        kernel = pair(module.kernel_size)
+        if module.divisor_override not in (None, math.prod(kernel)):
+            raise unsupported(name, module, "expected no divisor_override")
+        if pair(module.padding) != (0, 0) and not module.count_include_pad:
+            raise unsupported(name, module, "expected count_include_pad=True")
+        window = self._window(name, module, value, (1, 1))
+        if window.after != window.before:
+            raise unsupported(name, module, "expected ceil_mode=False")
+        return self.builder.average_pool(value, name, window)
+
+    def _adaptive_pool(self, name: str, module: nn.AdaptiveAvgPool2d, value: Value) -> Value:
+        return self.builder.adaptive_pool(value, name, self._size(name, module, value))
+
+    def _adaptive_max_pool(self, name: str, module: nn.AdaptiveMaxPool2d, value: Value) -> Value:
+        size = self._size(name, module, value)
+        assert value.shape is not None
+        if value.shape[1] % size[0] or value.shape[2] % size[1]:
+            raise unsupported(name, module, f"expected a divisor of {value.shape[1:]}, got {size}")
+        kernel = (value.shape[1] // size[0], value.shape[2] // size[1])
+        return self.builder.max_pool(value, name, Window(kernel, kernel))
+
+    def _size(self, name: str, module: Any, value: Value) -> tuple[int, int]:
+        if value.shape is None:
+            raise unsupported(name, module, "needs image_shape=(channels, height, width)")
+        size = module.output_size
+        size = size if isinstance(size, tuple) else (size, size)
+        if getattr(module, "return_indices", False):
+            raise unsupported(name, module, "expected return_indices=False")
+        rows, columns = (
+            have if want is None else want for have, want in zip(value.shape[1:], size, strict=True)
+        )
+        return rows, columns
+
+    def _pad(self, name: str, module: nn.ZeroPad2d, value: Value) -> Value:
+        left, right, top, bottom = module.padding
+        if min(module.padding) < 0:
+            raise unsupported(name, module, f"expected no negative padding, got {module.padding}")
+        window = Window((1, 1), before=(top, left), after=(bottom, right))
+        return self.builder.average_pool(value, name, window)
+
+    def _shuffle(self, name: str, module: Any, value: Value) -> Value:
+        if value.shape is None or value.shape[0] % module.groups:
+            raise unsupported(name, module, f"expected channels in {module.groups} groups")
+        order = torch.arange(value.shape[0]).view(module.groups, -1).T.flatten()
+        return self.builder.channels(value, name, order.tolist())
+
+    def _window(self, name: str, module: Any, value: Value, dilation: tuple[int, int]) -> Window:
+        """Of a pool; in ceil_mode the last windows reach beyond the padding."""
+        kernel, stride, padding = map(pair, (module.kernel_size, module.stride, module.padding))
+        after = padding
+        if module.ceil_mode:
+            if value.shape is None:
+                raise unsupported(name, module, "ceil_mode needs image_shape=(channels, ...)")
+            after = tuple(
+                _ceil_padding(*each)
+                for each in zip(value.shape[1:], kernel, stride, dilation, padding, strict=True)
+            )  # type: ignore[assignment]
+        return Window(kernel, stride, dilation, padding, after)
+
+    # ---- Functions and methods ----
+
+    def _same(self, place: str, value: Value, *args: Any, **kwargs: Any) -> Value:
+        return value
+
+    def _mean_over_time(self, place: str, value: Value, *args: Any, **kwargs: Any) -> Value:
+        self.averages = True
+        return value
+
+    def _add(self, place: str, a: Any, b: Any, *, alpha: float = 1) -> Value:
+        if isinstance(a, (int, float)) or isinstance(b, (int, float)) or alpha != 1:
+            raise UsageError(f"{place} (add): expected two values of the network")
+        return self.builder.add(a, b, place)
+
+    def _cat(self, place: str, tensors: list[Value], dim: int = 0) -> Value:
+        if dim != 1 and not (dim == -3 and not tensors[0].flat):
+            raise UsageError(f"{place} (cat): expected dim=1, got {dim}")
+        return self.builder.concat(tensors, place)
+
+    def _getitem(self, place: str, value: Any, index: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return value[index]
+        every = slice(None)
+        right = isinstance(index, tuple) and len(index) >= 2 and index[0] == every
+        if not right or any(each != every for each in index[2:]) or not isinstance(index[1], slice):
+            raise UsageError(f"{place} (getitem): expected a slice of channels, got {index}")
+        if value.shape is None:
+            raise UsageError(f"{place} (getitem): needs image_shape=(channels, height, width)")
+        return self.builder.channels(value, place, list(range(value.shape[0]))[index[1]])
+
+    def _chunk(self, place: str, value: Value, chunks: int, dim: int = 0) -> list[Value]:
+        if dim != 1 or value.shape is None:
+            raise UsageError(f"{place} (chunk): expected dim=1 and a known image_shape, got {dim}")
+        source = self.builder.settle(value, place)
+        order = torch.arange(value.shape[0]).chunk(chunks)
+        return [self.builder.channels(source, place, each.tolist()) for each in order]
+
+    def _flattened(self, place: str, value: Value, start_dim: int = 0, end_dim: int = -1) -> Value:
+        if (start_dim, end_dim) == (0, 1):
+            return value  # time joins the batch
+        if start_dim != 1 or end_dim not in (-1, 3):
+            raise UsageError(f"{place} (flatten): expected start_dim=1, got {start_dim}")
+        return self.builder.flatten(value)
+
+    def _unflatten(self, place: str, value: Value, dim: int, sizes: Any) -> Value:
+        if dim != 0 or len(sizes) != 2:
+            raise UsageError(f"{place} (unflatten): expected to part time from the batch")
+        return value
+
+    def _sizes(self, place: str, value: Value, dim: int | None = None) -> Any:
+        if value.shape is None:
+            raise UsageError(f"{place} (size): needs image_shape=(channels, height, width)")
+        sizes = (-1, math.prod(value.shape)) if value.flat else (-1, *value.shape)
+        return sizes if dim is None else sizes[dim]
+
+    def _getattr(self, place: str, value: Value, name: str) -> Any:
+        if name != "shape":
+            raise UsageError(f"{place} (getattr): expected shape, got {name}")
+        return self._sizes(place, value)
+
+    def _reshape(self, place: str, value: Value, *sizes: Any) -> Value:
+        shape = sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+        have = value.shape
+        flat = have is not None and len(shape) == 2 and shape[1] in (-1, math.prod(have))
+        if flat:
+            return self.builder.flatten(value)
+        if have is None or tuple(shape[1:]) != (have[:1] if value.flat else have):
+            raise UsageError(f"{place} (reshape): expected to flatten, got {tuple(shape)}")
+        return value
+
+    def _mean(self, place: str, value: Value, dim: Any = None, keepdim: bool = False) -> Value:
+        dims = dim if isinstance(dim, (list, tuple)) else ()
+        if value.flat or sorted(d % 4 for d in dims) != [2, 3]:
+            raise UsageError(f"{place} (mean): expected the mean over rows and columns, got {dim}")
+        pooled = self.builder.adaptive_pool(value, place, (1, 1))
+        return pooled if keepdim else self.builder.flatten(pooled)
 
 
-def _fold(layer: nn.Module, name: str, norm: nn.Module) -> nn.Module:
+def _function_of(kind: Callable[..., nn.Module]) -> Callable[..., Value]:
+    def call(reader: _Reader, place: str, value: Value, *args: Any, **kwargs: Any) -> Value:
+        return reader.module(place, kind(*args, **kwargs), value)
+
+    return call
+
+
+def _neurons(reader: _Reader, name: str, module: FusedLIF, value: Value) -> Value:
+    return reader.builder.neurons(value, name, module)
+
+
+def _weighted(reader: _Reader, name: str, module: nn.Module, value: Value) -> Value:
+    return reader.builder.weighted(value, name, module)
+
+
+def _affine(reader: _Reader, name: str, module: Affine, value: Value) -> Value:
+    return reader.builder.affine(value, name, module.weight, module.bias)
+
+
+def _identity(reader: _Reader, name: str, module: nn.Module, value: Value) -> Value:
+    return value
+
+
+#: Exactly these, for a subclass may do something else.
+_MODULES: dict[type, Callable[..., Value]] = {
+    **dict.fromkeys(_IDENTITIES, _identity),
+    **dict.fromkeys(_BATCH_NORMS, _Reader._batch_norm),
+    **dict.fromkeys((nn.Conv2d, nn.Linear, Readout), _weighted),
+    FusedLIF: _neurons,
+    BatchNormLIF: _Reader._norm_and_neurons,
+    ResidualBlock: _Reader._block,
+    Affine: _affine,
+    nn.Flatten: _Reader._flatten,
+    nn.MaxPool2d: _Reader._max_pool,
+    nn.AvgPool2d: _Reader._average_pool,
+    nn.AdaptiveAvgPool2d: _Reader._adaptive_pool,
+    nn.AdaptiveMaxPool2d: _Reader._adaptive_max_pool,
+    nn.ZeroPad2d: _Reader._pad,
+    nn.ChannelShuffle: _Reader._shuffle,
+}
+
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys(TIME_FUNCTIONS, _Reader._same),
+    mean_over_time: _Reader._mean_over_time,
+    getattr: _Reader._getattr,
+    **dict.fromkeys((operator.add, operator.iadd, torch.add), _Reader._add),
+    **dict.fromkeys((torch.cat, torch.concat), _Reader._cat),
+    operator.getitem: _Reader._getitem,
+    torch.flatten: _Reader._flattened,
+    torch.chunk: _Reader._chunk,
+    torch.mean: _Reader._mean,
+    F.dropout: _Reader._same,
+    F.max_pool2d: _function_of(nn.MaxPool2d),
+    F.avg_pool2d: _function_of(nn.AvgPool2d),
+    F.adaptive_avg_pool2d: _function_of(nn.AdaptiveAvgPool2d),
+}
+
+_METHODS: dict[str, Callable[..., Any]] = {
+    "add": _Reader._add,
+    "add_": _Reader._add,
+    "flatten": _Reader._flattened,
+    "chunk": _Reader._chunk,
+    "mean": _Reader._mean,
+    "reshape": _Reader._reshape,
+    "view": _Reader._reshape,
+    "contiguous": _Reader._same,
+    "unflatten": _Reader._unflatten,
+    "size": _Reader._sizes,
+}
+
+
+class _Tracer(fx.Tracer):
+    """Modules that the reader knows are nodes; the rest is looked into."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        known = type(module) in _MODULES or isinstance(module, (Network, TimeSequential))
+        return known or super().is_leaf_module(module, name)
+
+
+def _traced(name: str, module: nn.Module) -> fx.Graph:
+    if type(module).__module__.startswith("torch.nn") or not list(module.children()):
+        raise unsupported(name, module, "the event engine has no such module")
     try:
-        both = folded(layer, norm)
-    except ValueError as error:
-        raise _unsupported(name, norm, str(error)) from error
-    if both is None:
-        raise _unsupported(name, norm, f"cannot follow {type(layer).__name__}")
-    return both
+        return _Tracer(autowrap_functions=TIME_FUNCTIONS).trace(module)
+    except Exception as error:  # whatever its forward raises for a proxy
+        raise unsupported(name, module, f"torch.fx cannot trace it ({error})") from error
 
 
-def _synapses(name: str, module: nn.Module, divisor: int) -> Layer:
-    """A Conv2d or Linear; `divisor`: what the average pools before it left to be divided by."""
-    assert isinstance(module, (nn.Conv2d, nn.Linear))
-    weight = (module.weight.detach().double() / divisor).float().cpu()
-    bias = torch.zeros(len(weight)) if module.bias is None else module.bias.detach().float().cpu()
-    layer = Layer("linear", name, weight=weight.contiguous(), bias=bias.clone())
-    if isinstance(module, nn.Conv2d):
-        if module.padding_mode != "zeros":
-            raise _unsupported(
-                name, module, f"expected padding with zeros, got {module.padding_mode}"
-            )
-        kernel, dilation = _pair(module.kernel_size), _pair(module.dilation)
-        if module.padding == "same":
-            total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-            before = (total[0] // 2, total[1] // 2)
-            after = (total[0] - before[0], total[1] - before[1])
-        else:
-            before = after = (0, 0) if module.padding == "valid" else _pair(module.padding)
-        layer.window = Window(kernel, _pair(module.stride), dilation, before, after)
-        layer.kind, layer.groups = "conv", module.groups
-    check_finite(layer)
-    return layer
+def _children(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(module, Network):
+        yield "layers", module.layers
+        return
+    for key, child in module.named_children():
+        yield f"{name}.{key}" if name else key, child
 
 
-def _neurons(layer: Layer, name: str, module: nn.Module) -> Layer:
-    assert isinstance(module, FusedLIF)
-    assert layer.bias is not None
-    for option in ("stateful", "packed", "return_v"):
-        if getattr(module, option):
-            raise _unsupported(name, module, f"expected {option}=False")
-    outputs = len(layer.bias)
-    for key in ("threshold", "leak"):
-        value = getattr(module, key).detach().float().cpu().reshape(-1)
-        if value.numel() not in (1, outputs):
-            raise _unsupported(
-                name, module, f"{key}: expected 1 element or {outputs}, got {value.numel()}"
-            )
-        setattr(layer, key, value.expand(outputs).clone())
-    layer.reset, layer.v_reset = module.reset, float(module.v_reset)
-    check_finite(layer)
-    return layer
-
-
-def _max_window(name: str, module: nn.Module) -> Window:
-    assert isinstance(module, nn.MaxPool2d)
-    for option in ("ceil_mode", "return_indices"):
-        if getattr(module, option):
-            raise _unsupported(name, module, f"expected {option}=False")
-    return _pool_window(module, _pair(module.dilation))
-
-
-def _average_window(name: str, module: nn.Module) -> Window:
-    assert isinstance(module, nn.AvgPool2d)
-    kernel = _pair(module.kernel_size)
-    if module.divisor_override not in (None, math.prod(kernel)):
-        raise _unsupported(name, module, "expected no divisor_override")
-    if _pair(module.padding) != (0, 0) and not module.count_include_pad:
-        raise _unsupported(name, module, "expected count_include_pad=True")
-    if module.ceil_mode:
-        raise _unsupported(name, module, "expected ceil_mode=False")
-    return _pool_window(module, (1, 1))
-
-
-def _pool_window(module: Any, dilation: tuple[int, int]) -> Window:
-    kernel, padding = _pair(module.kernel_size), _pair(module.padding)
-    return Window(kernel, _pair(module.stride), dilation, padding, padding)
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
+def _ceil_padding(size: int, kernel: int, stride: int, dilation: int, padding: int) -> int:
+    """Padding at the end that gives torch's ceil_mode: no window begins beyond the first one."""
+    reach = dilation * (kernel - 1) + 1
+    positions = -(-(size + 2 * padding - reach) // stride) + 1
+    if (positions - 1) * stride >= size + padding:
+        positions -= 1
+    return max(padding, (positions - 1) * stride + reach - size - padding)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
 import math
 import threading
 import warnings
@@ -23,13 +22,13 @@ from torch import Tensor, nn
 from .. import atomic_files
 from ..errors import RunError, UsageError, check_choice
 from ..models import Network
+from ..models.graph import GraphNetwork
 from ..nn import SpikeAvgPool2d, SpikeConv2d, SpikeLinear, use_plain_layers
-from ..ops import build
-from .layer import Layer, Window, check_finite
+from .engine import build_engine
+from .file_format import read, write
+from .layer import Layer
 from .model_reader import layers_of
 from .quantise import PRECISIONS, quantise
-
-FORMAT = 2  # 2: residual blocks
 
 #: Additions, as a fraction of the operations of the dense network that sees an image once, above
 #: which that one is faster: extrapolated from batch 16, fp32, VGG16, where events are still 1.6
@@ -45,14 +44,16 @@ class LayerStatistics:
 
     Attributes:
         name: of the module.
-        spikes: that it gave (0 for a pool and the readout).
+        spikes: that it gave (0 without neurons).
         neurons: of one image.
-        additions: weights added, one for each event and output it reaches, and the additions that
-            double and sum up the digits of average-pooled counts.
-        multiplications: multiply-accumulates; of the layer that sees the image alone.
+        additions: weights added, one for each event and output it reaches, the additions that
+            double and sum up the digits of average-pooled counts, and those of skips, sums and
+            pools of real values.
+        multiplications: multiply-accumulates, of layers that see the image or other real values.
         dense_operations: multiply-accumulates of a dense network's same layer, once an image.
         weight_bytes: of the weights that the additions read.
         spike_bytes: of the bits read and written.
+        value_bytes: of the real values read and written, but for the image's.
         milliseconds: wall-clock time.
     """
 
@@ -114,22 +115,23 @@ class EventNetwork:
         """The engine of a model, as the model computes in eval mode.
 
         Args:
-            model: a Network, or an nn.Sequential of Conv2d, Linear, BatchNorm, AvgPool2d,
-                MaxPool2d, Flatten, Dropout, FusedLIF and ResidualBlock that ends in a Linear; left
+            model: a Network, a GraphNetwork (what `convert` makes), an nn.Sequential, or any
+                module that torch.fx can trace, of the operations in docs/inference.md; left
                 unchanged.
             timesteps: T that the model was trained at.
-            precision: fp32, bf16 or int8, of all weights but those that see the image.
-            image_shape: (channels, height, width); None: the Network's, or that of the first
-                images.
+            precision: fp32, bf16 or int8, of all weights that spikes alone meet; those that meet
+                the image or other real values stay fp32.
+            image_shape: (channels, height, width); None: the model's, or that of the first images,
+                which a chain of layers can wait for and a graph cannot.
 
         Raises:
-            UsageError: a module the engine does not have, by its name; a wrong T, precision or
-                shape; weights that are not finite.
+            UsageError: a module or function the engine does not have, by its name; a wrong T,
+                precision or shape; weights that are not finite.
         """
         check_choice("precision", precision, PRECISIONS)
         if isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1:
             raise UsageError(f"timesteps: expected an integer of at least 1, got {timesteps!r}")
-        if isinstance(model, Network):
+        if isinstance(model, (Network, GraphNetwork)):
             if model.timesteps != timesteps:
                 raise UsageError(
                     f"timesteps: expected the T of the model, {model.timesteps}, got {timesteps}"
@@ -137,9 +139,8 @@ class EventNetwork:
             image_shape = image_shape or model.image_shape  # type: ignore[assignment]
         if any(isinstance(module, _SPIKE_LAYERS) for module in model.modules()):
             model = use_plain_layers(copy.deepcopy(model))
-        layers = layers_of(model)
-        for layer in layers[1:]:  # the first one sees the image
-            quantise(layer, precision)
+        layers = layers_of(model, image_shape, timesteps)
+        quantise(layers, precision)
         return cls(layers, timesteps, precision, image_shape)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -214,7 +215,7 @@ class EventNetwork:
         call, images = self._last_call("spikes")
         found = []
         for index, layer in enumerate(self.layers):
-            if layer.threshold is None:
+            if layer.threshold is None:  # no neurons
                 continue
             # little-endian words: byte k of a word holds channels 8k to 8k + 7
             words = self._engine.bits(call, index + 1)
@@ -242,29 +243,7 @@ class EventNetwork:
         atomic_files.save(Path(path), *self._contents())
 
     def _contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors, layers = {}, []
-        for index, layer in enumerate(self.layers):
-            entry = {
-                key: value
-                for key, value in vars(layer).items()
-                if key not in (*Layer.TENSORS, *Layer.WINDOWS)
-            }
-            for key in Layer.WINDOWS:
-                if getattr(layer, key) is not None:
-                    entry[key] = vars(getattr(layer, key))
-            for key in Layer.TENSORS:
-                if getattr(layer, key) is not None:
-                    tensors[f"{index}.{key}"] = getattr(layer, key)
-            layers.append(entry)
-        header = {
-            "event_format": FORMAT,
-            "timesteps": self.timesteps,
-            "precision": self.precision,
-            "image_shape": self.image_shape,
-            "layers": layers,
-            "notes": self.notes,
-        }
-        return tensors, header
+        return write(self.layers, self.timesteps, self.precision, self.image_shape, self.notes)
 
     @classmethod
     def load(cls, path: str | Path) -> EventNetwork:
@@ -273,91 +252,31 @@ class EventNetwork:
         Raises:
             RunError: missing, truncated, damaged, of a newer format, or no such network.
         """
-        return cls._made_of(*atomic_files.load(Path(path)), path)
+        try:
+            tensors, header = atomic_files.load(Path(path))
+        except RunError:
+            raise
+        except (
+            RuntimeError,
+            AttributeError,
+            OverflowError,
+        ) as error:  # types torch has no name for
+            raise RunError(f"{path}: damaged event network ({error})") from error
+        return cls._made_of(tensors, header, path)
 
     @classmethod
     def _made_of(
         cls, tensors: dict[str, Tensor], header: dict[str, Any], path: str | Path
     ) -> EventNetwork:
-        version = header.get("event_format")
-        if not isinstance(version, int):
-            raise RunError(f"{path}: a checkpoint of iirsnn, but no event network")
-        if version > FORMAT:
-            raise RunError(
-                f"{path}: expected event format {FORMAT} or older, got {version}; "
-                "a newer iirsnn wrote it"
-            )
+        parts = read(tensors, header, path)
         try:
-            layers = []
-            for index, entry in enumerate(header["layers"]):
-                entry = dict(entry)
-                for key in Layer.WINDOWS:
-                    if key in entry:
-                        entry[key] = Window(**{k: tuple(v) for k, v in entry[key].items()})
-                for key in Layer.TENSORS:
-                    entry[key] = tensors.get(f"{index}.{key}")
-                layer = Layer(**entry)
-                check_finite(layer)
-                layers.append(layer)
-            shape = header["image_shape"]
-            return cls(
-                layers,
-                header["timesteps"],
-                header["precision"],
-                None if shape is None else tuple(shape),
-                header["notes"],
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            return cls(*parts)
+        except UsageError as error:
             raise RunError(f"{path}: damaged event network ({error})") from error
 
     def _build(self, image_shape: tuple[int, int, int]) -> None:
-        engine = _extension().EventEngine(*image_shape, self.timesteps)
-        source, dense = 0, []
-        for layer in self.layers:
-            shape = engine.shape(source)
-            try:
-                if layer.kind in ("max_pool", "average_pool"):
-                    assert layer.window is not None
-                    add = (
-                        engine.add_max_pool if layer.kind == "max_pool" else engine.add_average_pool
-                    )
-                    source = add(source, layer.window.numbers())
-                    dense.append(0)
-                    continue
-                weight, window = _on(shape, layer)
-                precision = self.precision if source else "fp32"
-                synapses = [(source, weight.float().numpy(), layer.groups, window.numbers())]
-                skips, operations = [], weight.numel()
-                bias, scale = _vector(layer.bias), _vector(layer.scale)
-                if layer.kind == "readout":
-                    engine.add_readout(*synapses, precision, bias, scale)
-                    dense.append(operations)
-                    continue
-                if layer.shortcut_weight is not None:
-                    assert layer.shortcut is not None
-                    assert layer.shortcut_window is not None
-                    short, numbers = layer.shortcut_weight, layer.shortcut_window.numbers()
-                    synapses.append((layer.shortcut + 1, short.float().numpy(), 1, numbers))
-                    operations += short.numel()
-                elif layer.shortcut is not None:
-                    skips.append((layer.shortcut + 1, layer.shortcut_unit))
-                source = engine.add_neurons(
-                    synapses,
-                    skips,
-                    precision,
-                    bias,
-                    scale,
-                    _vector(layer.threshold),
-                    _vector(layer.leak),
-                    layer.reset,
-                    layer.v_reset,
-                )
-                dense.append(operations * math.prod(engine.shape(source)[1:]))
-            except ValueError as error:
-                raise UsageError(
-                    f"{layer.name}: cannot follow {' x '.join(map(str, shape))} ({error})"
-                ) from error
-        self._engine, self._dense, self.image_shape = engine, dense, image_shape
+        self._engine, self._dense = build_engine(self.layers, image_shape, self.timesteps)
+        self.image_shape = image_shape
 
     def _warn_if_dense(self) -> None:
         density = self.density()
@@ -373,25 +292,3 @@ class EventNetwork:
 def _from_bytes(content: bytes) -> EventNetwork:
     """The network whose file would hold these bytes."""
     return EventNetwork._made_of(*atomic_files.from_bytes(content), "event network")
-
-
-def _extension() -> Any:
-    reason = build.load()
-    if reason is not None:
-        raise RunError(f"the event engine needs the compiled extension: {reason}")
-    return importlib.import_module("iirsnn._C")
-
-
-def _vector(tensor: Tensor | None) -> Any:
-    return (torch.zeros(0) if tensor is None else tensor).numpy()
-
-
-def _on(shape: tuple[int, int, int], layer: Layer) -> tuple[Tensor, Window]:
-    """A layer's weight [outputs, channels, *kernel] over a source of that shape, and its window."""
-    assert layer.weight is not None
-    if layer.window is not None:
-        return layer.weight, layer.window
-    features = layer.weight.shape[1]
-    if features != math.prod(shape):
-        raise UsageError(f"expected {math.prod(shape)} input features, got {features}")
-    return layer.weight.unflatten(1, shape), Window((shape[1], shape[2]))

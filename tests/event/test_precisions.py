@@ -1,0 +1,62 @@
+"""bf16 and int8 weights."""
+
+import torch
+from torch import nn
+
+from iirsnn import FusedLIF, Readout, convert
+from iirsnn.event.network import EventNetwork
+from iirsnn.models import ModelConfig, build
+from tests.event.networks import assert_same, engine_spikes, images, integers, spikes_of
+
+
+def test_bf16_is_the_model_with_rounded_weights():
+    network = integers(
+        nn.Conv2d(1, 40, 3), FusedLIF(), nn.Conv2d(40, 100, 3), FusedLIF(), nn.Flatten(),
+        nn.Linear(400, 100), FusedLIF(), Readout(100, 4), timesteps=2,
+    )  # fmt: skip
+    assert_same(network, images(3, 1, 6, 6), precision="bf16")  # quarters are bf16 already
+    first, *others = EventNetwork.from_model(network, 2, precision="bf16").layers
+    assert first.weights[0].dtype == torch.float32  # the image meets it
+    assert all(layer.weights[0].dtype == torch.bfloat16 for layer in others)
+
+
+def test_int8_sums_do_not_overflow_in_the_worst_case():
+    """All channels spike into weights of the largest magnitude, pooled counts at their most."""
+    for sign in (1.0, -1.0):
+        network = integers(
+            nn.Conv2d(1, 640, 3, padding=1), FusedLIF(), nn.AvgPool2d(4),
+            nn.Conv2d(640, 40, 3, padding=1), FusedLIF(), nn.Flatten(), nn.Linear(160, 40),
+            FusedLIF(), Readout(40, 3),
+        )  # fmt: skip
+        network.layers[0].bias.data.fill_(100.0)
+        network.layers[3].weight.data.fill_(sign)
+        network.layers[3].bias.data.fill_(2880.0 * -sign)
+        net = EventNetwork.from_model(network, precision="int8")
+        x = images(2, 1, 8, 8)
+        logits = net(x)
+        expected, _ = spikes_of(network, x)
+        assert expected[0].mean() == 1
+        for ours, theirs in zip(engine_spikes(net)[:2], expected, strict=False):
+            assert torch.equal(ours.reshape(theirs.shape), theirs)
+        assert logits.shape == (2, 3)
+
+
+def test_int8_is_the_model_with_rounded_weights():
+    generator = torch.Generator().manual_seed(5)
+    calibration = torch.randn(64, 1, 12, 12, generator=generator)
+    config = ModelConfig("vgg", layers=[40, "A", 70, "A"], hidden=[90])
+    network = convert(build(config, 10, (1, 12, 12)), calibration, 80.0, timesteps=1).eval()
+    net = EventNetwork.from_model(network, precision="int8")
+    rounded = {layer.name: layer for layer in net.layers[1:] if layer.weights}
+    pooled = {"layers.3": 4, "layers.7": 4}  # their weights carry the average pool's 1/4
+    for name, module in network.named_modules():
+        if name in rounded:
+            layer = rounded[name]
+            (weight,) = layer.weights
+            shape = (-1, *[1] * (weight.dim() - 1))
+            module.weight.data = weight.float() * layer.scale.view(shape) * pooled.get(name, 1)
+    logits = net(calibration)
+    with torch.no_grad():
+        expected = network(calibration)
+    same = (logits - expected).abs().amax(1) < 1e-4 * expected.abs().max()
+    assert same.float().mean() > 0.9  # the others hold a spike within rounding of its threshold
