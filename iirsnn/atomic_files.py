@@ -87,6 +87,16 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return _whole(tensors, header, name)
 
 
+def read_header(path: Path) -> dict[str, Any] | None:
+    """The header of a file that `save` wrote, whatever its tensors; None of any other file."""
+    try:
+        with _reading(f"file {path}"), safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})[_KEY])
+    except RunError:
+        return None
+    return header if isinstance(header, dict) else None
+
+
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
     try:

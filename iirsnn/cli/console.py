@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-console = Console()
+#: Paths and names of classes are printed as they are, brackets too.
+console = Console(markup=False)
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from .console import Run, console
 
@@ -26,11 +27,15 @@ def deploy(
         Path, typer.Option("--out", "-o", metavar="FILE", help="File of the network.")
     ] = Path("net.iirsnn"),
     precision: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or int8.")] = "fp32",
+    force: Annotated[
+        bool, typer.Option("--force", help="Write over a FILE that deploy has not written.")
+    ] = False,
 ) -> None:
     """Write a trained stage as an event-driven network that stands alone."""
     from ..measure.evaluation import evaluating
-    from ..train.deployment import event_network, preparation
+    from ..train.deployment import event_network, may_be_written
 
+    may_be_written(out, force)
     pipeline = _open(run)
     net = event_network(pipeline, stage, precision)
     images = pipeline.calibration_images(COMPARED_IMAGES)
@@ -40,7 +45,7 @@ def deploy(
     net.notes.update(
         recipe=pipeline.recipe.name,
         class_names=pipeline.splits.class_names,
-        images=preparation(pipeline.splits.test),
+        images=pipeline.splits.test.preparation.as_json(),
     )
     net.save(out)
     console.print(
@@ -57,12 +62,12 @@ def predict(
 ) -> None:
     """The class of each image, and how long it took."""
     from ..event import EventNetwork
-    from ..train.deployment import read_image
+    from ..train.deployment import class_names, read_image
 
     network = EventNetwork.load(net)
-    names = network.notes.get("class_names")
     batch = [read_image(path, network) for path in images]
-    network(batch[0])  # touches the weights once
+    classes = network(batch[0]).shape[1]  # touches the weights once
+    names = class_names(network, classes)
     table = Table(box=box.SIMPLE)
     table.add_column("image", overflow="fold")
     for column in ("class", "probability", "ms"):
@@ -71,10 +76,12 @@ def predict(
         start = time.perf_counter()
         logits = network(image)
         milliseconds = 1e3 * (time.perf_counter() - start)
-        index = int(logits.argmax())
-        name = names[index] if names else str(index)
+        name = names[int(logits.argmax())]
         table.add_row(
-            str(path), name, f"{float(logits.softmax(1).max()):.1%}", f"{milliseconds:.3f}"
+            Text(str(path)),
+            Text(name),
+            f"{float(logits.softmax(1).max()):.1%}",
+            f"{milliseconds:.3f}",
         )
     console.print(table)
 

@@ -7,14 +7,17 @@ and no random state of the process is touched.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
 from torch.utils.data import BatchSampler, DataLoader
 
-from ..errors import UsageError, check_choice
-from .data_sets import DATA_SETS
+from ..errors import RunError, UsageError, check_choice
+from . import folder
+from .data_sets import DATA_SETS, FOLDER
+from .image_files import FITS, Preparation
 from .images import ORDER, Augmented, ImageSet, MemoryImages, Sample, random_stream
 
 
@@ -23,8 +26,15 @@ class DataConfig:
     """The data section of a recipe.
 
     Attributes:
-        name: digits, fashion-mnist, cifar10, cifar100, imagenet or image-folder (your own files).
+        name: digits, fashion-mnist, cifar10, cifar100, imagenet, or folder (anyone's images: see
+            `iirsnn.train.folder`).
         root: folder of the data; "" is the data set's default place.
+        image_size: of folder, the side in pixels that images are brought to.
+        gray: of folder, one channel instead of three.
+        fit: of folder, crop (the middle of an image, in full height or width) or whole (all of it,
+            with white at two sides).
+        test: of folder, the fraction that is held out for the test where DIR has no test images of
+            its own; null is 0.2.
         download: fetch what is missing.
         validation: fraction of the training set that is held out for every choice.
         train_images: use so many training images only, as many of each class; 0 for all.
@@ -40,6 +50,10 @@ class DataConfig:
 
     name: str = "digits"
     root: str = ""
+    image_size: int = 0
+    gray: bool = False
+    fit: str = "crop"
+    test: float | None = None
     download: bool = True
     validation: float = 0.1
     train_images: int = 0
@@ -70,6 +84,20 @@ class Splits:
         """(C, H, W)."""
         return self.train.image_shape
 
+    def description(self) -> dict[str, Any]:
+        """JSON values that tell whether data is the same: names, numbers, how images are made."""
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        counts = {
+            name: torch.bincount(part.labels, minlength=self.classes).tolist()
+            for name, part in parts.items()
+        }
+        return {
+            "class_names": self.class_names,
+            "images": self.train.preparation.as_json(),
+            "images_by_class": counts,
+            "checksums": {name: part.checksum() for name, part in parts.items()},
+        }
+
 
 def load(config: DataConfig, seed: int) -> Splits:
     """Open a data set and hold out its validation split, stratified by class and fixed by `seed`.
@@ -78,7 +106,7 @@ def load(config: DataConfig, seed: int) -> Splits:
         UsageError: an unknown data set or a value out of range.
         RunError: the data is missing, damaged or could not be fetched.
     """
-    check_choice("data.name", config.name, DATA_SETS)
+    check_choice("data.name", config.name, (*DATA_SETS, FOLDER))
     if not 0 < config.validation < 1:
         raise UsageError(f"data.validation: expected between 0 and 1, got {config.validation}")
     if min(config.batch_size, config.test_batch_size) < 1 or config.workers < 0:
@@ -92,8 +120,15 @@ def load(config: DataConfig, seed: int) -> Splits:
             raise UsageError(f"data.{name}: expected at least 0, got {value}")
     if not 0 <= seed < 2**32:
         raise UsageError(f"seed: expected from 0 to {2**32 - 1}, got {seed}")
-    root = Path(config.root).expanduser() if config.root else None
-    train, test, class_names = DATA_SETS[config.name](root, config.download)
+    root = _root(config.root)
+    train: ImageSet
+    validation: ImageSet | None = None
+    test: ImageSet
+    if config.name == FOLDER:
+        train, validation, test, class_names = folder.read(*_folder_arguments(config, root))
+    else:
+        _require_defaults(config)
+        train, test, class_names = DATA_SETS[config.name](root, config.download)
     for name, value in (("pad", config.pad), ("flip", config.flip)):
         if value is None:
             continue
@@ -102,18 +137,72 @@ def load(config: DataConfig, seed: int) -> Splits:
                 f"data.{name}: expected null, since {config.name} has crops of its own"
             )
         setattr(train, name, value)
-    try:
-        kept, held_out = train_test_split(
-            np.arange(len(train)),
-            test_size=config.validation,
-            stratify=train.labels.numpy(),
-            random_state=seed,
-        )
-    except ValueError as error:  # too few images for one of each class on both sides
-        raise UsageError(f"data.validation={config.validation}: {error}") from None
+    kept = np.arange(len(train))
+    if validation is None:
+        try:
+            kept, held_out = train_test_split(
+                kept,
+                test_size=config.validation,
+                stratify=train.labels.numpy(),
+                random_state=seed,
+            )
+        except ValueError as error:  # too few images for one of each class on both sides
+            raise UsageError(f"data.validation={config.validation}: {error}") from None
+        validation = train.select(np.sort(held_out))
     if config.train_images:
         kept = _fewer(kept, train.labels.numpy(), config.train_images, seed)
-    return Splits(train.select(np.sort(kept)), train.select(np.sort(held_out)), test, class_names)
+    train = train.select(np.sort(kept))
+    splits = Splits(train, validation, test, class_names)
+    return _normalised(splits) if config.name == FOLDER else splits
+
+
+def _root(root: str) -> Path | None:
+    try:
+        return Path(root).expanduser() if root else None
+    except RuntimeError as error:  # ~ of a user without a home
+        raise UsageError(f"data.root: {root}: {error}") from None
+
+
+def _folder_arguments(
+    config: DataConfig, root: Path | None
+) -> tuple[Path, float | None, Preparation]:
+    if root is None:
+        raise UsageError("data.root: expected the folder of the images, got none")
+    check_choice("data.fit", config.fit, FITS)
+    side = config.image_size
+    if not 1 <= side <= 4096:
+        raise UsageError(f"data.image_size: expected from 1 to 4096 pixels, got {side}")
+    size = (1 if config.gray else 3, side, side)
+    resize = side if config.fit == "crop" else 0
+    return root, config.test, Preparation(size, (), (), config.fit, resize)
+
+
+def _require_defaults(config: DataConfig) -> None:
+    """Settings of `folder` alone are not given to another data set, where they would do nothing."""
+    for name in ("image_size", "gray", "fit", "test"):
+        default, value = getattr(DataConfig, name), getattr(config, name)
+        if value != default:
+            raise UsageError(
+                f"data.{name}: expected {default}, since {config.name} has images of its own kind, "
+                f"got {value}"
+            )
+
+
+def _normalised(splits: Splits) -> Splits:
+    """All parts by the mean and standard deviation of the training images' channels."""
+    parts = splits.train, splits.validation, splits.test
+    train, validation, test = (part for part in parts if isinstance(part, MemoryImages))
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    mean, std = [], []
+    for channel in train.pixels.unbind(1):
+        counts = torch.bincount(channel.flatten(), minlength=256).double()
+        share = counts / counts.sum()
+        mean.append(float((share * levels).sum()))
+        std.append(float((share * (levels - mean[-1]) ** 2).sum().sqrt()))
+    if min(std) == 0:
+        raise RunError("data: expected training images that differ, got one value in all pixels")
+    train, validation, test = (p.normalised_by(mean, std) for p in (train, validation, test))
+    return Splits(train, validation, test, splits.class_names)
 
 
 def _fewer(indices: np.ndarray, labels: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -174,6 +263,11 @@ def train_batches(
         batch_sampler=parts[start_batch:],
         **_loader_options(config),
     )
+
+
+def eval_rounds(dataset: ImageSet, config: DataConfig, count: int) -> int:
+    """The most batches of `eval_batches` that any of `count` processes has."""
+    return -(-len(dataset) // (config.test_batch_size * count))
 
 
 def eval_batches(

@@ -1,7 +1,6 @@
 """The data sets by name: where each is looked for, fetched from, and how it is read."""
 
 import gzip
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,14 +13,21 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, ImageFolder
 
-from ..errors import RunError, one_line
+from .. import cache
+from ..errors import RunError, UsageError, one_line
 from .images import ImageFiles, ImageSet, MemoryImages
 
 _DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "iirsnn" / "data"
+    folder = cache.folder()
+    if folder is None:
+        raise RunError(
+            "data: expected data.root, HOME or an absolute XDG_CACHE_HOME to say where it lies, "
+            "got none of them"
+        )
+    return folder / "data"
 
 
 @contextmanager
@@ -36,6 +42,8 @@ def _reading(what: str, root: Path, cure: str, *, download: bool = False) -> Ite
 
 
 def _digits(root: Path | None, download: bool) -> tuple[ImageSet, ImageSet, list[str]]:
+    if root is not None:
+        raise UsageError(f"data.root: expected none, since digits has no files, got {root}")
     digits = load_digits()
     images = MemoryImages(
         torch.from_numpy(digits.images).to(torch.uint8)[:, None],
@@ -54,7 +62,9 @@ def _digits(root: Path | None, download: bool) -> tuple[ImageSet, ImageSet, list
 
 
 def _fashion_mnist(root: Path | None, download: bool) -> tuple[ImageSet, ImageSet, list[str]]:
-    places = [root] if root else [_DEBIAN_FASHION_MNIST, _cache()]
+    places = [root] if root else [_DEBIAN_FASHION_MNIST]
+    if root is None and cache.folder() is not None:
+        places.append(_cache())
     files = [file for file, _ in FashionMNIST.resources]
     cure = (
         f"install Debian's dataset-fashion-mnist or put {', '.join(files)} into {places[-1]} "
@@ -74,6 +84,8 @@ def _fashion_mnist(root: Path | None, download: bool) -> tuple[ImageSet, ImageSe
         if all((raw / Path(file).stem).is_file() for file in files):
             with _reading("fashion-mnist", place, cure):
                 return _open_fashion_mnist(place)
+    if root is None:
+        _cache()  # or an error: the download goes there
     if not download:
         looked = " or ".join(map(str, places))
         raise RunError(f"fashion-mnist: not found in {looked}; set data.download=true or {cure}")
@@ -132,13 +144,16 @@ def _image_folder(
         if train.classes != test.classes:
             raise ValueError("train/ and val/ hold different classes")
     train_set, test_set = (
-        ImageFiles([file for file, _ in part.samples], torch.tensor(part.targets), part.loader)
+        ImageFiles([file for file, _ in part.samples], torch.tensor(part.targets))
         for part in (train, test)
     )
     return train_set, test_set, train.classes
 
 
-#: Each takes (root or None, download) and returns (training set, test set, class names).
+#: The data set of `iirsnn.train.folder`.
+FOLDER = "folder"
+
+#: The others: each takes (root or None, download) and returns (training set, test set, names).
 DATA_SETS: dict[str, Callable[[Path | None, bool], tuple[ImageSet, ImageSet, list[str]]]] = {
     "digits": _digits,
     "fashion-mnist": _fashion_mnist,

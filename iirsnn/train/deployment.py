@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as transforms
 
+from .. import atomic_files
 from ..errors import RunError, UsageError
 from ..event import EventNetwork
-from .images import ImageFiles, ImageSet, MemoryImages
+from .image_files import Preparation
 from .pipeline import Pipeline
 
 
@@ -44,18 +42,31 @@ def event_network(pipeline: Pipeline, timesteps: int, precision: str) -> EventNe
     )
 
 
-def preparation(images: ImageSet) -> dict[str, Any]:
-    """How an image file becomes what the network was trained on, for `read_image`.
+def may_be_written(out: Path, force: bool) -> None:
+    """Raises UsageError where a file that `deploy` has not written would be lost."""
+    if out.is_dir():
+        raise UsageError(f"out: expected a file, got the folder {out}")
+    header = atomic_files.read_header(out) if out.exists() else {"event_format": 0}
+    if not force and (header is None or "event_format" not in header):
+        raise UsageError(f"out: {out} is there and is no network of deploy; --force writes over it")
+
+
+def class_names(network: EventNetwork, classes: int) -> list[str]:
+    """The names of a network's classes; their numbers where its file has none.
 
     Raises:
-        UsageError: images that no file becomes.
+        UsageError: notes that are no names of its classes.
     """
-    if isinstance(images, MemoryImages):
-        mean, std = images.normalise.mean, images.normalise.std
-        return {"mean": list(mean), "std": list(std)}
-    if isinstance(images, ImageFiles):
-        return {"mean": list(images.mean), "std": list(images.std), "resize": 256}
-    raise UsageError(f"data: expected images with a normalisation, got {type(images).__name__}")
+    names = network.notes.get("class_names")
+    if names is None:
+        return [str(index) for index in range(classes)]
+    if (
+        not isinstance(names, list)
+        or len(names) != classes
+        or not all(isinstance(name, str) for name in names)
+    ):
+        raise UsageError(f"net: notes: class_names: expected {classes} names, got {names!r:.60}")
+    return names
 
 
 def read_image(path: Path, network: EventNetwork) -> Tensor:
@@ -63,26 +74,13 @@ def read_image(path: Path, network: EventNetwork) -> Tensor:
 
     Raises:
         RunError: no such file, or one that cannot be read.
-        UsageError: the wrong size, or a network that was not deployed.
+        UsageError: the wrong size, or a network whose file does not say how images are made.
     """
-    assert network.image_shape is not None
-    channels, height, width = network.image_shape
-    wanted = network.notes.get("images")
-    if wanted is None:
-        raise UsageError("net: says nothing about its images; expected a file that deploy wrote")
+    size = network.image_shape
+    if size is None:
+        raise UsageError("net: does not say the size of its images; expected a file of deploy")
     try:
-        with Image.open(path) as file:
-            image = file.convert("L" if channels == 1 else "RGB")
-    except FileNotFoundError as error:
-        raise RunError(f"image {path}: no such file") from error
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow calls a broken PNG a SyntaxError
-        raise RunError(f"image {path}: cannot be read ({error})") from error
-    pixels = transforms.pil_to_tensor(image)
-    if "resize" in wanted:
-        pixels = transforms.center_crop(
-            transforms.resize(pixels, [wanted["resize"]]), [height, width]
-        )
-    if tuple(pixels.shape[1:]) != (height, width):
-        got = " x ".join(map(str, pixels.shape[1:]))
-        raise UsageError(f"image {path}: expected {height} x {width} pixels, got {got}")
-    return transforms.normalize(pixels.float() / 255, wanted["mean"], wanted["std"])[None]
+        preparation = Preparation.from_json(network.notes.get("images"), size)
+    except UsageError as error:
+        raise UsageError(f"net: {error}") from None
+    return preparation.input(path)[None]

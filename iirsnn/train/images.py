@@ -4,8 +4,11 @@ The augmentation of an image depends on (seed, epoch, index) alone, and touches 
 the process.
 """
 
+import os
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from ..errors import RunError
+from .image_files import Preparation, open_image, to_tensor
 
 Sample = tuple[Tensor, int]  # image float32 [C, H, W], label
 
@@ -22,22 +25,16 @@ Sample = tuple[Tensor, int]  # image float32 [C, H, W], label
 ORDER, _AUGMENTATION, _CUTOUT = 0, 1, 2
 
 
-class DamagedImage(RunError):
-    """An image file that cannot be decoded.
-
-    A loader re-raises the error of a worker with the worker's whole traceback as its message; the
-    line that names the file is the last one, and the only one kept.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message.rsplit("DamagedImage: ", 1)[-1].strip())
-
-
 class ImageSet(Dataset[Sample], ABC):
     """Labelled images as the network sees them, not augmented: (float32 [C, H, W], int label)."""
 
     labels: Tensor  # int64 [N]
-    image_shape: tuple[int, int, int]
+    preparation: Preparation  # of image files, to be like these
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.preparation.size
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -52,6 +49,10 @@ class ImageSet(Dataset[Sample], ABC):
     @abstractmethod
     def select(self, indices: np.ndarray) -> "ImageSet":
         """The set of these images alone."""
+
+    @abstractmethod
+    def checksum(self) -> int:
+        """Of what tells the images, in their order, from others."""
 
     @abstractmethod
     def draw(self, rng: np.random.Generator) -> Tensor:
@@ -72,6 +73,7 @@ class MemoryImages(ImageSet):
         pad: black border from which a window of the image's size is cropped at random.
         flip: whether half of the images are mirrored.
         white: the pixel value that is scaled to 1.
+        fit, resize: how they were made of image files, see `Preparation`.
     """
 
     def __init__(
@@ -84,27 +86,44 @@ class MemoryImages(ImageSet):
         pad: int,
         flip: bool,
         white: int = 255,
+        fit: str = "crop",
+        resize: int = 0,
     ) -> None:
         if len(pixels) != len(labels):
             raise ValueError(f"{len(pixels)} images but {len(labels)} labels")
         self.pixels, self.labels = pixels, labels
         self.pad, self.flip, self.white = pad, flip, white
-        self.normalise = v2.Normalize(mean, std, inplace=True)
         channels, height, width = pixels.shape[1:]
-        self.image_shape = (channels, height, width)
+        size = (channels, height, width)
+        self.preparation = Preparation(size, tuple(mean), tuple(std), fit, resize)
 
     def __getitems__(self, indices: list[int]) -> list[Sample]:
         return self._samples(self.pixels[indices], indices)
 
     def select(self, indices: np.ndarray) -> "MemoryImages":
+        how = self.preparation
+        return self._like(self.pixels[indices], self.labels[indices], how.mean, how.std)
+
+    def checksum(self) -> int:
+        return zlib.crc32(self.pixels.contiguous().numpy().data)
+
+    def normalised_by(self, mean: Sequence[float], std: Sequence[float]) -> "MemoryImages":
+        """The same images with another normalisation."""
+        return self._like(self.pixels, self.labels, mean, std)
+
+    def _like(
+        self, pixels: Tensor, labels: Tensor, mean: Sequence[float], std: Sequence[float]
+    ) -> "MemoryImages":
         return MemoryImages(
-            self.pixels[indices],
-            self.labels[indices],
-            self.normalise.mean,
-            self.normalise.std,
+            pixels,
+            labels,
+            mean,
+            std,
             pad=self.pad,
             flip=self.flip,
             white=self.white,
+            fit=self.preparation.fit,
+            resize=self.preparation.resize,
         )
 
     def draw(self, rng: np.random.Generator) -> Tensor:
@@ -126,34 +145,31 @@ class MemoryImages(ImageSet):
         return self._samples(window, indices)
 
     def _samples(self, pixels: Tensor, indices: list[int]) -> list[Sample]:
-        images = self.normalise(pixels.float().mul_(1 / self.white))
+        images = self.preparation.normalised(pixels, self.white)
         return list(zip(images, self.labels[indices].tolist(), strict=True))
 
 
 class ImageFiles(ImageSet):
     """Image files, read when asked for and augmented one by one by torchvision's transforms."""
 
-    image_shape = (3, 224, 224)
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    preparation = Preparation(
+        (3, 224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=256
+    )
 
-    def __init__(self, files: Sequence[str], labels: Tensor, loader: Callable) -> None:
-        self.files, self.labels, self.loader = files, labels, loader
-        crop = [v2.Resize(256), v2.CenterCrop(224)]
-        random_crop = [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()]
-        finish = [
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(self.mean, self.std),
-            v2.ToPureTensor(),
-        ]
-        self.transform = v2.Compose([*crop, *finish])
-        self.random_transform = v2.Compose([*random_crop, *finish])
+    def __init__(self, files: Sequence[str], labels: Tensor) -> None:
+        self.files, self.labels = files, labels
+        self.random_crop = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()])
 
     def __getitems__(self, indices: list[int]) -> list[Sample]:
-        return [(self.transform(self._open(i)), int(self.labels[i])) for i in indices]
+        return [(self.preparation.input(self.files[i]), int(self.labels[i])) for i in indices]
 
     def select(self, indices: np.ndarray) -> "ImageFiles":
-        return ImageFiles([self.files[i] for i in indices], self.labels[indices], self.loader)
+        return ImageFiles([self.files[i] for i in indices], self.labels[indices])
+
+    def checksum(self) -> int:
+        """Of the names alone: to read all files would take hours."""
+        names = "\n".join("/".join(Path(file).parts[-2:]) for file in self.files)
+        return zlib.crc32(os.fsencode(names))
 
     def draw(self, rng: np.random.Generator) -> Tensor:
         """[N]: the seed of torch's generator, from which the transforms of an image draw."""
@@ -166,18 +182,12 @@ class ImageFiles(ImageSet):
             for index, seed in zip(indices, draws.tolist(), strict=True):
                 # torch.manual_seed would reseed the accelerators too
                 torch.default_generator.manual_seed(seed)
-                image = self.random_transform(self._open(index))
+                crop = self.random_crop(open_image(self.files[index], self.image_shape[0]))
+                image = self.preparation.normalised(to_tensor(crop))
                 samples.append((image, int(self.labels[index])))
         finally:
             torch.set_rng_state(state)
         return samples
-
-    def _open(self, index: int):
-        file = self.files[index]
-        try:
-            return self.loader(file)
-        except (OSError, SyntaxError) as error:  # Pillow calls a broken PNG a SyntaxError
-            raise DamagedImage(f"cannot read the image {file}: {error}") from None
 
 
 class Augmented(Dataset[Sample]):

@@ -25,7 +25,7 @@ from .run_folder import RunFolder
 from .seeds import derive_seed
 from .stage_order import Stage, stages
 from .stage_training import StageTraining
-from .stopping import StopRequest
+from .stopping import Stopped, StopRequest
 
 #: Test images that operations and spikes are counted on at most.
 COUNTED_IMAGES = 2048
@@ -45,6 +45,7 @@ class Pipeline:
     ) -> None:
         self.folder, self.splits, self.recipe = folder, splits, folder.recipe
         self.processes = processes or Processes()
+        folder.require_data(splits.description())
         runtime = self.recipe.runtime
         if runtime.threads:
             torch.set_num_threads(runtime.threads)
@@ -71,6 +72,8 @@ class Pipeline:
         Raises:
             RunError, Stopped: see `StageTraining.run`.
         """
+        if self.processes.main:
+            self.folder.keep_data(self.splits.description())
         training = StageTraining(
             self._by_events(self.initial(stage)),
             stage,
@@ -88,7 +91,7 @@ class Pipeline:
             "processes": self.processes.count,
             "commit": commit(),
             "machine": machine(),
-            **self.test(stage),
+            **self.test(stage, stop),
         }
         if self.processes.main:
             self.folder.finish_stage(stage.name, result)
@@ -147,25 +150,40 @@ class Pipeline:
         """Random test images, the same in every call: [count, C, H, W]."""
         return self._images(self.splits.test, count, derive_seed(self.recipe.seed, "test"))
 
-    def test(self, stage: Stage) -> dict[str, Any]:
+    def test(self, stage: Stage, stop: StopRequest | None = None) -> dict[str, Any]:
         """The stage's entry in the report; reads the test set once.
 
         Processes share the test set; operations and spikes are counted by the first one alone.
+
+        Raises:
+            Stopped: `stop` was asked for.
         """
+        stop, processes = stop or StopRequest(), self.processes
+
+        def stopped() -> Stopped:
+            return stop.stopped(stage.name, "in its test", self.folder.path)
+
         network = self.trained(stage.name)
         networks = [self._by_events(network)]
         if stage.timesteps is not None:
             networks.append(self._by_events(self.converted(stage.timesteps)))
-        batches = data.eval_batches(self.splits.test, self.recipe.data, self.processes.share)
+        batches = stop.between(
+            data.eval_batches(self.splits.test, self.recipe.data, processes.share),
+            data.eval_rounds(self.splits.test, self.recipe.data, processes.count),
+            processes,
+            stopped,
+        )
         accuracy, *without_retraining = accuracies(
-            networks, batches, self.accelerator.device, self.processes
+            networks, batches, self.accelerator.device, processes
         )
         result: dict[str, Any] = {"test_accuracy": accuracy}
-        if not self.processes.main:
+        if not processes.main:
             return result
         if stage.timesteps is not None:
             result["timesteps"] = stage.timesteps
             result["converted_without_retraining_accuracy"] = without_retraining[0]
+        if processes.count == 1:  # others would wait in vain for one that stops alone
+            network.register_forward_pre_hook(lambda *_: stop.meet(stopped))
         counter = count_operations(network, self.test_images(COUNTED_IMAGES))
         return {
             **result,

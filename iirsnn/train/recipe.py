@@ -189,6 +189,7 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     text = read("recipe", name_or_path)
     loaded = parse(text, overrides, source=name_or_path)
     loaded.name = loaded.name or Path(name_or_path).stem
+    check_folder_name("name", loaded.name)
     return loaded
 
 
@@ -238,6 +239,8 @@ def check(recipe: Recipe) -> None:
         UsageError: naming the key, what was expected and what came.
     """
     names = [stage.name for stage in stages(recipe.timesteps)]
+    if recipe.name:
+        check_folder_name("name", recipe.name)
     check_choice("model.name", recipe.model.name, models.NAMES)
     try:
         recipe.neuron.build(channels=1)
@@ -268,6 +271,12 @@ def check(recipe: Recipe) -> None:
             raise UsageError(f"stages: expected T1, T2, ..., got {name!r}")
     for name in names:
         _check_stage(name, recipe.stage_config(name))
+
+
+def check_folder_name(key: str, name: str) -> None:
+    """Raises UsageError unless a folder of that name lies in the folder it is made in."""
+    if Path(name).name != name or name.startswith(".") or "\\" in name or not name.isprintable():
+        raise UsageError(f"{key}: expected the name of a folder, no path, got {name!r}")
 
 
 def _check_stage(name: str, stage: StageConfig) -> None:

@@ -1,6 +1,7 @@
 """The folder of a run: its recipe, metrics, stages and report, owned by one process at a time.
 
 RUN/recipe.yaml        the complete recipe
+RUN/data.json          class names, numbers of images and how they are normalised
 RUN/metrics.jsonl      one JSON object a line, in the order of training
 RUN/stages/NAME/       best.safetensors, result.json; while it is trained, last.safetensors and
                        previous.safetensors, the resume checkpoint before it
@@ -127,6 +128,34 @@ class RunFolder:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def keep_data(self, description: dict[str, Any]) -> None:
+        """Record in data.json what the run is trained on.
+
+        Raises:
+            RunError: it was begun on other data.
+        """
+        if not (self.path / "data.json").exists():
+            text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
+            atomic_files.write_text(self.path / "data.json", text)
+        self.require_data(description)
+
+    def require_data(self, description: dict[str, Any]) -> None:
+        """Raises RunError where the run was trained on other data than this."""
+        file = self.path / "data.json"
+        if not file.exists():
+            return
+        try:
+            kept = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(f"run {self.path}: {file.name} cannot be read ({error})") from error
+        given = json.loads(json.dumps(description))
+        for key in given:
+            if kept.get(key) != given[key]:
+                raise RunError(
+                    f"run {self.path}: its data has changed since it was trained ({key} differ, "
+                    f"see {file.name}); bring the old images back or begin another run"
+                )
+
     def checkpoint_path(self, stage: str, name: str) -> Path:
         """stages/STAGE/NAME.safetensors, whether or not it exists."""
         return self.path / "stages" / stage / f"{name}.safetensors"
@@ -222,9 +251,9 @@ class RunFolder:
                 break
         return records
 
-    def rewind_metrics(self, stage: str, step: int) -> None:
-        """Drop what was logged of a stage after `step`, which is about to be trained again."""
-        kept = [r for r in self.metrics() if r["stage"] != stage or r["step"] <= step]
+    def rewind_metrics(self, stage: str, epochs: int) -> None:
+        """Drop what was logged of a stage after so many epochs: it is about to be done again."""
+        kept = [r for r in self.metrics() if r["stage"] != stage or r["epoch"] <= epochs]
         text = "".join(json.dumps(record) + "\n" for record in kept)
         atomic_files.write_text(self.path / "metrics.jsonl", text)
 

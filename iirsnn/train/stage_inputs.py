@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from .data_sets import FOLDER
 from .recipe import Recipe, flatten
 from .stage_order import stages
 
@@ -30,13 +31,16 @@ def stage_inputs(recipe: Recipe, name: str) -> dict[str, Any]:
     Raises:
         ValueError: the run has no such stage.
     """
+    left_out_of_data: tuple[str, ...] = _LEFT_OUT_OF_DATA
+    if recipe.data.name == FOLDER:  # which images these are
+        left_out_of_data = left_out_of_data[1:]
     chain = [stage.name for stage in stages(recipe.timesteps)]
     chain = chain[: chain.index(name) + 1]
     left_out = _LEFT_OUT if name != "ann" else (*_LEFT_OUT, *_OF_SPIKING_STAGES)
     inputs = {
         key: value
         for key, value in flatten(recipe).items()
-        if key.split(".")[0] not in left_out and key not in _LEFT_OUT_OF_DATA
+        if key.split(".")[0] not in left_out and key not in left_out_of_data
     }
     inputs["stages"] = chain
     inputs["runtime.precision"] = recipe.runtime.precision

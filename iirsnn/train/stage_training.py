@@ -8,7 +8,6 @@ and the number of steps done are all that a checkpoint holds.
 from __future__ import annotations
 
 import math
-import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -47,12 +46,14 @@ class Progress:
 
     Attributes:
         step: optimiser steps done.
+        epochs: validated; one less than were trained where a validation was stopped.
         best_accuracy: on the validation split, after epoch `best_epoch` (from 1).
         loss_sum, right, seen: of the images of the epoch so far.
         seconds: spent on the stage.
     """
 
     step: int = 0
+    epochs: int = 0
     best_accuracy: float = -1.0
     best_epoch: int = 0
     loss_sum: float = 0.0
@@ -64,8 +65,9 @@ class Progress:
 class StageTraining:
     """The training of one stage, from its initial network or from where it was stopped.
 
-    Writes `last` every few minutes or steps and after each epoch, and `best` after each epoch with
-    a new best validation accuracy, both in the stage's folder. Of `last` the one before is kept.
+    Writes `last` every few minutes or steps, and before and after the validation of each epoch;
+    `best` after each epoch with a new best validation accuracy; both in the stage's folder. Of
+    `last` the one before is kept.
 
     With many processes each takes its share of every batch, so their number changes nothing but
     the rounding of sums, and dropout: each process draws its own masks. A stage may be resumed by
@@ -116,7 +118,7 @@ class StageTraining:
             self._restore(name)
         self.processes.synchronise(network)
         if self.processes.main:
-            folder.rewind_metrics(stage.name, self.progress.step)
+            folder.rewind_metrics(stage.name, self.progress.epochs)
         self.sums = Sums(accelerator.device)
         if self.processes.main:
             progress = self.progress
@@ -150,13 +152,13 @@ class StageTraining:
             ) as bar,
             board or nullcontext(),
         ):
-            for epoch in range(progress.step // self.epoch_steps, config.epochs):
+            for epoch in range(progress.epochs, config.epochs):
                 self.network.train()
                 for images, labels in self._batches(epoch, stop):
                     self._step(images, labels, progress.step / self.total)
                     progress.seconds = before + time.monotonic() - started
                     self._look(bar, epoch)
-                record = self._finish_epoch(epoch, bar)
+                record = self._finish_epoch(epoch, bar, stop)
                 if board is not None:
                     board.log(record, self.network, self.optimizer)
         return progress
@@ -188,13 +190,13 @@ class StageTraining:
             if (asked or due) and self.progress.step != self._saved_step:
                 self._save_last()
             if asked:
-                raise Stopped(
-                    f"stopped by {stop.signal or 'a signal'} in stage {self.stage.name} after step "
-                    f"{self.progress.step} of {self.total}; go on with: "
-                    f"iirsnn train --resume {shlex.quote(str(self.folder.path))}"
-                )
+                raise self._stopped(stop, "after")
             assert batch is not None
             yield batch
+
+    def _stopped(self, stop: StopRequest, when: str) -> Stopped:
+        where = f"{when} step {self.progress.step} of {self.total}"
+        return stop.stopped(self.stage.name, where, self.folder.path)
 
     def _save_is_due(self) -> bool:
         """Whether `last` has become too old: process 0 alone knows."""
@@ -282,10 +284,18 @@ class StageTraining:
         self.progress.loss_sum = math.fsum(reading.loss for reading in readings)
         self.progress.right = sum(reading.right for reading in readings)
 
-    def _finish_epoch(self, epoch: int, bar: StageProgress) -> dict[str, Any]:
-        progress = self.progress
+    def _finish_epoch(self, epoch: int, bar: StageProgress, stop: StopRequest) -> dict[str, Any]:
+        progress, processes = self.progress, self.processes
+        if progress.step != self._saved_step:
+            self._save_last()  # a validation may take longer than whoever stops the run will wait
         self._add_up()
-        batches = data.eval_batches(self.splits.validation, self.data, self.processes.share)
+        validation_set = self.splits.validation
+        batches = stop.between(
+            data.eval_batches(validation_set, self.data, processes.share),
+            data.eval_rounds(validation_set, self.data, processes.count),
+            processes,
+            lambda: self._stopped(stop, "in the validation after"),
+        )
         validation_loss, validation = loss_and_accuracy(
             self.network, batches, self.accelerator.device, self.processes
         )
@@ -303,6 +313,7 @@ class StageTraining:
             "seconds": progress.seconds,
         }
         progress.loss_sum, progress.right, progress.seen = 0.0, 0, 0
+        progress.epochs = epoch + 1
         self.sums.start()
         best = validation > progress.best_accuracy
         if best:
@@ -345,4 +356,7 @@ class StageTraining:
         checkpoint.unpack_optimizer(self.optimizer, tensors, header["optimizer"])
         if self.accelerator.scaler is not None and header["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(header["scaler"])
-        self.progress = Progress(**header["progress"])
+        done = header["progress"]
+        # older runs wrote no checkpoint between an epoch and its validation
+        done.setdefault("epochs", done["step"] // self.epoch_steps)
+        self.progress = Progress(**done)

@@ -108,14 +108,14 @@ def load(name_or_path: str) -> TableConfig:
     except Exception as error:  # OmegaConf raises from IndexError to its own over odd input
         raise UsageError(f"table {name_or_path}: {one_line(error)}") from error
     table.name = table.name or Path(name_or_path).stem
+    recipe.check_folder_name(f"table {name_or_path}: name", table.name)
     rows = [row.name for row in table.rows]
+    for row in rows:
+        recipe.check_folder_name(f"table {name_or_path}: name of a row", row)
     if not rows or not table.seeds:
         raise UsageError(f"table {name_or_path}: expected at least one row and one seed")
-    if len(set(rows)) < len(rows) or not all(Path(name).name == name for name in rows):
-        raise UsageError(
-            f"table {name_or_path}: expected names of rows to be different and "
-            f"names of folders, got {rows}"
-        )
+    if len(set(rows)) < len(rows):
+        raise UsageError(f"table {name_or_path}: expected names of rows to differ, got {rows}")
     return table
 
 
@@ -286,7 +286,7 @@ def _copied(folder: RunFolder, stage: Stage, key: str, out: Path) -> bool:
         tensors, header = source.load_checkpoint(stage.name, "best")
         header = {k: v for k, v in header.items() if k not in ("recipe", "stage", "format")}
         folder.save_checkpoint(stage.name, "best", tensors, header)
-        folder.rewind_metrics(stage.name, -1)
+        folder.rewind_metrics(stage.name, 0)
         for record in source.metrics():
             if record["stage"] == stage.name:
                 folder.log(record)

@@ -14,8 +14,9 @@ from tests.conftest import assert_one_line, contents
 def test_train_reports_what_it_did(finished):
     made = {str(path) for path in contents(finished)}
     assert made == {
-        *["recipe.yaml", "metrics.jsonl", "report.json", "accuracy.png", "spike_rates.png"],
-        *["raster.png", "membranes.png", "thresholds.png", "times.png", "report.html"],
+        *["recipe.yaml", "data.json", "metrics.jsonl", "report.json", "accuracy.png"],
+        *["spike_rates.png", "raster.png", "membranes.png", "thresholds.png", "times.png"],
+        "report.html",
         *(
             f"stages/{s}/{f}"
             for s in ("ann", "T2", "T1")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from torch import nn
 
 from iirsnn import convert
 from iirsnn.conversion import NeuronConfig, fold_batch_norm
@@ -131,6 +132,65 @@ def test_bad_input(iirsnn, finished, deployed, tmp_path):
     assert_one_line(iirsnn("deploy", finished, "-o", "no/net"), 1, "no/net: cannot be written")
     assert_one_line(iirsnn("deploy", tmp_path), 2, "no run there")
     assert_one_line(iirsnn("energy", finished, "--stage", 9), 2, "timesteps, got 9")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": None}, "says nothing about its images"),
+        ({"images": {"std": [1.0]}}, "notes: mean: expected 1 finite numbers, got None"),
+        ({"images": {"mean": [0.5], "std": [0]}}, "notes: std: expected positive numbers, got [0]"),
+        ({"class_names": ["a"]}, "notes: class_names: expected 10 names, got ['a']"),
+        ({"class_names": list(range(10))}, "notes: class_names: expected 10 names, got [0"),
+    ],
+)
+def test_notes_that_are_not_deploys_are_one_line(iirsnn, deployed, tmp_path, change, message):
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "good.png")
+    net = EventNetwork.load(deployed)
+    net.notes.update(change)
+    net.save(tmp_path / "changed.iirsnn")
+    assert_one_line(iirsnn("predict", "changed.iirsnn", "good.png"), 2, message)
+
+
+def test_a_network_without_an_image_shape_is_one_line(iirsnn, tmp_path):
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "good.png")
+    ann = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    snn = convert(ann, torch.rand(4, 1, 8, 8), timesteps=1)
+    EventNetwork.from_model(snn).save(tmp_path / "net.iirsnn")
+    result = iirsnn("predict", "net.iirsnn", "good.png")
+    assert_one_line(result, 2, "net: does not say the size of its images")
+
+
+def test_deploy_writes_over_nothing_but_networks(iirsnn, finished, deployed, tmp_path):
+    assert iirsnn("deploy", finished, "-o", "net.iirsnn").code == 0
+    (tmp_path / "thesis.txt").write_text("years of work")
+    checkpoint = finished / "stages" / "T1" / "best.safetensors"
+    (tmp_path / "best").write_bytes(checkpoint.read_bytes())
+    (tmp_path / "cut.iirsnn").write_bytes(deployed.read_bytes()[:50])
+    (tmp_path / "empty").touch()
+    for name in ("thesis.txt", "best", "cut.iirsnn", "empty"):
+        before = (tmp_path / name).read_bytes()
+        assert_one_line(
+            iirsnn("deploy", finished, "-o", name), 2, f"{name} is there", "--force writes over it"
+        )
+        assert (tmp_path / name).read_bytes() == before
+    assert iirsnn("deploy", finished, "-o", "thesis.txt", "--force").code == 0
+    EventNetwork.load(tmp_path / "thesis.txt")
+    (tmp_path / "folder").mkdir()
+    result = iirsnn("deploy", finished, "-o", "folder", "--force")
+    assert_one_line(result, 2, "expected a file, got the folder folder")
+
+
+def test_brackets_in_names_are_printed_as_they_are(iirsnn, deployed, tmp_path):
+    (tmp_path / "[bold]x[").mkdir()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "[bold]x[" / "bold].png")
+    net = EventNetwork.load(deployed)
+    net.notes["class_names"] = [f"[red]{i}[/red]" for i in range(10)]
+    net.save(tmp_path / "names.iirsnn")
+    result = iirsnn("predict", "names.iirsnn", "[bold]x[/bold].png")
+    assert result.code == 0
+    assert "[bold]x[/bold].png" in result.out
+    assert "[red]" in result.out
 
 
 @pytest.mark.parametrize("keep_batch_norm", [True, False])

@@ -45,23 +45,6 @@ def test_learned_and_fixed_neurons_read_each_others_checkpoints():
     assert (fixed.threshold.item(), fixed.leak.item()) == (0.5, 0.25)
 
 
-def test_a_stream_in_pieces_equals_the_whole():
-    x = torch.randn(9, 2, 5) + 0.4
-    neuron = FusedLIF(leak=0.9, stateful=True)
-    pieces = torch.cat([neuron(piece) for piece in x.split([1, 2, 6])])
-    assert torch.equal(pieces, FusedLIF(leak=0.9)(x))
-    assert not torch.equal(neuron(x), pieces)
-    neuron.reset_state()
-    assert torch.equal(neuron(x), pieces)
-
-
-def test_the_state_is_detached():
-    neuron = FusedLIF(stateful=True)
-    for _ in range(2):  # a second backward through the first piece would raise
-        neuron(torch.rand(3, 4, requires_grad=True)).sum().backward()
-    assert not neuron.state.requires_grad
-
-
 def test_returns_the_membrane_or_packed_spikes():
     x = torch.randn(3, 2, 70) + 0.5
     s, v = FusedLIF(return_v=True)(x)

@@ -361,7 +361,7 @@ def test_shifts_and_flips_are_torchvisions_crop_and_flip(tmp_path, monkeypatch):
         top, left, mirrored = epoch.draws[index].tolist()
         window = tv.crop(tv.pad(train.pixels[index], 4), top, left, 32, 32)
         window = tv.horizontal_flip(window) if mirrored else window
-        assert torch.equal(image, train.normalise(tv.to_dtype(window, torch.float32, scale=True)))
+        assert torch.equal(image, train.preparation.normalised(window))
     assert set(epoch.draws[:, 2].tolist()) == {0, 1}
     assert set(epoch.draws[:, :2].flatten().tolist()) == set(range(9))
 
@@ -450,6 +450,12 @@ def test_only_a_last_batch_of_one_is_left_out(batch_size, sizes, tmp_path, monke
         ({"train_images": 1284}, "data.train_images: .* got 1284"),
         ({"pad": -1}, "data.pad: expected at least 0, got -1"),
         ({"cutout": -1}, "data.cutout: expected at least 0, got -1"),
+        ({"root": "/data"}, "data.root: expected none, since digits has no files, got /data"),
+        ({"root": "~nobody-here/x"}, "data.root: ~nobody-here/x: "),
+        ({"image_size": 64}, "data.image_size: expected 0, since digits has .* got 64"),
+        ({"gray": True}, "data.gray: expected False, since digits"),
+        ({"fit": "whole"}, "data.fit: expected crop, since digits"),
+        ({"test": 0.5}, "data.test: expected None, since digits"),
     ],
 )
 def test_a_value_out_of_range_is_a_usage_error(change, message):
@@ -516,6 +522,6 @@ def test_a_damaged_image_is_one_line_from_a_worker_too(workers, tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     config = DataConfig("imagenet", str(tmp_path), validation=0.2, workers=workers)
     splits = load(config, seed=0)
-    with pytest.raises(RunError, match=f"^cannot read the image {file}: ") as error:
+    with pytest.raises(RunError, match=f"^image {file}: cannot be read ") as error:
         list(eval_batches(splits.test, config))
     assert "\n" not in str(error.value)

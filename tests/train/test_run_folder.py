@@ -206,11 +206,11 @@ def test_a_finished_stage_needs_no_resume_checkpoint(tmp_path, quick):
         assert not folder.has_checkpoint("ann", "last")
 
 
-def record(stage, step):
-    return {"stage": stage, "step": step}
+def record(stage, epoch):
+    return {"stage": stage, "epoch": epoch}
 
 
-def test_metrics_are_rewound_to_the_step_that_goes_on(tmp_path, quick):
+def test_metrics_are_rewound_to_the_epoch_that_goes_on(tmp_path, quick):
     with RunFolder.create(tmp_path, quick) as folder:
         assert folder.metrics() == []
         logged = [record("ann", 4), record("ann", 8), record("T2", 4), record("T2", 8)]

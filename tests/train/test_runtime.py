@@ -107,12 +107,15 @@ def test_training_is_compiled_when_asked_for(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "steps"),
     [
-        (["runtime.checkpoint_steps=3"], [3, 5, 8, 10]),
-        (["runtime.checkpoint_steps=0"], [5, 10]),
-        (["runtime.checkpoint_steps=2", "runtime.checkpoint_minutes=0"], [*range(1, 11)]),
+        (["runtime.checkpoint_steps=3"], [3, 5, 5, 8, 10, 10]),
+        (["runtime.checkpoint_steps=0"], [5, 5, 10, 10]),
+        (
+            ["runtime.checkpoint_steps=2", "runtime.checkpoint_minutes=0"],
+            [*range(1, 6), *range(5, 11), 10],
+        ),
     ],
 )
-def test_checkpoints_come_after_so_many_steps_and_each_epoch(
+def test_checkpoints_come_after_so_many_steps_and_around_each_validation(
     tmp_path, monkeypatch, settings, steps
 ):
     saved, save = [], RunFolder.save_checkpoint

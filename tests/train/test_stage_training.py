@@ -28,6 +28,7 @@ from iirsnn.train.run_folder import RunFolder
 from iirsnn.train.schedule import make_optimizer, set_learning_rate
 from iirsnn.train.seeds import derive_seed
 from iirsnn.train.stage_training import StageTraining
+from iirsnn.train.stopping import Stopped
 from tests.conftest import QUICK, command
 from tests.test_atomic_files import files_of_at_most
 
@@ -163,7 +164,7 @@ def test_a_run_cut_off_at_any_write_ends_in_the_same_bits(tmp_path, monkeypatch,
         train(tmp_path / "whole", settings)
     writes = power.writes
     assert writes.count("log") == 5
-    assert writes.count("last.safetensors") == (5 if minutes else 10)
+    assert writes.count("last.safetensors") == (10 if minutes else 15)  # and around a validation
     assert writes.count("result.json") == 3
     first = writes.index("recipe.yaml") + 2  # a run without a recipe is none yet
     for number in range(first, len(writes) + 1):
@@ -190,6 +191,62 @@ def test_a_run_cut_off_again_and_again_ends_in_the_same_bits(tmp_path, monkeypat
                 cuts += 1
     assert cuts >= 4
     assert_same_outcome(path, tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("split", "where", "step"),
+    [("validation", "in the validation after step 2 of 4", 2), ("test", "in its test", 4)],
+)
+def test_a_signal_in_a_validation_or_a_test_ends_it_between_two_batches(
+    split, where, step, tmp_path, monkeypatch
+):
+    train(tmp_path / "whole", tiny())
+    splits, path, read, evaluate = tiny_splits(), tmp_path / "run", [], data.eval_batches
+
+    def eval_batches(dataset, *arguments):
+        for batch in evaluate(dataset, *arguments):
+            if dataset is getattr(splits, split):
+                read.append(batch)
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    with monkeypatch.context() as patch, RunFolder.create(path, tiny()) as folder:
+        patch.setattr(data, "eval_batches", eval_batches)
+        with pytest.raises(Stopped, match=f"^stopped by SIGTERM in stage ann {where}; go on with"):
+            Pipeline(folder, splits).train(Console(quiet=True))
+    assert len(read) == 1  # of two
+    _, header = atomic_files.load(path / "stages" / "ann" / "last.safetensors")
+    assert (header["progress"]["step"], header["progress"]["epochs"]) == (step, step // 4 * 2)
+    train(path)
+    assert_same_outcome(path, tmp_path / "whole")
+
+
+def test_a_signal_while_operations_are_counted_ends_it(tmp_path, monkeypatch):
+    def count_operations(network, images):
+        os.kill(os.getpid(), signal.SIGTERM)
+        network(images[:1])
+        raise AssertionError("went on")
+
+    monkeypatch.setattr("iirsnn.train.pipeline.count_operations", count_operations)
+    with (
+        RunFolder.create(tmp_path / "run", tiny()) as folder,
+        pytest.raises(Stopped, match="in stage ann in its test"),
+    ):
+        Pipeline(folder, tiny_splits()).train(Console(quiet=True))
+
+
+def test_a_checkpoint_without_a_number_of_epochs_goes_on(tmp_path, monkeypatch):
+    train(tmp_path / "whole", tiny())
+    with monkeypatch.context() as patch:
+        kill_after(patch, ("ann", 3))
+        with pytest.raises(Killed):
+            train(tmp_path / "old", tiny())
+    last = tmp_path / "old" / "stages" / "ann" / "last.safetensors"
+    tensors, header = atomic_files.load(last)
+    del header["progress"]["epochs"]
+    atomic_files.save(last, tensors, header)
+    train(tmp_path / "old")
+    assert_same_outcome(tmp_path / "old", tmp_path / "whole")
 
 
 def test_another_seed_gives_another_network(tmp_path):
@@ -333,7 +390,7 @@ def test_the_first_loss_that_is_not_finite_names_the_checkpoint_it_started_from(
 
 @pytest.mark.parametrize(
     ("minutes", "message"),
-    [(0, "step 1: the largest weight is nan"), (5, "step 2: the validation loss is nan")],
+    [(0, "step 1: the largest weight is nan"), (5, "step 2: the largest weight is nan")],
 )
 def test_weights_that_are_not_finite_are_never_saved(with_ann, minutes, message):
     with_ann.recipe.runtime.checkpoint_minutes = minutes

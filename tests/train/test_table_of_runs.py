@@ -250,8 +250,10 @@ def test_a_folder_of_another_recipe_is_not_taken(iirsnn, table, tmp_path):
     [
         ({"rows": []}, "expected at least one row and one seed"),
         ({"seeds": []}, "expected at least one row and one seed"),
-        ({"rows": [ROWS[0], ROWS[0]]}, "expected names of rows to be different"),
-        ({"rows": [{"name": "a/b"}]}, "expected names of rows to be different"),
+        ({"rows": [ROWS[0], ROWS[0]]}, "expected names of rows to differ"),
+        ({"rows": [{"name": "a/b"}]}, "name of a row: expected the name of a folder, .* 'a/b'"),
+        ({"rows": [{"name": ".."}]}, "name of a row: expected the name of a folder, .* '..'"),
+        ({"name": "../x"}, "name: expected the name of a folder, no path, got '../x'"),
         ({"nothing": 1}, "Key 'nothing' not in 'TableConfig'"),
         ({"rows": [{"name": "a", "set": {"nothing": 1}}]}, "row a: .*Key 'nothing'"),
         ({"base": "nothing"}, "row both: recipe: expected one of"),
