@@ -57,9 +57,13 @@ def to_bytes(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
     """What `save` writes into a file."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {_KEY: json.dumps({"format": FORMAT, **header}), "crc32": _ZEROS.decode()}
-    content = serialized(contiguous, metadata)
+    return sealed(serialized(contiguous, metadata))
+
+
+def sealed(content: bytes) -> bytes:
+    """The bytes of a file, with their right checksum in its place."""
     at = content.index(_CHECKSUM) + len(_CHECKSUM)
-    digits = b"%08x" % zlib.crc32(content)
+    digits = b"%08x" % _checksum_of_file(content)
     return content[:at] + digits + content[at + len(digits) :]
 
 

@@ -183,7 +183,7 @@ class Network:
         """Pixels uint8 [H, W, C] -> an image float32 [C, H, W] as training saw it.
 
         Raises:
-            UsageError: another size or dtype, or a file that does not say how images are normalised.
+            UsageError: another size or dtype, or a file that does not say how images are made.
         """
         pixels = np.asarray(pixels)
         if pixels.ndim != 3 or pixels.dtype != np.uint8:
