@@ -5,7 +5,12 @@ VENV ?= .venv
 # make gpu-check VENV_FLAGS=--system-site-packages PIP_FLAGS=--no-deps
 VENV_FLAGS ?=
 PIP_FLAGS ?=
+# torch as the package index has it, which on Linux brings CUDA's libraries. Without them:
+# make demo TORCH_FLAGS="--index-url https://download.pytorch.org/whl/cpu"
+TORCH_FLAGS ?=
 BIN := $(VENV)/bin
+# ninja is there: without it the sources compile one after the other
+export PATH := $(abspath $(VENV)/bin):$(PATH)
 DEMO ?= runs/demo
 DEMO_FLAGS ?=
 BENCH_FLAGS ?=
@@ -14,49 +19,94 @@ export IIRSNN_BUILD_CUDA ?= 0
 
 SOURCES := setup.py iirsnn/ops/build.py $(shell find csrc -type f)
 
-.PHONY: help demo test sanitize bench bench-check lint format gpu-check clean
+.PHONY: help demo test fuzz docs wheel sanitize sanitize-engine bench bench-check lint format gpu-check clean
 
 help:
 	@echo "make demo       train on scikit-learn's digits, from the ANN to one timestep"
 	@echo "make test       run the tests"
+	@echo "make fuzz       the same properties on FUZZ_CASES=10000 new cases"
+	@echo "make docs       the documentation as a site in build/site/; a broken link or an undocumented name fails"
+	@echo "make wheel      sdist and wheel into dist/"
+	@echo "make sanitize   the native kernels under ASan, UBSan and TSan (sanitize-engine: the short part)"
 	@echo "make bench      run every benchmark (leave the machine alone meanwhile): table and plots in benchmarks/results/"
 	@echo "make bench-check  the telling rows: does iirsnn still hold the committed ratios?"
 	@echo "make lint       ruff, mypy, clang-format"
+	@echo "make format     let ruff and clang-format have their way"
 	@echo "make gpu-check  build the CUDA kernels, test and time every GPU kernel on this machine's GPU"
+	@echo "make clean      remove .venv and what was built"
 
 $(VENV)/.torch:
 	@$(PYTHON) -m venv $(VENV_FLAGS) $(VENV) || { echo "make: no venv: on Debian and Ubuntu, apt-get install python3-venv python3-dev"; exit 1; }
-	@$(BIN)/python -c "import torch, setuptools" 2>/dev/null || \
-	    $(BIN)/pip install --quiet --disable-pip-version-check setuptools wheel ninja pybind11 torch torchvision
+	@$(BIN)/python -c "import torch, setuptools" 2>/dev/null || { \
+	    echo "make: installing torch into $(VENV), once: minutes, most of it the download"; \
+	    $(BIN)/pip install --quiet --disable-pip-version-check setuptools wheel ninja pybind11 && \
+	    $(BIN)/pip install --quiet --disable-pip-version-check $(TORCH_FLAGS) torch torchvision; }
 	@touch $@
 
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation
 
-# A demo needs no linters and no test tools.
+# A demo needs no linters and no test tools. What was compiled stays in build/: the next target compiles nothing.
+COMPILING = @echo "make: installing iirsnn; all cores compile its C++ kernels, minutes the first time"
 $(VENV)/.train: $(VENV)/.torch pyproject.toml $(SOURCES)
-	$(PIP_INSTALL) --editable '.[train]'
+	$(COMPILING)
+	@$(PIP_INSTALL) --editable '.[train]'
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(SOURCES)
-	$(PIP_INSTALL) --editable '.[train,test,lint]'
+	$(COMPILING)
+	@$(PIP_INSTALL) --editable '.[train,test,lint]'
 	@touch $@ $(VENV)/.train
 
 demo: $(VENV)/.train
+	@echo "make: training scikit-learn's digits from the ANN to T = 1, about a minute on two cores"
 	@if [ -f $(DEMO)/recipe.yaml ]; then rm -rf $(DEMO); fi
 	$(BIN)/iirsnn train digits --out $(DEMO) $(DEMO_FLAGS)
 
 test: $(VENV)/.neurons
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-# The engine alone: neither torch nor Python, so that nothing else is reported.
-ENGINE := $(filter-out %/bind.cpp,$(wildcard csrc/event/*.cpp)) $(wildcard csrc/simd/*.cpp)
-sanitize:
-	@mkdir -p build
-	for kinds in thread address,undefined; do \
-	    $(CXX) -std=c++17 -O1 -g -ffp-contract=off -Wno-psabi -pthread -Icsrc -fsanitize=$$kinds \
-	        -fno-sanitize-recover=all $(ENGINE) tests/native/sanitized/shared_engine.cpp -o build/shared_engine && \
-	    build/shared_engine || exit 1; \
-	done
+# Cases drawn anew in each run; what `make test` runs of them is the same few each time.
+FUZZ_CASES ?= 10000
+FUZZ := tests/fuzz tests/kernels/test_fuzzed.py
+fuzz: $(VENV)/.installed
+	FUZZ_CASES=$(FUZZ_CASES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FUZZ) $(FUZZ_FLAGS)
+
+# csrc but for what needs torch or Python, so that nothing else is reported, under ASan and UBSan and under TSan: the
+# engine shared by threads, and (sanitize) every kernel. Unoptimised and for one instruction set: minutes, not hours.
+NATIVE := $(filter-out %/module.cpp %/bind.cpp %_torch.cpp,$(shell find csrc -name '*.cpp'))
+ENGINE := $(filter csrc/event/% csrc/simd/%,$(NATIVE))
+SANITIZE_FLAGS := -std=c++17 -O0 -g1 -ffp-contract=off -Wno-psabi -pthread -Icsrc -DIIRSNN_PORTABLE_ONLY
+SANITIZED = build/sanitize/$(KINDS)
+sanitize: NATIVE_TESTS := shared_engine driver
+sanitize-engine: NATIVE_TESTS := shared_engine
+sanitize sanitize-engine:
+	$(MAKE) KINDS=address,undefined $(NATIVE_TESTS:%=sanitized-%)
+	$(MAKE) KINDS=thread $(NATIVE_TESTS:%=sanitized-%)
+sanitized-%: $(SANITIZED)/%
+	$< > /dev/null
+
+OBJECTS = $(patsubst %.cpp,$(SANITIZED)/%.o,$(1))
+$(SANITIZED)/shared_engine: $(call OBJECTS,$(ENGINE) tests/native/sanitized/shared_engine.cpp)
+$(SANITIZED)/driver: $(call OBJECTS,$(NATIVE) $(wildcard tests/native/*.cpp))
+$(SANITIZED)/shared_engine $(SANITIZED)/driver:
+	$(CXX) -pthread -fsanitize=$(KINDS) $^ -o $@
+$(SANITIZED)/%.o: %.cpp $(shell find csrc tests/native -name '*.h')
+	@mkdir -p $(@D)
+	$(CXX) $(SANITIZE_FLAGS) -fsanitize=$(KINDS) -fno-sanitize-recover=all -c $< -o $@
+
+$(VENV)/.docs: $(VENV)/.train pyproject.toml
+	@$(PIP_INSTALL) --editable '.[train,docs]'
+	@touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "make: build/site/index.html"
+
+# build/lib may hold modules that are gone
+wheel: $(VENV)/.torch
+	@rm -rf build/lib build/lib.* && mkdir -p build dist
+	@$(BIN)/python -c "from setuptools import build_meta as b; print('dist/' + b.build_sdist('dist'), 'dist/' + b.build_wheel('dist'), sep='\n')" > build/wheel.log
+	@tail -n 2 build/wheel.log
 
 # Other libraries, each by itself and with build isolation: one that fails costs no other. None may change the torch that
 # the kernels are compiled against.
@@ -79,17 +129,17 @@ $(VENV)/.bench: $(VENV)/.neurons
 # Every row, into benchmarks/results/<machine>-<capability>.json. A second call goes on where the first one was cut short:
 # rows of this commit are left out. BENCH_FLAGS="-k lif" runs a part; IIRSNN_CPU_CAPABILITY=avx2 another instruction set.
 bench: $(VENV)/.bench
-	results=$$($(BIN)/python benchmarks/record.py name) && \
+	results=$$($(BIN)/python benchmarks/report.py name) && \
 	    $(BIN)/python -m pytest benchmarks --benchmark-only --full --resume --results $$results $(BENCH_FLAGS) && \
-	    $(BIN)/python benchmarks/record.py report $$results
+	    $(BIN)/python benchmarks/report.py report $$results
 
 # A loss has to show twice: on a shared machine a busy minute looks like one.
 QUICK := $(BIN)/python -m pytest benchmarks --benchmark-only --results build/bench-check
 bench-check: $(VENV)/.bench
 	@rm -f build/bench-check*.json
 	$(QUICK).json
-	$(BIN)/python benchmarks/record.py check build/bench-check.json || \
-	    { $(QUICK)-again.json && $(BIN)/python benchmarks/record.py check build/bench-check*.json; }
+	$(BIN)/python benchmarks/report.py check build/bench-check.json || \
+	    { $(QUICK)-again.json && $(BIN)/python benchmarks/report.py check build/bench-check*.json; }
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -108,4 +158,4 @@ format: $(VENV)/.installed
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*' 'tests/native/*.h' 'tests/native/*.cpp')
 
 clean:
-	rm -rf $(VENV) build *.egg-info iirsnn/*.so
+	rm -rf $(VENV) build dist *.egg-info iirsnn/*.so

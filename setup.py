@@ -50,7 +50,15 @@ def extension():
         extra_compile_args={"cxx": plan["cxx"], "nvcc": plan["nvcc"]},
         include_dirs=[str(ROOT / "csrc")],
     )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
+
+    class Build(cpp_extension.BuildExtension):
+        """Keeps what it compiles: for pip's editable installation each one would start anew."""
+
+        def finalize_options(self):
+            super().finalize_options()
+            self.build_temp = str(ROOT / "build" / f"objects-{sys.implementation.cache_tag}")
+
+    return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 
 
 # what pyproject.toml places beside the package cannot be found in it

@@ -11,7 +11,8 @@ from torch import Tensor
 from .errors import check_choice
 from .ops.backend import choose
 from .ops.packed import PackedSpikes
-from .ops.reference import RESETS, SURROGATES, acc_dtype
+from .ops.reference import RESETS, acc_dtype
+from .ops.surrogates import SURROGATES
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

@@ -25,6 +25,7 @@ LINES = [
     ["iirsnn.ops.batch_norm", "iirsnn.ops.spike"],
     ["iirsnn.ops.lif"],
     ["iirsnn.ops.reference"],
+    ["iirsnn.ops.surrogates"],
     ["iirsnn.atomic_files"],
     ["iirsnn.errors"],
 ]

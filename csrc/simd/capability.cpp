@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#if IIRSNN_X86
+#if defined(__x86_64__) && !defined(IIRSNN_PORTABLE_ONLY)
 #include <cpuid.h>
 #endif
 
@@ -14,7 +14,7 @@ namespace {
 
 const char* const kNames[] = {"portable", "avx2", "avx512"};
 
-#if IIRSNN_X86
+#if defined(__x86_64__) && !defined(IIRSNN_PORTABLE_ONLY)
 bool has_f16c() {  // __builtin_cpu_supports of clang does not know it
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
@@ -22,7 +22,7 @@ bool has_f16c() {  // __builtin_cpu_supports of clang does not know it
 #endif
 
 Capability best_capability() {
-#if IIRSNN_X86
+#if defined(__x86_64__) && !defined(IIRSNN_PORTABLE_ONLY)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && has_f16c();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

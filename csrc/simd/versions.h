@@ -1,4 +1,4 @@
-// Which instruction set runs, and functions compiled for each of them.
+// Which instruction set runs, and functions compiled for each: the portable one alone with -DIIRSNN_PORTABLE_ONLY.
 #pragma once
 
 #include <type_traits>
@@ -14,7 +14,7 @@
 #define IIRSNN_WIDE ",prefer-vector-width=512"
 #endif
 
-#if IIRSNN_X86
+#if defined(__x86_64__) && !defined(IIRSNN_PORTABLE_ONLY)
 #define IIRSNN_AVX2 __attribute__((target("avx2,f16c,bmi")))
 #define IIRSNN_AVX512 __attribute__((target("bmi,avx512f,avx512bw,avx512vl,avx512dq" IIRSNN_WIDE)))
 #endif
@@ -34,12 +34,12 @@ struct Versions;
 template <typename Loop, typename... Args>
 struct Versions<Loop, void(Args...)> {
   IIRSNN_PORTABLE static void portable(Args... args) { Loop::template run<16>(args...); }
-#if IIRSNN_X86
+#if defined(__x86_64__) && !defined(IIRSNN_PORTABLE_ONLY)
   IIRSNN_AVX2 static void avx2(Args... args) { Loop::template run<32>(args...); }
   IIRSNN_AVX512 static void avx512(Args... args) { Loop::template run<64>(args...); }
 #endif
   static auto pick() {
-#if IIRSNN_X86
+#if defined(__x86_64__) && !defined(IIRSNN_PORTABLE_ONLY)
     const Capability level = capability();
     if (level == kAvx512) return &avx512;
     if (level == kAvx2) return &avx2;

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 
-from torch import nn
+import torch
+from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from ..models.graph import Affine
+
+_transposed = functools.partial(fuse_conv_bn_eval, transpose=True)
 _FUSE: dict[tuple[type, type], Callable[..., nn.Module]] = {
+    (nn.Conv1d, nn.BatchNorm1d): fuse_conv_bn_eval,
     (nn.Conv2d, nn.BatchNorm2d): fuse_conv_bn_eval,
+    (nn.Conv3d, nn.BatchNorm3d): fuse_conv_bn_eval,
+    (nn.ConvTranspose1d, nn.BatchNorm1d): _transposed,
+    (nn.ConvTranspose2d, nn.BatchNorm2d): _transposed,
+    (nn.ConvTranspose3d, nn.BatchNorm3d): _transposed,
     (nn.Linear, nn.BatchNorm1d): fuse_linear_bn_eval,
 }
+_FUSE |= {(layer, nn.SyncBatchNorm): fuse for (layer, _), fuse in _FUSE.items()}
 
 
 def fold_batch_norm(model: nn.Module) -> None:
-    """Fold, in place, each BatchNorm that follows a Conv2d or Linear of a Sequential into it.
+    """Fold, in place, each BatchNorm that follows a layer of a Sequential into that layer.
 
     Uses the running statistics, so the result equals the model in eval mode.
     """
@@ -34,8 +45,43 @@ def fold_batch_norm(model: nn.Module) -> None:
             parent.extend(kept)
 
 
+def fold_graph(graph_module: fx.GraphModule) -> None:
+    """Fold, in place, each BatchNorm of a graph: into the layer before it, where that feeds nothing
+    else; any other becomes an Affine of its own.
+
+    Raises:
+        ValueError: a BatchNorm without running statistics.
+    """
+    for node in list(graph_module.graph.nodes):
+        norm = module_at(graph_module, node)
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            continue
+        before = node.args[0]
+        layer = module_at(graph_module, before)
+        alone = len(before.users) == 1 and before.meta["value"].dim() == node.meta["value"].dim()
+        both = folded(layer, norm) if layer is not None and alone else None
+        if both is None:
+            graph_module.set_submodule(node.target, affine(norm))
+            continue
+        graph_module.set_submodule(before.target, both)
+        node.replace_all_uses_with(before)
+        graph_module.graph.erase_node(node)
+        graph_module.delete_submodule(node.target)
+    graph_module.recompile()
+
+
+def module_at(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The module that a node calls; None for other nodes."""
+    if node.op != "call_module":
+        return None
+    return graph_module.get_submodule(str(node.target))
+
+
 def folded(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
-    """A copy of a Conv2d or Linear with the BatchNorm after it folded in; None for other pairs.
+    """A copy of a layer with the BatchNorm after it folded in; None for other pairs.
+
+    A convolution, a transposed one or a linear layer of 1 to 3 dimensions. What was frozen stays
+    so: the weight as the layer's was; the bias as the layer's was, else as the norm's.
 
     Raises:
         ValueError: a BatchNorm without running statistics.
@@ -43,8 +89,33 @@ def folded(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
     fuse = _FUSE.get((type(layer), type(norm)))
     if fuse is None:
         return None
-    if norm.running_mean is None:
-        raise ValueError(f"expected running statistics to fold, got {norm}")
+    _check_statistics(norm)
     # torch folds in eval mode alone
     both = fuse(copy.deepcopy(layer).eval(), copy.deepcopy(norm).eval())
+    both.weight.requires_grad_(layer.weight.requires_grad)
+    leader = next((b for b in (layer.bias, norm.bias) if b is not None), layer.weight)
+    both.bias.requires_grad_(leader.requires_grad)
     return both.train(norm.training)
+
+
+def affine(norm: nn.Module) -> Affine:
+    """What a BatchNorm does in eval mode, by channel.
+
+    Raises:
+        ValueError: one without running statistics.
+    """
+    _check_statistics(norm)
+    with torch.no_grad():
+        scale = (norm.running_var + norm.eps).rsqrt()
+        weight = scale if norm.weight is None else scale * norm.weight
+        shift = -norm.running_mean * weight
+        module = Affine(weight, shift if norm.bias is None else shift + norm.bias)
+    if norm.weight is not None:
+        module.weight.requires_grad_(norm.weight.requires_grad)
+        module.bias.requires_grad_(norm.bias.requires_grad)
+    return module.train(norm.training)
+
+
+def _check_statistics(norm: nn.Module) -> None:
+    if norm.running_mean is None:
+        raise ValueError(f"expected running statistics to fold, got {norm}")

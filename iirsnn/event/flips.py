@@ -156,7 +156,8 @@ def _currents(layers: list[Layer], images: Tensor, spikes: list[Tensor]) -> Iter
             value = _joined(layer, inputs)
         elif layer.kind == "sum":
             times = [each.times for each in layer.inputs]
-            value = _certain(sum(n * v.exact for n, v in zip(times, inputs, strict=True)))
+            parts = [n * v.exact for n, v in zip(times, inputs, strict=True)]
+            value = _certain(torch.stack(parts).sum(0))
         else:
             value = _pooled(layer, inputs[0], real[layer.inputs[0].source])
         values.append(value)
@@ -217,8 +218,8 @@ def _pooled(layer: Layer, value: _Value, real: bool) -> _Value:
     exact = pool(value.exact)
     if not real:
         return _certain(exact.round())
-    size = exact.abs() if layer.kind == "max_pool" else pool(value.size)
-    return _Value(exact, size, pool(value.error) + 2.0**-20 * size)
+    largest = exact.abs() if layer.kind == "max_pool" else pool(value.size)
+    return _Value(exact, largest, pool(value.error) + 2.0**-20 * largest)
 
 
 def _weighted(value: Tensor, weight: Tensor, given: Input) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from ..errors import UsageError
@@ -297,7 +297,9 @@ def _weighted(reader: _Reader, name: str, module: nn.Module, value: Value) -> Va
 
 
 def _affine(reader: _Reader, name: str, module: Affine, value: Value) -> Value:
-    return reader.builder.affine(value, name, module.weight, module.bias)
+    bias = module.bias
+    assert bias is None or isinstance(bias, Tensor)
+    return reader.builder.affine(value, name, module.weight, bias)
 
 
 def _identity(reader: _Reader, name: str, module: nn.Module, value: Value) -> Value:

@@ -25,7 +25,8 @@ Other nodes, all on [N, C, ...]:
                    AdaptiveAvgPool, AdaptiveMaxPool of 1 to 3 dimensions; Flatten (start_dim=1
                    as a rule); ChannelShuffle; Upsample, ZeroPad2d; Dropout before any neuron
     call_function  operator.add of two values; torch.cat([...], dim); operator.getitem(x, (slice(
-                   None), slice(a, b))), channels a to b
+                   None), slice(a, b), ...)), channels a to b; functional.pad where channels are
+                   padded too
     call_method    reshape(-1, ...), permute, where a network has more than the above
 
 Functions of torch with a module of the same name stand as that module (F.max_pool2d, x.mean((2, 3))
@@ -41,6 +42,9 @@ bias stands before it and gives them their unit.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from torch import Tensor, fx, nn
 
 from ..nn import direct
@@ -52,21 +56,27 @@ class GraphNetwork(nn.Module):
     Args:
         graph_module: see the contract in the text of this module.
         timesteps: T, at least 1.
-        image_shape: (channels, height, width) of an image; None accepts any.
+        image_shape: of an image, [C, H, W] as a rule; None accepts any.
+        ceilings: the highest threshold of each neuron, by its name in the graph module: where its
+            activation saturated, else infinity.
 
     Attributes:
         timesteps: T of the next forward pass; may be set at any time.
         graph_module: the graph, torch.fx.
+        image_shape, ceilings: as given.
     """
 
     def __init__(
         self,
         graph_module: fx.GraphModule,
         timesteps: int = 1,
-        image_shape: tuple[int, int, int] | None = None,
+        image_shape: tuple[int, ...] | None = None,
+        *,
+        ceilings: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.timesteps = timesteps
+        self.ceilings = ceilings or {}
         self.image_shape = None if image_shape is None else tuple(image_shape)
         self.graph_module = graph_module
 
@@ -129,3 +139,10 @@ def mean_over_time(x: Tensor, timesteps: int) -> Tensor:
 
 #: What only leads values into and out of time: the identity where T = 1.
 TIME_FUNCTIONS = (direct, split_time, merge_time, mean_over_time)
+
+
+class GraphTracer(fx.Tracer):
+    """Traces a graph module again, as unpickling does, with its time functions left whole."""
+
+    def __init__(self, autowrap_modules: Any = (math,), autowrap_functions: Any = ()) -> None:
+        super().__init__(autowrap_modules, (*autowrap_functions, *TIME_FUNCTIONS))

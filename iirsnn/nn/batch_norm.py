@@ -67,7 +67,7 @@ class BatchNormLIF(nn.Module):
             return self._fused(x)
         with torch.no_grad():
             mean, var = torch.batch_norm_update_stats(
-                x.flatten(0, 1), norm.running_mean, norm.running_var, self._momentum()
+                x.flatten(0, 1), norm.running_mean, norm.running_var, next_momentum(norm)
             )
             rstd = (var + norm.eps).rsqrt()
         return _Recomputed.apply(
@@ -106,19 +106,22 @@ class BatchNormLIF(nn.Module):
             scale,
         )
         count = x.numel() // x.shape[2]
-        momentum = self._momentum()
-        with torch.no_grad():
-            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-            unbiased = var * (count / (count - 1))
-            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
+        update_running_statistics(norm, mean, var * (count / (count - 1)))
         return s
 
-    def _momentum(self) -> float:
-        """Of this call, which is counted: a running mean where the norm has no momentum."""
-        self.norm.num_batches_tracked.add_(1)
-        if self.norm.momentum is None:
-            return 1.0 / float(self.norm.num_batches_tracked)
-        return self.norm.momentum
+
+def next_momentum(norm: Any) -> float:
+    """Of a BatchNorm's call, which is counted: a running mean where the norm has no momentum."""
+    norm.num_batches_tracked.add_(1)
+    return 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+
+
+@torch.no_grad()
+def update_running_statistics(norm: Any, mean: Tensor, variance: Tensor) -> None:
+    """Count a call of a BatchNorm that saw this mean and unbiased variance, each [C]."""
+    momentum = next_momentum(norm)
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+    norm.running_var.lerp_(variance.to(norm.running_var.dtype), momentum)
 
 
 def spiking_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

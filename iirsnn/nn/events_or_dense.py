@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import cache
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -136,12 +138,17 @@ _SEGMENT = 192  # channels times kernel columns whose events are added one after
 # ---- The cache ----
 
 
-def cache_path(dtype: torch.dtype) -> Path:
-    """Where the calibration of these kernels on this machine, for weights of dtype, is kept."""
+def cache_path(dtype: torch.dtype) -> Path | None:
+    """Where the calibration of these kernels on this machine, for weights of dtype, is kept.
+
+    None for a user without a home.
+    """
+    root = cache.folder()
+    if root is None:
+        return None
     extension = importlib.import_module("iirsnn._C")
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     capability = extension.build_info()["cpu_capability"]
-    return _cache_path(root, extension.__file__, capability, torch.get_num_threads(), dtype)
+    return _cache_path(str(root), extension.__file__, capability, torch.get_num_threads(), dtype)
 
 
 @functools.lru_cache(maxsize=16)  # asked by every layer in every step
@@ -150,7 +157,7 @@ def _cache_path(root: str, kernels: str, capability: str, threads: int, dtype: t
     facts += [capability, threads, str(dtype), FORMAT, SHAPES]
     facts.append(hashlib.sha256(Path(kernels).read_bytes()).hexdigest())
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-    return Path(root) / "iirsnn" / f"spike-cost-{capability}-{digest}.json"
+    return Path(root) / f"spike-cost-{capability}-{digest}.json"
 
 
 def _processor() -> str:
@@ -169,7 +176,8 @@ def costs(dtype: torch.dtype) -> Costs:
     """
     if os.environ.get("IIRSNN_CALIBRATE", "1") == "0":
         return BUILT_IN[dtype]
-    return _costs(str(cache_path(dtype)), dtype)
+    path = cache_path(dtype)
+    return BUILT_IN[dtype] if path is None else _costs(str(path), dtype)
 
 
 @functools.lru_cache(maxsize=16)

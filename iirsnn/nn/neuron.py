@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import check_choice
 from ..functional import lif
-from ..ops.reference import RESETS, SURROGATES, acc_dtype
+from ..ops.reference import RESETS, acc_dtype
+from ..ops.surrogates import SURROGATES
 
 
 class FusedLIF(nn.Module):

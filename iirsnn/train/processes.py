@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import RunError
+from ..nn.batch_norm import update_running_statistics
 
 T = TypeVar("T")
 
@@ -149,24 +150,13 @@ class SyncedBatchNorm(_BatchNorm):
         centred = x - mean.view(shape)
         variance = _AllReduce.apply(centred.square().sum(others)) / count
         if self.track_running_stats:
-            self._track(mean.detach(), variance.detach() * count / (count - 1))
+            unbiased = variance.detach() * count / (count - 1)
+            update_running_statistics(self, mean.detach(), unbiased)
         scale = (variance + self.eps).rsqrt()
         if not self.affine:
             return (centred * scale.view(shape)).to(input.dtype)
         scale = scale * self.weight
         return (centred * scale.view(shape) + self.bias.view(shape)).to(input.dtype)
-
-    @torch.no_grad()
-    def _track(self, mean: Tensor, variance: Tensor) -> None:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked += 1
-        momentum = self.momentum
-        if momentum is None:
-            momentum = 1 / float(self.num_batches_tracked)
-        self.running_mean.lerp_(mean, momentum)
-        self.running_var.lerp_(variance, momentum)
 
 
 class _AllReduce(torch.autograd.Function):

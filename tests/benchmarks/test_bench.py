@@ -16,7 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import contenders
 import networks
 import one_process
+import plots
 import record
+import regressions
+import report
 import sameness
 import traffic
 
@@ -306,18 +309,18 @@ def test_summary_has_ratios_to_the_limit():
 
 def test_a_loss_of_more_than_a_quarter_fails():
     committed = results_of(1.2)
-    assert record.compare(committed, results_of(1.49)) == ([], [])
-    lost, unknown = record.compare(committed, results_of(1.51))
+    assert regressions.compare(committed, results_of(1.49)) == ([], [])
+    lost, unknown = regressions.compare(committed, results_of(1.51))
     assert unknown == []
     assert lost == ["lif/a: iirsnn takes 1.51 x the limit, committed 1.20"]
 
 
 def test_only_our_own_ratios_count_and_nothing_is_dropped():
-    assert record.compare(results_of(1, name="Norse"), results_of(9, name="Norse")) == ([], [])
-    assert record.compare(results_of(1), results_of(1, key="b"))[1] == [
+    assert regressions.compare(results_of(1, name="Norse"), results_of(9, name="Norse")) == ([], [])
+    assert regressions.compare(results_of(1), results_of(1, key="b"))[1] == [
         "b: not in the committed results"
     ]
-    assert "iirsnn is not in the new run" in record.compare(
+    assert "iirsnn is not in the new run" in regressions.compare(
         results_of(1), results_of(1, name="Norse")
     )[1][0]  # fmt: skip
 
@@ -327,7 +330,7 @@ def test_check_says_it_with_its_exit_code(tmp_path, capsys, ratio, code):
     files = [tmp_path / "committed.json", tmp_path / "new.json"]
     for file, value in zip(files, (1.0, ratio), strict=True):
         file.write_text(json.dumps(results_of(value)))
-    assert record.check(*files) == code
+    assert regressions.check(*files) == code
     assert "1 groups compared" in capsys.readouterr().out
 
 
@@ -336,14 +339,14 @@ def test_a_loss_has_to_show_in_every_run(tmp_path):
     for file, value in zip(files, (1.0, 1.3, 1.4, 1.2), strict=True):
         file.write_text(json.dumps(results_of(value)))
     committed, slow, slower, quick = files
-    assert record.check(committed, slow, slower) == 1
-    assert record.check(committed, slow, quick) == 0
+    assert regressions.check(committed, slow, slower) == 1
+    assert regressions.check(committed, slow, quick) == 0
 
 
 def test_check_of_nothing_fails(tmp_path):
     committed = tmp_path / "committed.json"
     committed.write_text(json.dumps(results_of(1.0)))
-    assert record.check(committed, tmp_path / "absent.json") != 0
+    assert regressions.check(committed, tmp_path / "absent.json") != 0
 
 
 def test_a_file_names_machine_and_capability(monkeypatch, tmp_path):
@@ -368,9 +371,9 @@ def test_summary_of_another_limit():
 
 
 def test_break_even_density():
-    assert record.break_even([(0.1, 0.5), (0.3, 1.5)]) == "faster up to a density of 20%"
-    assert "slower at every density" in record.break_even([(0.1, 1.5), (0.3, 2)])
-    assert "faster at every density" in record.break_even([(0.3, 0.9), (0.1, 0.5)])
+    assert plots.break_even([(0.1, 0.5), (0.3, 1.5)]) == "faster up to a density of 20%"
+    assert "slower at every density" in plots.break_even([(0.1, 1.5), (0.3, 2)])
+    assert "faster at every density" in plots.break_even([(0.3, 0.9), (0.1, 0.5)])
 
 
 def test_groups_are_added_one_by_one_and_reported(tmp_path):
@@ -411,7 +414,7 @@ def test_groups_are_added_one_by_one_and_reported(tmp_path):
     results = record.load(path)
     assert len(results["groups"]) == 12
     assert [g["timesteps"] for g in record.chosen(results, what="forward")] == [1, 4]
-    written = record.report(path)
+    written = report.report(path)
     assert {file.name for file in written} == {
         "m.md",
         "m-lif.png",

@@ -184,7 +184,8 @@ def test_the_ann_is_left_as_it_was():
             assert torch.equal(ann.state_dict()[name], value), name
         memory = {p.data_ptr() for p in ann.parameters()}
         assert not memory & {p.data_ptr() for p in snn.parameters()}
-        assert all(p.requires_grad for p in snn.parameters())
+        frozen = [name for name, p in snn.named_parameters() if not p.requires_grad]
+        assert frozen == ["layers.0.weight"]  # what was frozen stays so
 
 
 def test_no_relu_and_no_normalisation_is_left_and_the_readout_is_skipped():

@@ -9,7 +9,9 @@ from iirsnn.nn import direct
 
 
 class Graph(nn.Module):
-    """forward(images, timesteps) is `body`, which calls `first` for the first neurons."""
+    """`body`, which takes `first` and then `fire` for neurons, and its mean over time."""
+
+    averages = True
 
     def __init__(self):
         super().__init__()
@@ -23,7 +25,19 @@ class Graph(nn.Module):
         raise NotImplementedError
 
     def forward(self, images):
-        return mean_over_time(self.body(images, self.timesteps), self.timesteps)
+        x = self.body(images, self.timesteps)
+        return mean_over_time(x, self.timesteps) if self.averages else x
+
+
+class Timed(nn.Module):
+    """A Graph as the module of a GraphNetwork, whose timesteps are an argument."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images, timesteps):
+        return mean_over_time(self.inner.body(images, timesteps), timesteps)
 
 
 def first(neurons, x, timesteps):

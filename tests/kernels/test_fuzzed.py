@@ -1,5 +1,6 @@
 """LIF calls of any shape and option: the Triton kernels in the interpreter (see conftest.py)."""
 
+import iirsnn.kernels.ops  # noqa: F401  # defines them
 import torch
 from hypothesis import given
 

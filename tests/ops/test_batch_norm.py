@@ -4,13 +4,13 @@ import copy
 import itertools
 import math
 
-import iirsnn._C
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.library import opcheck
 
+import iirsnn._C
 from iirsnn import BatchNormLIF, FusedLIF
 from iirsnn.ops import reference
 from tests.composed import Composed

@@ -3,11 +3,11 @@
 import itertools
 import math
 
-import iirsnn._C
 import pytest
 import torch
 from torch.library import opcheck
 
+import iirsnn._C
 from iirsnn.ops import reference
 from tests import lif_cases
 from tests.lif_cases import CASES, Case, Implementation, inputs, options

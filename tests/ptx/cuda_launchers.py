@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iirsnn.ops.reference import RESETS, SURROGATES, acc_dtype, empty_spikes
+from iirsnn.ops.reference import RESETS, acc_dtype, empty_spikes
+from iirsnn.ops.surrogates import SURROGATES
 from tests.cuda_compiler import compile_kernels
 from tests.lif_cases import Implementation
 

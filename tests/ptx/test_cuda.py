@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from iirsnn.ops.backend import why_not
-from iirsnn.ops.reference import RESETS, SURROGATES, lif_forward
+from iirsnn.ops.reference import RESETS, lif_forward
+from iirsnn.ops.surrogates import SURROGATES
 from tests import lif_cases
 from tests.lif_cases import CASES, FEW, Case, inputs, options
 from tests.ptx.conftest import ptxrun_module
