@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import conversion, event, functional, models, nn, ops
+    from . import conversion, event, functional, models, nn, ops, runtime
     from .conversion import NeuronConfig, convert, replace_neurons
     from .models import Network
     from .nn import (
@@ -45,7 +45,7 @@ _ROOM_OF = {
     "reset_state": "nn",
     "use_spike_layers": "nn",
 }
-_ROOMS = ("conversion", "event", "functional", "models", "nn", "ops")
+_ROOMS = ("conversion", "event", "functional", "models", "nn", "ops", "runtime")
 
 __all__ = [
     "BatchNormLIF",
@@ -70,6 +70,7 @@ __all__ = [
     "record",
     "replace_neurons",
     "reset_state",
+    "runtime",
     "use_spike_layers",
 ]
 

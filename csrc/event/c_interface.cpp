@@ -117,6 +117,10 @@ const char* iirsnn_class_name(const iirsnn_network* network, int64_t index) {
   return network->file.class_names[index].c_str();
 }
 
+const char* iirsnn_image_notes(const iirsnn_network* network) {
+  return network && !network->file.image_notes.empty() ? network->file.image_notes.c_str() : nullptr;
+}
+
 iirsnn_status iirsnn_prepare(const iirsnn_network* network, const uint8_t* pixels, int64_t height, int64_t width,
                              int64_t colours, float* image) {
   if (!network || !pixels || !image)

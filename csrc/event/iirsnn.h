@@ -71,6 +71,9 @@ IIRSNN_API iirsnn_status iirsnn_describe(const iirsnn_network* network, iirsnn_f
 /* UTF-8; NULL where the file names no such class. Valid as long as the network. */
 IIRSNN_API const char* iirsnn_class_name(const iirsnn_network* network, int64_t index);
 
+/* The JSON object of "images" in the file's notes: how image files become what the network takes; NULL without one. */
+IIRSNN_API const char* iirsnn_image_notes(const iirsnn_network* network);
+
 /* What the network takes, float [channels][height][width], from pixels [height][width][colours] of its own height and
  * width: 1 colour for gray, 3 for red, green, blue. The mean and standard deviation are the file's. */
 IIRSNN_API iirsnn_status iirsnn_prepare(const iirsnn_network* network, const uint8_t* pixels, int64_t height,

@@ -47,6 +47,7 @@ _FUNCTIONS = {
     "release": (None, [c_void_p]),
     "describe": (c_int, [c_void_p, POINTER(Facts)]),
     "class_name": (c_char_p, [c_void_p, c_int64]),
+    "image_notes": (c_char_p, [c_void_p]),
     "prepare": (c_int, [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
     "run": (c_int, [c_void_p, c_void_p, c_int64, c_int, c_void_p, POINTER(c_void_p)]),
     "layer_of": (c_int, [c_void_p, c_int64, POINTER(Layer)]),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import json
 import os
 import threading
 from ctypes import byref, c_int64, c_uint64, c_void_p
@@ -194,6 +196,43 @@ class Network:
         at = (each.ctypes.data_as(c_void_p) for each in (pixels, image))
         check(library().iirsnn_prepare(self._handle, next(at), *pixels.shape, next(at)))
         return image
+
+    def classify(self, image: NDArray[np.uint8] | str | os.PathLike[str]) -> Classification:
+        """The class of one image.
+
+        Args:
+            image: uint8 [H, W, C] of the network's own size, or the path of an image file, which is
+                read as training read them (needs Pillow).
+
+        Raises:
+            UsageError: another size or dtype, a file that does not say how images are made, or no
+                Pillow.
+            RunError: an image file that cannot be read.
+        """
+        if isinstance(image, (str, os.PathLike)):
+            prepared = self._preparation.input(image)
+        else:
+            prepared = self.prepare(image)
+        logits = self(prepared[None])[0]
+        odds = np.exp(logits - logits.max())
+        index = int(logits.argmax())
+        name = self.class_names[index] if self.class_names else str(index)
+        return Classification(index, name, float(odds[index] / odds.sum()), logits)
+
+    @functools.cached_property
+    def _preparation(self) -> Any:
+        try:
+            from .image_files import Preparation
+        except ModuleNotFoundError as error:
+            raise UsageError(
+                f"image files need Pillow, which is not installed ({error}); "
+                "expected a uint8 array [H, W, C] without it"
+            ) from error
+        notes = library().iirsnn_image_notes(self._handle)
+        try:
+            return Preparation.from_json(notes and json.loads(notes), self.image_shape)
+        except UsageError as error:
+            raise UsageError(f"network: {error}") from None
 
     def statistics(self) -> list[LayerStatistics]:
         """What each layer did in this thread's last call.

@@ -98,9 +98,7 @@ def windows(draw, height, width, dilations=(1, 2, 3), padded=True):
         if size + 2 * padding[i] < dilation[i] * (kernel[i] - 1) + 1:
             kernel[i] = dilation[i] = 1
     numbers = tuple(map(tuple, (kernel, stride, dilation, padding)))
-    height, width = (
-        side(size, *(n[i] for n in numbers)) for i, size in enumerate((height, width))
-    )
+    height, width = (side(size, *(n[i] for n in numbers)) for i, size in enumerate((height, width)))
     return numbers, height, width
 
 
@@ -138,7 +136,9 @@ def cases(draw) -> Case:
             neurons(channels)
             spikes, averaged = True, 1
         elif kind == "max_pool" and spikes:
-            (kernel, stride, dilation, _), height, width = draw(windows(height, width, padded=False))
+            (kernel, stride, dilation, _), height, width = draw(
+                windows(height, width, padded=False)
+            )
             layers.append(("max_pool", (kernel, stride, 0, dilation)))
         elif kind == "average_pool" and averaged < 16:
             kernel = tuple(min(draw(st.sampled_from((1, 2, 4))), n & -n) for n in (height, width))

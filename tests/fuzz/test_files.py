@@ -79,7 +79,9 @@ def mutated(content: bytes, changes, text: int) -> bytes:
         elif kind == "set":
             changed[at : at + len(what)] = what
         elif kind == "digit":  # the next digit becomes another one
-            digits = [i for i in range(at, min(at + 400, len(changed))) if chr(changed[i]).isdigit()]
+            digits = [
+                i for i in range(at, min(at + 400, len(changed))) if chr(changed[i]).isdigit()
+            ]
             if digits:
                 changed[digits[0]] = ord("0") + what[0] % 10
         elif kind == "insert":

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import iirsnn._C
 import pytest
 import torch
 from hypothesis import given
 
+import iirsnn._C
 from tests.fuzz.lif_strategies import backward, calls, check_backward, check_forward
 from tests.fuzz.settings import fuzzed
 from tests.lif_cases import Implementation

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import iirsnn._C
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import iirsnn._C
 from iirsnn import SpikeConv2d, SpikeLinear
 from iirsnn.nn import events_or_dense  # noqa: F401  # its costs are read when a layer runs
 from tests.fuzz.settings import fuzzed

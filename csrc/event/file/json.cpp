@@ -46,6 +46,7 @@ class JsonReader {
     if (depth > kDeepest) fail("less nesting");
     Json value;
     skip_space();
+    const char* const from = at_;
     if (take('{')) {
       value.kind_ = Kind::object;
       for (bool first = true; !take('}'); first = false) {
@@ -73,6 +74,7 @@ class JsonReader {
     } else if (!take("null")) {
       number(value);
     }
+    value.text_ = {from, size_t(at_ - from)};
     return value;
   }
 

@@ -24,6 +24,7 @@ class Json {
   const std::vector<Json>& array() const;
   const std::map<std::string, Json, std::less<>>& object() const;
   bool null() const { return kind_ == Kind::null; }
+  std::string_view text() const { return text_; }  // of the value in what was parsed, which has to live on
 
   const Json& operator[](std::string_view key) const;  // of an object that has to have it
   const Json* find(std::string_view key) const;        // null where an object lacks it or has null
@@ -37,6 +38,7 @@ class Json {
   bool boolean_ = false, whole_ = false;
   int64_t integer_ = 0;
   double number_ = 0;
+  std::string_view text_;
   std::string string_;
   std::vector<Json> array_;
   std::map<std::string, Json, std::less<>> object_;

@@ -87,6 +87,7 @@ class Reader {
       check(int64_t(file.class_names.size()) == file.engine->outputs(), "class_names: expected one an output");
     }
     if (const Json* images = notes.find("images")) {
+      file.image_notes = images->text();
       file.preparation = {channels(*images, "mean", size(0)), channels(*images, "std", size(0))};
       for (const float value : file.preparation.std) check(value > 0, "std: expected numbers > 0");
     }

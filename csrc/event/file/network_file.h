@@ -24,6 +24,7 @@ struct NetworkFile {
   int64_t timesteps;
   std::vector<LayerName> layers;         // in the order of a call's report
   std::vector<std::string> class_names;  // empty where the file has none
+  std::string image_notes;               // JSON, as it stands in the file; likewise
   Preparation preparation;               // likewise
 };
 
