@@ -118,6 +118,8 @@ def _header(metadata: Mapping[str, str], content: bytes | mmap.mmap, name: str) 
     if wanted is not None and int(wanted, 16) != _checksum_of_file(content):
         raise Damaged(f"{name}: its content is not what was written")
     header = json.loads(metadata[_KEY])
+    if type(header["format"]) is not int:
+        raise Damaged(f"{name}: expected a format, got {header['format']!r:.60}")
     if header["format"] > FORMAT:
         raise RunError(
             f"{name}: expected format {FORMAT} or older, got {header['format']};"

@@ -37,7 +37,7 @@ def vgg(timesteps=1, pool="average"):
 def resnet(timesteps=1):
     generator = torch.Generator().manual_seed(0)
     calibration = torch.randn(64, 3, 16, 16, generator=generator)
-    ann = build(ModelConfig("resnet8"), 10, (3, 16, 16))
+    ann = build(ModelConfig("resnet20"), 10, (3, 16, 16))
     return convert(ann, calibration, 80.0, timesteps=timesteps).eval(), calibration[:20]
 
 
@@ -283,10 +283,11 @@ def test_both_readers_take_the_same_files(tmp_path, name, seed):
         rewrite(path, lambda h: h.update(mutated({**h, "notes": {}}, draw)))
         try:
             expected = EventNetwork.load(path)
-            expected._build(expected.image_shape)
-        except (RunError, UsageError, TypeError):
-            with pytest.raises((RunError, UsageError)):
+        except RunError:
+            with pytest.raises(RunError):
                 runtime.load(path)
+            continue
+        if expected.image_shape is None:  # EventNetwork learns it from the first images
             continue
         network = runtime.load(path)
         read += 1

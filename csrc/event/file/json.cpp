@@ -205,7 +205,7 @@ const std::map<std::string, Json, std::less<>>& Json::object() const {
 const Json* Json::find(std::string_view key) const {
   const auto& all = object();
   const auto found = all.find(key);
-  return found == all.end() || found->second.null() ? nullptr : &found->second;
+  return found == all.end() ? nullptr : &found->second;
 }
 const Json& Json::operator[](std::string_view key) const {
   const auto& all = object();

@@ -27,7 +27,7 @@ class Json {
   std::string_view text() const { return text_; }  // of the value in what was parsed, which has to live on
 
   const Json& operator[](std::string_view key) const;  // of an object that has to have it
-  const Json* find(std::string_view key) const;        // null where an object lacks it or has null
+  const Json* find(std::string_view key) const;        // null where an object lacks it
 
  private:
   enum class Kind { null, boolean, number, string, array, object };

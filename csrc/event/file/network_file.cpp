@@ -13,6 +13,7 @@
 namespace iirsnn::event {
 namespace {
 
+constexpr int64_t kFileFormat = 2;  // of all files of iirsnn
 constexpr int64_t kFormat = 3, kMostOfWindow = 1 << 16, kMostValues = (int64_t(1) << 31) - 1,
                   kMostCount = (1 << 16) - 1;
 
@@ -82,11 +83,11 @@ class Reader {
     file.engine->outputs();  // a network has to end in them
     check(used_ == tensors_.all().size(), "tensors: expected those of the layers alone");
     const Json& notes = header_["notes"];
-    if (const Json* names = notes.find("class_names")) {
+    if (const Json* names = notes.find("class_names"); names && !names->null()) {
       for (const Json& name : names->array()) file.class_names.push_back(name.string());
       check(int64_t(file.class_names.size()) == file.engine->outputs(), "class_names: expected one an output");
     }
-    if (const Json* images = notes.find("images")) {
+    if (const Json* images = notes.find("images"); images && !images->null()) {
       file.image_notes = images->text();
       file.preparation = {channels(*images, "mean", size(0)), channels(*images, "std", size(0))};
       for (const float value : file.preparation.std) check(value > 0, "std: expected numbers > 0");
@@ -99,6 +100,8 @@ class Reader {
     const auto found = tensors.text().find("iirsnn");
     check(found != tensors.text().end(), "a safetensors file, but not one of iirsnn's");
     Json header = Json::parse(found->second);
+    check(header["format"].integer() <= kFileFormat,
+          "expected format " + std::to_string(kFileFormat) + " or older; a newer iirsnn wrote it");
     const Json* version = header.find("event_format");
     check(version, "a checkpoint of iirsnn, but no event network");
     check(version->integer() <= kFormat, "expected event format " + std::to_string(kFormat) + ", got " +
