@@ -10,7 +10,7 @@ PIP_FLAGS ?=
 TORCH_FLAGS ?=
 BIN := $(VENV)/bin
 # ninja is there: without it the sources compile one after the other
-export PATH := $(abspath $(VENV)/bin):$(PATH)
+export PATH := $(PATH):$(abspath $(VENV)/bin)
 DEMO ?= runs/demo
 DEMO_FLAGS ?=
 BENCH_FLAGS ?=

@@ -25,7 +25,7 @@ def pure(reason):
             f"IIRSNN_BUILD_CUDA=1: expected a CUDA build to be possible, but {reason}"
         )
     print(
-        f"iirsnn: {reason}; installing pure Python, which compiles itself at first use",
+        f"warning: iirsnn: {reason}; installing pure Python, which compiles itself at first use",
         file=sys.stderr,
     )
     return {}
@@ -52,11 +52,23 @@ def extension():
     )
 
     class Build(cpp_extension.BuildExtension):
-        """Keeps what it compiles: for pip's editable installation each one would start anew."""
+        """Keeps what it compiles: for pip's editable installation each one would start anew.
+
+        What does not compile is left out, and compiles itself at first use.
+        """
 
         def finalize_options(self):
+            kept = ROOT / "build" / f"objects-{sys.implementation.cache_tag}"
+            self.build_temp = self.build_temp or str(kept)
             super().finalize_options()
-            self.build_temp = str(ROOT / "build" / f"objects-{sys.implementation.cache_tag}")
+
+        def run(self):
+            try:
+                super().run()
+            except Exception as error:  # whatever a compiler, ninja or torch's check of them does
+                first, *_ = str(error).strip().splitlines() or [type(error).__name__]
+                pure(f"the C++ kernels do not compile ({first})")
+                self.extensions = []
 
     return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 

@@ -6,6 +6,7 @@
 static const char kFlags[] = IIRSNN_EXPANDED(IIRSNN_FLAGS);
 
 #include <pybind11/pybind11.h>
+#include <torch/version.h>
 
 #include "event/bind.h"
 #include "simd/capability.h"
@@ -18,12 +19,16 @@ static const char kFlags[] = IIRSNN_EXPANDED(IIRSNN_FLAGS);
 #define IIRSNN_COMPILER "unknown"
 #endif
 
+// iirsnn.ops.build finds this in the file before it dares to import it.
+static const char kBuiltFor[] = "iirsnn for torch " TORCH_VERSION;
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "build_info",
       [] {
         pybind11::dict info;
         info["compiler"] = IIRSNN_COMPILER;
+        info["torch"] = kBuiltFor + sizeof("iirsnn for torch ") - 1;
         info["flags"] = kFlags;
 #if defined(IIRSNN_WITH_CUDA)
         info["cuda"] = true;
@@ -35,7 +40,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         info["cpu_capability"] = iirsnn::cpu_capability();
         return info;
       },
-      "What was compiled: compiler, flags, cuda (bool), cuda_archs; and the cpu_capability in force.");
+      "What was compiled: compiler, torch, flags, cuda (bool), cuda_archs; and the cpu_capability in force.");
   m.def("set_cpu_capability", &iirsnn::set_cpu_capability, pybind11::arg("name"),
         "Use the CPU kernels for portable, avx2 or avx512; ValueError where the processor lacks it.");
   iirsnn::event::bind(m);

@@ -8,8 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import conversion, event, functional, models, nn, ops, runtime
-    from .conversion import NeuronConfig, convert, replace_neurons
-    from .models import Network
+    from .conversion import (
+        NeuronConfig,
+        convert,
+        from_nir,
+        replace_neurons,
+        to_nir,
+        to_onnx,
+    )
+    from .models import GraphNetwork, Network
     from .nn import (
         BatchNormLIF,
         FusedLIF,
@@ -29,6 +36,7 @@ if TYPE_CHECKING:
 _ROOM_OF = {
     "BatchNormLIF": "nn",
     "FusedLIF": "nn",
+    "GraphNetwork": "models",
     "Network": "models",
     "NeuronConfig": "conversion",
     "PackedSpikes": "ops",
@@ -40,9 +48,12 @@ _ROOM_OF = {
     "TimeSequential": "nn",
     "convert": "conversion",
     "env_report": "ops.environment",
+    "from_nir": "conversion",
     "record": "nn",
     "replace_neurons": "conversion",
     "reset_state": "nn",
+    "to_nir": "conversion",
+    "to_onnx": "conversion",
     "use_spike_layers": "nn",
 }
 _ROOMS = ("conversion", "event", "functional", "models", "nn", "ops", "runtime")
@@ -50,6 +61,7 @@ _ROOMS = ("conversion", "event", "functional", "models", "nn", "ops", "runtime")
 __all__ = [
     "BatchNormLIF",
     "FusedLIF",
+    "GraphNetwork",
     "Network",
     "NeuronConfig",
     "PackedSpikes",
@@ -63,6 +75,7 @@ __all__ = [
     "convert",
     "env_report",
     "event",
+    "from_nir",
     "functional",
     "models",
     "nn",
@@ -71,6 +84,8 @@ __all__ = [
     "replace_neurons",
     "reset_state",
     "runtime",
+    "to_nir",
+    "to_onnx",
     "use_spike_layers",
 ]
 

@@ -92,6 +92,7 @@ def _cases() -> list[Case]:
         Case("channels, odd rows", (3, 2, 5, 7, 7), **both),
         Case("channels, channels_last", (3, 2, 6, 5, 4), "channels_last", **both, v0=True),
         Case("channels, fully connected", (4, 9, 70), **both),
+        Case("channels, whole bytes", (3, 9, 24), **both),
         Case("channels, T=9", (9, 2, 8, 2, 4), **both),
         Case("channels, threshold only", (3, 2, 5, 12), threshold_channels=True),
         Case("channels, leak only", (3, 2, 5, 12), leak_channels=True, dtype=torch.bfloat16),

@@ -44,6 +44,12 @@ def test_a_user_without_a_home_has_none(no_home, monkeypatch):
     assert cache.folder() == no_home / "iirsnn"
 
 
+def test_a_relative_folder_is_ignored_by_all_of_a_command(no_home, monkeypatch, iirsnn):
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert iirsnn("env").code == 0
+    assert "XDG_CACHE_HOME" not in os.environ
+
+
 def test_spike_layers_do_without_a_home(no_home, monkeypatch):
     monkeypatch.delenv("IIRSNN_CALIBRATE", raising=False)
     assert events_or_dense.cache_path(torch.float32) is None

@@ -56,6 +56,14 @@ def test_the_readme_is_one_screen():
     assert len(PAGES[0].read_text(encoding="utf-8").splitlines()) <= 120
 
 
+def test_contributing_lists_every_room():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    inner = [*(ROOT / "iirsnn").iterdir(), *(ROOT / "csrc").iterdir()]
+    outer = [ROOT / each for each in ("kernels", "recipes", "tests", "benchmarks", "docs")]
+    rooms = [name(path) for path in (*inner, *outer) if path.is_dir() and path.name[0] != "_"]
+    assert [room for room in rooms if f"`{room}/`" not in text] == []
+
+
 def type_commands(block):
     """Each line of a tutorial's ```sh as a person would type it."""
     for line in block.parsed.splitlines():

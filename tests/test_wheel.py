@@ -67,13 +67,15 @@ def packages(tmp_path_factory):
     for name in ("iirsnn", "csrc", "kernels", "recipes"):
         skip = shutil.ignore_patterns("__pycache__", "*.so")
         shutil.copytree(ROOT / name, copy / name, ignore=skip)
-    # newer than the sources, so setuptools takes it as it is: to compile is what tests/ops tests
+    # newer than the sources, so setuptools takes it as it is (with ninja, torch asks that instead)
     tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     library = copy / "build" / f"lib.{tag}" / "iirsnn"
     library.mkdir(parents=True)
     shutil.copy(EXTENSION, library)
     code = (
         "from setuptools import build_meta as b\n"
+        "from torch.utils import cpp_extension\n"
+        "cpp_extension.is_ninja_available = lambda: False\n"
         "print(b.build_sdist('dist'), b.build_wheel('dist'), sep='\\n')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True)

@@ -1,13 +1,6 @@
 // Which instruction set the CPU kernels use. All of them give the same bits.
 #pragma once
 
-// Whether AVX2 and AVX-512 versions are compiled: not in a sanitized build, whose compiler takes minutes for one alone.
-#if defined(__x86_64__) && !defined(IIRSNN_PORTABLE_ONLY)
-#define IIRSNN_X86 1
-#else
-#define IIRSNN_X86 0
-#endif
-
 namespace iirsnn {
 
 enum Capability { kPortable, kAvx2, kAvx512 };

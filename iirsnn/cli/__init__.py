@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import version
 
@@ -27,6 +28,8 @@ EXTRA = frozenset(
 
 def main() -> None:
     """Run the command line; an error the user can mend is one line, without a traceback."""
+    if not os.path.isabs(os.environ.get("XDG_CACHE_HOME", "/")):
+        del os.environ["XDG_CACHE_HOME"]  # to be ignored, which matplotlib does not know
     try:
         _run(sys.argv[1:])
     except Stopped as stopped:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import deploy, results, train
+from . import deploy, export, results, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,6 +49,7 @@ for command in (
     deploy.deploy,
     deploy.predict,
     deploy.energy,
+    export.export,
     env,
 ):
     app.command()(command)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -77,7 +78,7 @@ def module_at(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return graph_module.get_submodule(str(node.target))
 
 
-def folded(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
+def folded(layer: Any, norm: Any) -> nn.Module | None:
     """A copy of a layer with the BatchNorm after it folded in; None for other pairs.
 
     A convolution, a transposed one or a linear layer of 1 to 3 dimensions. What was frozen stays
@@ -91,14 +92,14 @@ def folded(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
         return None
     _check_statistics(norm)
     # torch folds in eval mode alone
-    both = fuse(copy.deepcopy(layer).eval(), copy.deepcopy(norm).eval())
+    both: Any = fuse(copy.deepcopy(layer).eval(), copy.deepcopy(norm).eval())
     both.weight.requires_grad_(layer.weight.requires_grad)
     leader = next((b for b in (layer.bias, norm.bias) if b is not None), layer.weight)
     both.bias.requires_grad_(leader.requires_grad)
     return both.train(norm.training)
 
 
-def affine(norm: nn.Module) -> Affine:
+def affine(norm: Any) -> Affine:
     """What a BatchNorm does in eval mode, by channel.
 
     Raises:
@@ -109,13 +110,14 @@ def affine(norm: nn.Module) -> Affine:
         scale = (norm.running_var + norm.eps).rsqrt()
         weight = scale if norm.weight is None else scale * norm.weight
         shift = -norm.running_mean * weight
-        module = Affine(weight, shift if norm.bias is None else shift + norm.bias)
+        bias = shift if norm.bias is None else shift + norm.bias
+    module: Any = Affine(weight, bias)
     if norm.weight is not None:
         module.weight.requires_grad_(norm.weight.requires_grad)
         module.bias.requires_grad_(norm.bias.requires_grad)
     return module.train(norm.training)
 
 
-def _check_statistics(norm: nn.Module) -> None:
+def _check_statistics(norm: Any) -> None:
     if norm.running_mean is None:
         raise ValueError(f"expected running statistics to fold, got {norm}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -54,7 +55,7 @@ def graph_to_spiking(
     if not ceilings:
         raise ValueError("ann: no ReLU to exchange for a neuron")
     give_units(graph_module, image_shape)
-    _lay_in_time(graph_module)
+    lay_in_time(graph_module)
     shape = tuple(image_shape)
     snn = GraphNetwork(graph_module, timesteps, shape, ceilings=ceilings)
     return snn.train(ann.training)
@@ -97,13 +98,13 @@ def _exchange(
     """Neurons for all activations, in place; where each one saturates, by its module's name."""
     ceilings: dict[str, float] = {}
     for node in list(graph_module.graph.nodes):
-        activation = module_at(graph_module, node)
+        activation: Any = module_at(graph_module, node)
         if not isinstance(activation, (nn.ReLU, nn.Hardtanh)):
             continue
         name = str(node.target)
         neuron = build(node.meta["value"].shape[1]).to(device)
         before = node.args[0]
-        norm = module_at(graph_module, before)
+        norm: Any = module_at(graph_module, before)
         if _can_hold(norm) and len(before.users) == 1:
             graph_module.set_submodule(before.target, BatchNormLIF(norm, neuron))
             node.replace_all_uses_with(before)
@@ -112,8 +113,7 @@ def _exchange(
             name = f"{before.target}.neuron"
         else:
             graph_module.set_submodule(name, neuron)
-        saturating = isinstance(activation, nn.Hardtanh)
-        ceilings[name] = float(activation.max_val) if saturating else math.inf
+        ceilings[name] = float(getattr(activation, "max_val", math.inf))
     graph_module.recompile()
     return ceilings
 
@@ -122,7 +122,7 @@ def _can_hold(norm: nn.Module | None) -> bool:
     return type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def _lay_in_time(graph_module: fx.GraphModule) -> None:
+def lay_in_time(graph_module: fx.GraphModule) -> None:
     """Time, in place: values before any neuron stand once, those behind one T times."""
     graph = graph_module.graph
     images = next(iter(graph.nodes))

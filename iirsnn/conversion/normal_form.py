@@ -120,15 +120,15 @@ class _Normaliser:
         """The module whose forward made the present node, or the module that it calls."""
         if self.node.op == "call_module":
             return _stripped(str(self.node.target))
-        stack = self.node.meta.get("nn_module_stack") or {}
-        return _stripped([path for path, _ in stack.values()][-1]) if stack else ""
+        stack: Any = (self.node.meta.get("nn_module_stack") or {}).values()
+        return _stripped([path for path, _ in stack][-1]) if stack else ""
 
     def _stand_in(self, node: fx.Node) -> Any:
         """Something of the right shape in place of a node that was refused."""
         value = node.meta.get("value")
-        if isinstance(value, Tensor):
-            return self.written(self.graph.placeholder("refused"), value)
-        return [self.written(self.graph.placeholder("refused"), each) for each in value]
+        parts = [value] if isinstance(value, Tensor) else list(value or ())
+        found = [self.written(self.graph.placeholder("refused"), part) for part in parts]
+        return found[0] if isinstance(value, Tensor) else found
 
     # ---- Reading ----
 
@@ -163,7 +163,7 @@ class _Normaliser:
             raise Refused(f"output {type(result).__name__}, expected one tensor of logits")
         return self.graph.output(result)
 
-    def _module(self, module: nn.Module, x: Any, *more: Any, **rest: Any) -> Any:
+    def _module(self, module: Any, x: Any, *more: Any, **rest: Any) -> Any:
         kind = type(module)
         if more or rest or not isinstance(x, fx.Node):
             raise Refused(f"{kind.__name__} with several inputs")
@@ -290,7 +290,7 @@ def _in_place(node: fx.Node) -> bool:
     return inner or node.kwargs.get("inplace") is True
 
 
-def _ceiling_of(module: nn.Module) -> float | None:
+def _ceiling_of(module: Any) -> float | None:
     """Where an activation saturates, infinity for a ReLU; None for what is no such activation."""
     if type(module) is nn.ReLU:
         return float("inf")
@@ -531,10 +531,11 @@ def _pad(to: _Normaliser, x: fx.Node, pad: Any, mode: str = "constant", value: A
     rank = value_of(x).dim()
     if len(pad) != 2 * (rank - 2):
         return to.kept_apart(to.call(F.pad, x, list(pad)))
-    return to.emit({3: nn.ZeroPad1d, 4: nn.ZeroPad2d, 5: nn.ZeroPad3d}[rank](tuple(pad)), x)
+    maker: Any = {3: nn.ZeroPad1d, 4: nn.ZeroPad2d, 5: nn.ZeroPad3d}[rank]
+    return to.emit(maker(tuple(pad)), x)
 
 
-def _pool(maker: Any, *names: str) -> _Operation:
+def _pool(maker: Any) -> _Operation:
     """A pool by function as the module of the same name."""
 
     def operation(to: _Normaliser, x: fx.Node, *args: Any, **kwargs: Any) -> fx.Node:

@@ -67,10 +67,12 @@ class Replacements:
 
     @property
     def replaced(self) -> tuple[Replacement, ...]:
+        """The neurons that are FusedLIF now."""
         return tuple(row for row in self.rows if row.became)
 
     @property
     def left(self) -> tuple[Replacement, ...]:
+        """The neurons that stayed what they were."""
         return tuple(row for row in self.rows if not row.became)
 
     def __str__(self) -> str:

@@ -112,7 +112,9 @@ class _Balancing:
     ) -> None:
         self.snn, self.percentile, self.scale = snn, percentile, scale
         self.thresholds: list[float] = []
-        self.names = {m: name for name, m in snn.named_modules() if isinstance(m, FusedLIF)}
+        self.names: dict[nn.Module, str] = {
+            m: name for name, m in snn.named_modules() if isinstance(m, FusedLIF)
+        }
         graph = snn.graph_module if isinstance(snn, GraphNetwork) else None
         self.consumers = [] if graph is None else consumers(graph, image_shape)
         self.number = {neuron: place for place, neuron in enumerate(_in_order(snn), start=1)}

@@ -7,6 +7,7 @@ stands; only a branch on the values of a tensor cannot be traced.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,9 +72,11 @@ class _Tracer(fx.Tracer):
         ours = type(module).__module__.startswith("iirsnn.")
         return ours or super().is_leaf_module(module, name)
 
-    def call_module(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        self.place = self.path_of_module(module).removeprefix("model").removeprefix(".")
-        return super().call_module(module, *args, **kwargs)
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
+    ) -> Any:
+        self.place = self.path_of_module(m).removeprefix("model").removeprefix(".")
+        return super().call_module(m, forward, args, kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _ShapedProxy(node, self)
@@ -82,7 +85,7 @@ class _Tracer(fx.Tracer):
         value = self._value(kind, target, args, kwargs)
         if kind != "output" and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
             return value  # a size or the like: known now
-        proxy = super().create_proxy(kind, target, args, kwargs, *more, **rest)
+        proxy: Any = super().create_proxy(kind, target, args, kwargs, *more, **rest)
         proxy.value = proxy.node.meta["value"] = value
         return proxy
 
@@ -114,7 +117,8 @@ class _ShapedProxy(fx.Proxy):
         return len(self.value)
 
     def __iter__(self) -> Any:
-        return iter([self[index] for index in range(len(self.value))])
+        whole: Any = self
+        return iter([whole[index] for index in range(len(self.value))])
 
 
 def on_meta(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -125,6 +129,6 @@ def on_meta(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _known(value: Any) -> Any:
-    if isinstance(value, fx.Proxy):
-        return value.value  # type: ignore[attr-defined]
+    if isinstance(value, _ShapedProxy):
+        return value.value
     return value.to("meta") if isinstance(value, Tensor) else value

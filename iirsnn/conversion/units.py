@@ -144,7 +144,7 @@ class _Walk(fx.Interpreter):
         return result
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Tensor:
-        module, (x,) = self.module.get_submodule(target), args  # type: ignore[union-attr]
+        module, (x,) = self.module.get_submodule(target), args
         if isinstance(module, (FusedLIF, BatchNormLIF, *_ACTIVATIONS)):
             self._needs_unit(self.node.args[0], x)
             return self._fire(x)

@@ -288,6 +288,18 @@ def _function_of(kind: Callable[..., nn.Module]) -> Callable[..., Value]:
     return call
 
 
+def _max_pool(
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> nn.MaxPool2d:
+    """In the order of torch's function, which is not the module's."""
+    return nn.MaxPool2d(kernel_size, stride, padding, dilation, return_indices, ceil_mode)
+
+
 def _neurons(reader: _Reader, name: str, module: FusedLIF, value: Value) -> Value:
     return reader.builder.neurons(value, name, module)
 
@@ -335,7 +347,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.chunk: _Reader._chunk,
     torch.mean: _Reader._mean,
     F.dropout: _Reader._same,
-    F.max_pool2d: _function_of(nn.MaxPool2d),
+    F.max_pool2d: _function_of(_max_pool),
     F.avg_pool2d: _function_of(nn.AvgPool2d),
     F.adaptive_avg_pool2d: _function_of(nn.AdaptiveAvgPool2d),
 }

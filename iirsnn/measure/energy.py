@@ -82,7 +82,8 @@ class _Observer:
             ValueError: a pool whose sub-spikes cannot be counted.
         """
         hooks = [self.model.register_forward_pre_hook(self._start)]
-        for name, module in spiking_layers(self.model):
+        spiking = list(spiking_layers(self.model))
+        for name, module in spiking:
             hooks.append(module.register_forward_hook(self._neuron_hook(name)))
         for name, module in self.model.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -91,7 +92,7 @@ class _Observer:
                 hooks.append(module.register_forward_hook(self._pool))
             elif isinstance(module, ResidualBlock) and not len(module.shortcut):
                 hooks.append(module.register_forward_pre_hook(self._shortcut_hook(name)))
-            elif isinstance(module, (nn.AdaptiveAvgPool2d, nn.LPPool2d)):
+            elif spiking and isinstance(module, (nn.AdaptiveAvgPool2d, nn.LPPool2d)):
                 raise ValueError(f"{name}: expected AvgPool2d or MaxPool2d as a pool, got {module}")
         try:
             yield

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..errors import check_choice
+from .graph import GraphNetwork
 from .network import Network
 from .resnet import PLANS, ResidualBlock, resnet
 from .vgg import HIDDEN, LAYERS, POOLS, vgg
 
 __all__ = [
+    "GraphNetwork",
     "ModelConfig",
     "Network",
     "ResidualBlock",
@@ -27,11 +29,14 @@ class ModelConfig:
 
     Attributes:
         name: vgg6, vgg9, vgg11, vgg16, vgg16-imagenet, vgg with `layers` of its own, resnet18,
-            resnet19 or resnet20.
+            resnet19 or resnet20; in a recipe also torchvision/NAME, timm/NAME or
+            PATH/FILE.py:FUNCTION, called with classes and image_shape.
         layers: for vgg: channels of each 3x3 convolution, "A" for a 2x2 pool.
         hidden: widths of the hidden fully connected layers of a VGG.
         pool: average or max.
         batch_norm: in the ANN; folded into the weights before conversion.
+        small_images: of a network made for 224x224: its first convolution becomes one of 3x3 and
+            stride 1, and a max pool right after it goes.
     """
 
     name: str = "vgg"
@@ -39,6 +44,7 @@ class ModelConfig:
     hidden: list[int] = field(default_factory=lambda: list(HIDDEN))
     pool: str = "average"
     batch_norm: bool = True
+    small_images: bool = False
 
 
 def build(config: ModelConfig, classes: int, image_shape: tuple[int, int, int]) -> Network:

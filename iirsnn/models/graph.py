@@ -107,6 +107,8 @@ class Affine(nn.Module):
     weight: [C]. bias: [C] or None.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)

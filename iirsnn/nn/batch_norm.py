@@ -92,6 +92,7 @@ class BatchNormLIF(nn.Module):
         scale = check_options(
             neuron.reset, neuron.v_reset, neuron.surrogate, neuron.surrogate_scale
         )
+        s: Tensor
         s, mean, var, _ = torch.ops.iirsnn.bn_lif_forward(
             x if is_dense(x) else x.contiguous(),
             None if norm.weight is None else norm.weight.float(),
@@ -159,7 +160,7 @@ def _normalised(
 
 
 def _spikes(neuron: FusedLIF, current: Tensor, threshold: Tensor, leak: Tensor) -> Tensor:
-    return lif(
+    spikes: Tensor = lif(
         current,
         threshold,
         leak,
@@ -170,18 +171,30 @@ def _spikes(neuron: FusedLIF, current: Tensor, threshold: Tensor, leak: Tensor) 
         surrogate_scale=neuron.surrogate_scale,
         backend=neuron.backend,
     )
+    return spikes
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, threshold, leak, mean, rstd, eps, neuron):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        threshold: Tensor,
+        leak: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        eps: float,
+        neuron: FusedLIF,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, threshold, leak, mean, rstd)
         ctx.eps, ctx.neuron = eps, neuron
         return _spikes(neuron, _normalised(x, weight, bias, mean, rstd), threshold, leak)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_s):
+    def backward(ctx: Any, grad_s: Tensor) -> Any:
         x, weight, bias, threshold, leak, mean, rstd = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         current = _normalised(x, weight, bias, mean, rstd).requires_grad_()

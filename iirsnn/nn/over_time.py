@@ -27,9 +27,10 @@ class TimeSequential(nn.Sequential):
 def _merged(module: nn.Module, x: Tensor) -> Tensor:
     timesteps = x.shape[0]
     if timesteps > 1 and x.stride(0) == 0:
-        y = module(x[0])
+        y: Tensor = module(x[0])
         return y.expand(timesteps, *y.shape)
-    return module(x.flatten(0, 1)).unflatten(0, (timesteps, x.shape[1]))
+    merged: Tensor = module(x.flatten(0, 1))
+    return merged.view(timesteps, x.shape[1], *merged.shape[1:])
 
 
 class SharedDropout(nn.Module):

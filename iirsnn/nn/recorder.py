@@ -34,6 +34,7 @@ class Recorder:
 
     @property
     def membranes(self) -> dict[str, Tensor]:
+        """[T, B, ...] of the last call, before reset; computed now."""
         return {
             name: torch.stack(list(membranes(neuron, current, self.spikes[name], v0)))
             for name, (neuron, current, v0) in self._calls.items()
@@ -41,6 +42,7 @@ class Recorder:
 
     @property
     def rates(self) -> dict[str, float]:
+        """Spikes a neuron and timestep, over all calls."""
         return {name: self._sums[name].item() / self._counts[name] for name in self._sums}
 
     def clear(self) -> None:

@@ -149,7 +149,7 @@ class _Convolution(torch.autograd.Function):
         ctx.kept, ctx.by_events = True, ways[1] == "events"
         if ways[0] == "dense":
             return _dense_forward(x, weight, bias, geometry)
-        out = torch.ops.iirsnn.spike_conv2d(bits, table, ctx.size, weight, bias, *geometry)
+        out: Tensor = torch.ops.iirsnn.spike_conv2d(bits, table, ctx.size, weight, bias, *geometry)
         last = torch.channels_last in (ctx.x_format, _format(weight))
         return out if last else out.contiguous()
 
@@ -189,12 +189,12 @@ class _Convolution(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None
 
 
-class _Geometry(tuple):
+class _Geometry(tuple[Any, ...]):
     """(stride, padding, dilation, groups) of a convolution, the first three pairs."""
 
     @property
     def groups(self) -> int:
-        return self[3]
+        return int(self[3])
 
     def positions(self, x: Tensor, weight: Tensor) -> int:
         """Of the output of one image of x."""
@@ -333,7 +333,8 @@ class SpikeConv2d(_SpikeLayer, nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         parameters = self._cast(input, weight, bias)
         if parameters is None:
-            return super()._conv_forward(input, weight, bias)
+            dense: Tensor = super()._conv_forward(input, weight, bias)
+            return dense
         padding = self.padding
         if self.padding_mode != "zeros" or isinstance(padding, str):
             left, right, top, bottom = self._reversed_padding_repeated_twice
@@ -343,7 +344,7 @@ class SpikeConv2d(_SpikeLayer, nn.Conv2d):
                 input, padding = F.pad(input, [left, right, top, bottom], mode=mode), (0, 0)
         geometry = _Geometry((list(self.stride), list(padding), list(self.dilation), self.groups))
         x = input if input.dim() == 4 else input.unsqueeze(0)
-        out = _Convolution.apply(x, *parameters, self, geometry)
+        out: Tensor = _Convolution.apply(x, *parameters, self, geometry)
         return out if input.dim() == 4 else out.squeeze(0)
 
 
@@ -360,7 +361,7 @@ class SpikeLinear(_SpikeLayer, nn.Linear):
             return super().forward(input)
         weight, bias = parameters
         x = input.reshape(-1, self.in_features, 1, 1)
-        out = _Convolution.apply(x, weight[..., None, None], bias, self, _LINEAR)
+        out: Tensor = _Convolution.apply(x, weight[..., None, None], bias, self, _LINEAR)
         return out.reshape(*input.shape[:-1], self.out_features)
 
 
@@ -403,7 +404,8 @@ class SpikeAvgPool2d(nn.AvgPool2d):
             self.count_include_pad,
             self.divisor_override,
         )
-        return _AveragePool.apply(input, options)
+        averaged: Tensor = _AveragePool.apply(input, options)
+        return averaged
 
 
 # ---- Whole networks ----

@@ -6,17 +6,30 @@ functions.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.util
 import os
+import platform
+import re
 import shutil
+import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 # One rounding per operation and no fast math; the two -fno flags only drop errno and FP traps.
 CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
 # Its OpenMP runtime is the one torch has already loaded: compile with -fopenmp, link without.
 _OPENMP = ["-fopenmp"]
 _NVCC_FLAGS = ["-O3", "--fmad=false"]
+
+#: Of the extension that is compiled at first use.
+_JIT_NAME = "iirsnn_C"
 
 
 def source_dir() -> Path:
@@ -79,7 +92,7 @@ def cuda_archs() -> str:
     return ";".join([*archs[:-1], archs[-1] + "+PTX"])
 
 
-def recipe(mode: str) -> dict:
+def recipe(mode: str) -> dict[str, Any]:
     """Sources (absolute paths) and flags: keys sources, cxx, nvcc, cuda (bool), why (str)."""
     folder = source_dir()
     sources = sorted(folder.rglob("*.cpp"))
@@ -102,34 +115,57 @@ def recipe(mode: str) -> dict:
 def load() -> str | None:
     """Import iirsnn._C, compiling it first where it is missing and a compiler is at hand.
 
-    Returns None when its ops are registered, else the reason why not. IIRSNN_JIT=0 never compiles.
-    The result of a compilation is cached by torch.utils.cpp_extension. Raises ValueError where
-    IIRSNN_CPU_CAPABILITY asks for what this processor lacks.
+    So too where it was compiled for another torch. Returns None when its ops are registered, else
+    the reason why not. IIRSNN_JIT=0 never compiles. What was compiled is kept, see
+    `_compiled_file`. Raises ValueError where IIRSNN_CPU_CAPABILITY asks for what this processor
+    lacks.
     """
+    missing = _is_for_another_torch()
     try:
-        # reads IIRSNN_CPU_CAPABILITY: a wrong one raises here, not inside a parallel region
-        importlib.import_module("iirsnn._C").build_info()
-        return None
+        if not missing:
+            # reads IIRSNN_CPU_CAPABILITY: a wrong one raises here, not inside a parallel region
+            importlib.import_module("iirsnn._C").build_info()
+            return None
     except ModuleNotFoundError:
         missing = "iirsnn._C is not compiled"
-    except ImportError as error:  # built against another torch, or another Python
-        return f"iirsnn._C cannot be imported: {error}"
+    except ImportError as error:  # what another torch had and this one has not
+        missing = f"iirsnn._C is not for this torch ({_first_line(error)})"
     if os.environ.get("IIRSNN_JIT", "1") == "0":
         return f"{missing} and IIRSNN_JIT=0"
     try:
-        return _compile_now()
-    except (RuntimeError, OSError, ImportError) as error:
-        first, *_ = str(error).strip().splitlines() or [type(error).__name__]
-        return f"{missing} and compiling it now failed: {first}"
+        return _compile_now(missing)
+    except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
+        return f"{missing} and compiling it now failed: {_first_line(error)}"
 
 
-def _compile_now() -> str | None:
+def _is_for_another_torch() -> str:
+    """Why the extension that is installed must not even be imported, or ""."""
+    import torch
+
+    if "iirsnn._C" in sys.modules:
+        return ""
+    spec = importlib.util.find_spec("iirsnn._C")
+    if spec is None or not spec.origin or not Path(spec.origin).is_file():
+        return ""
+    found = re.search(rb"iirsnn for torch ([0-9.]*)", Path(spec.origin).read_bytes())
+    built, here = found and found[1].decode(), torch.__version__.partition("+")[0]
+    if built is None or here.startswith(built):  # a nightly build's version goes on
+        return ""
+    return f"iirsnn._C was compiled for torch {built}, not for {torch.__version__}"
+
+
+def _first_line(error: Exception) -> str:
+    first, *_ = str(error).strip().splitlines() or [type(error).__name__]
+    return first
+
+
+def _compile_now(missing: str) -> str | None:
     import torch
     from torch.utils import cpp_extension
 
     compiler = cpp_extension.get_cxx_compiler()
     if shutil.which(compiler) is None:
-        return f"iirsnn._C is not compiled and there is no C++ compiler ({compiler})"
+        return f"{missing} and there is no C++ compiler ({compiler})"
     mode = cuda_mode()
     if torch.cuda.is_available():  # what is compiled at first use is for this machine only
         major, minor = torch.cuda.get_device_capability()
@@ -137,15 +173,79 @@ def _compile_now() -> str | None:
     elif mode == "auto":
         mode = "0"
     plan = recipe(mode)
-    print("iirsnn: loading its kernels; the first time compiles them (a minute)", file=sys.stderr)
-    module = cpp_extension.load(
-        name="iirsnn_C",
-        sources=plan["sources"],
-        extra_cflags=plan["cxx"],
-        extra_cuda_cflags=plan["nvcc"],
-        extra_include_paths=[str(source_dir())],
-        with_cuda=plan["cuda"],
-    )
+    file = _compiled_file(plan, compiler)
+    if file is None:
+        return f"{missing} and there is no folder to compile in: set HOME or XDG_CACHE_HOME"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(file.parent):
+        if file.is_file():
+            module = _import(file)
+        else:
+            print(f"iirsnn: {missing}; compiling its kernels, a minute", file=sys.stderr)
+            module = _compile(plan, file)
     sys.modules["iirsnn._C"] = module
     module.build_info()
     return None
+
+
+def _compiled_file(plan: dict, compiler: str) -> Path | None:
+    """Where the compiled extension is kept: by a hash of its sources, flags, torch and compiler.
+
+    None for a user without a home.
+    """
+    import torch
+
+    from .. import cache
+
+    chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
+    folder = Path(chosen) / "iirsnn" if chosen else cache.folder()
+    if folder is None:
+        return None
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    facts = [torch.__version__, torch.compiled_with_cxx11_abi(), sys.version, platform.machine()]
+    facts += [compiler, version, plan["cxx"], plan["nvcc"], os.environ.get("CXXFLAGS", "")]
+    digest = hashlib.sha256(repr(facts).encode())
+    for source in sorted(source_dir().rglob("*")):
+        if source.suffix in (".h", ".cpp", ".cu"):
+            digest.update(source.relative_to(source_dir()).as_posix().encode() + b"\0")
+            digest.update(source.read_bytes())
+    return folder / "kernels" / digest.hexdigest()[:16] / f"{_JIT_NAME}.so"
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """While one process compiles, others wait; the lock of one that is killed is gone with it."""
+    import fcntl
+
+    with (folder / "lock").open("a") as lock:
+        with suppress(OSError):  # a file system without locks: each compiles for itself
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(plan: dict, file: Path) -> ModuleType:
+    """Compile in a folder of its own, which what a killed compiler leaves behind cannot disturb."""
+    from torch.utils import cpp_extension
+
+    with tempfile.TemporaryDirectory(dir=file.parent, ignore_cleanup_errors=True) as folder:
+        module = cpp_extension.load(
+            name=_JIT_NAME,
+            sources=plan["sources"],
+            extra_cflags=plan["cxx"],
+            extra_cuda_cflags=plan["nvcc"],
+            extra_include_paths=[str(source_dir())],
+            with_cuda=plan["cuda"],
+            build_directory=folder,
+        )
+        os.replace(module.__file__, file)
+    module.__file__ = str(file)
+    return module
+
+
+def _import(file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(_JIT_NAME, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

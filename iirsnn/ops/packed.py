@@ -27,7 +27,8 @@ class PackedSpikes:
     def unpack(self, dtype: torch.dtype = torch.float32, *, backend: str = "auto") -> Tensor:
         """The spikes, 0 or 1, as float32, float64, float16 or bfloat16 [T, *neurons]."""
         unpack = choose(backend, self.bits.device).unpack
-        return unpack(self.bits, list(self.shape), list(self.stride), dtype)
+        spikes: Tensor = unpack(self.bits, list(self.shape), list(self.stride), dtype)
+        return spikes
 
     def __eq__(self, other: object) -> bool:
         """Whether both hold the same bits, in the same layout, on the same device."""

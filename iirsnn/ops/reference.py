@@ -8,6 +8,7 @@ autograd functions, the rest is left to autograd.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,14 +29,14 @@ def _heaviside(h: Tensor, threshold: Tensor) -> Tensor:
 
 class _Spike(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h: Tensor, threshold: Tensor, surrogate: str, scale: float) -> Tensor:
+    def forward(ctx: Any, h: Tensor, threshold: Tensor, surrogate: str, scale: float) -> Tensor:
         ctx.save_for_backward(h, threshold)
         ctx.surrogate, ctx.scale = surrogate, scale
         return _heaviside(h, threshold)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_s: Tensor):
+    def backward(ctx: Any, grad_s: Tensor) -> Any:
         h, threshold = ctx.saved_tensors
         inverse = 1 / threshold
         u = h * inverse
@@ -50,14 +51,14 @@ class _HardReset(torch.autograd.Function):
     """v_reset where s == 1, else h: a select, so that an infinite h is reset too."""
 
     @staticmethod
-    def forward(ctx, h: Tensor, s: Tensor, v_reset: float) -> Tensor:
+    def forward(ctx: Any, h: Tensor, s: Tensor, v_reset: float) -> Tensor:
         ctx.save_for_backward(h, s)
         ctx.v_reset = v_reset
         return torch.where(s == 1, v_reset, h)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_v: Tensor):
+    def backward(ctx: Any, grad_v: Tensor) -> Any:
         h, s = ctx.saved_tensors
         grad_s = (ctx.v_reset - h) * grad_v if ctx.needs_input_grad[1] else None
         return torch.where(s == 1, 0, grad_v), grad_s, None
@@ -96,7 +97,8 @@ def lif_forward(
     leak = leak.reshape(channels if leak.numel() > 1 else ())
 
     def spike(h: Tensor) -> Tensor:
-        return _Spike.apply(h, threshold, surrogate, surrogate_scale)
+        s: Tensor = _Spike.apply(h, threshold, surrogate, surrogate_scale)
+        return s
 
     def held(s: Tensor) -> Tensor:
         return s.detach() if detach_reset else s

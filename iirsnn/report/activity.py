@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from ..errors import RunError
 from ..measure.evaluation import evaluating
-from ..models import Network
 from ..nn import FusedLIF, neurons, recorder
-from ..train.pipeline import Pipeline
+from ..train.pipeline import Pipeline, SpikingNetwork
 from . import plot_files
 
 #: Test images that membranes are counted on.
@@ -51,7 +50,7 @@ class Activity:
     layers: list[Layer] = field(default_factory=list)
 
 
-def record(network: Network, images: Tensor) -> Activity:
+def record(network: SpikingNetwork, images: Tensor) -> Activity:
     """Watch a spiking network in one forward pass over images [B, C, H, W]."""
     activity = Activity(network.timesteps)
 
@@ -100,7 +99,7 @@ def write(pipeline: Pipeline, path: Path) -> None:
     if not names:
         raise RunError(f"run {pipeline.folder.path}: no spiking stage is finished yet")
     images = pipeline.test_images(IMAGES)
-    activities = [record(pipeline.trained(name), images) for name in names]
+    activities = [record(pipeline.spiking(name), images) for name in names]
     count = len(activities[0].layers)
     columns = min(count, 4)
     rows = -(-count // columns)

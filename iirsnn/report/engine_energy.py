@@ -20,6 +20,7 @@ from ..measure.energy import (
     microjoules,
 )
 from ..measure.evaluation import count_operations
+from ..models import Network
 from ..train.deployment import event_network
 from ..train.pipeline import COUNTED_IMAGES, Pipeline
 from . import plot_files
@@ -47,16 +48,21 @@ def measure(pipeline: Pipeline, timesteps: int, precision: str) -> dict[str, Any
                 for key, value in counted.items():
                     if key not in ("name", "neurons"):
                         sums[index][key] += value
-    ann = pipeline.trained("ann")
-    if not pipeline.recipe.neuron.keep_batch_norm:  # modules are numbered as the network's
-        fold_batch_norm(ann)
-    counter = count_operations(ann, images.to(pipeline.accelerator.device))
-    dense = beside([entry["name"] for entry in sums], counter)
+    ann, dense = pipeline.trained("ann"), None
+    if isinstance(ann, Network):
+        if not pipeline.recipe.neuron.keep_batch_norm:  # modules are numbered as the network's
+            fold_batch_norm(ann)
+        counter = count_operations(ann, images.to(pipeline.accelerator.device))
+        dense = beside([entry["name"] for entry in sums], counter)
     for entry in sums:
         for key, value in entry.items():
             if key not in ("name", "neurons"):
                 entry[key] = value / len(images)
         entry["energy_uj"] = microjoules(entry["multiplications"], entry["additions"])
+        if dense is None:  # the names are not the ANN's, but the products of its layers are
+            entry["ann_multiplications"] = entry["dense_operations"]
+            entry["ann_energy_uj"] = microjoules(entry["dense_operations"], 0)
+            continue
         operations = dense.get(entry["name"], [])
         entry["ann_multiplications"] = sum(o.multiplications for o in operations) / len(images)
         entry["ann_energy_uj"] = sum(o.energy_uj for o in operations) / len(images)

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import RunError, one_line
-from ..models import Network
 
 
-def load_weights(network: Network, weights: dict[str, Tensor]) -> None:
+def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
     """Load a checkpoint's weights.
 
     Raises:

@@ -35,6 +35,7 @@ class DataConfig:
             with white at two sides).
         test: of folder, the fraction that is held out for the test where DIR has no test images of
             its own; null is 0.2.
+        unreadable: of folder, error or skip: what an image that cannot be read is.
         download: fetch what is missing.
         validation: fraction of the training set that is held out for every choice.
         train_images: use so many training images only, as many of each class; 0 for all.
@@ -54,6 +55,7 @@ class DataConfig:
     gray: bool = False
     fit: str = "crop"
     test: float | None = None
+    unreadable: str = "error"
     download: bool = True
     validation: float = 0.1
     train_images: int = 0
@@ -125,7 +127,9 @@ def load(config: DataConfig, seed: int) -> Splits:
     validation: ImageSet | None = None
     test: ImageSet
     if config.name == FOLDER:
-        train, validation, test, class_names = folder.read(*_folder_arguments(config, root))
+        train, validation, test, class_names = folder.read(
+            *_folder_arguments(config, root), skip=config.unreadable == "skip"
+        )
     else:
         _require_defaults(config)
         train, test, class_names = DATA_SETS[config.name](root, config.download)
@@ -169,6 +173,7 @@ def _folder_arguments(
     if root is None:
         raise UsageError("data.root: expected the folder of the images, got none")
     check_choice("data.fit", config.fit, FITS)
+    check_choice("data.unreadable", config.unreadable, ("error", "skip"))
     side = config.image_size
     if not 1 <= side <= 4096:
         raise UsageError(f"data.image_size: expected from 1 to 4096 pixels, got {side}")
@@ -179,7 +184,7 @@ def _folder_arguments(
 
 def _require_defaults(config: DataConfig) -> None:
     """Settings of `folder` alone are not given to another data set, where they would do nothing."""
-    for name in ("image_size", "gray", "fit", "test"):
+    for name in ("image_size", "gray", "fit", "test", "unreadable"):
         default, value = getattr(DataConfig, name), getattr(config, name)
         if value != default:
             raise UsageError(

@@ -10,8 +10,11 @@ symbolic link to what lies in DIR anyway.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import unicodedata
+import warnings
+import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -41,7 +44,9 @@ class Parts(NamedTuple):
     class_names: list[str]
 
 
-def read(root: Path, test_fraction: float | None, preparation: Preparation) -> Parts:
+def read(
+    root: Path, test_fraction: float | None, preparation: Preparation, *, skip: bool = False
+) -> Parts:
     """The images of a folder.
 
     Args:
@@ -49,6 +54,7 @@ def read(root: Path, test_fraction: float | None, preparation: Preparation) -> P
         test_fraction: of the images, stratified by class; None is 0.2 for a folder without test
             images of its own.
         preparation: how each is brought to its size; mean and std are not used.
+        skip: leave out images that cannot be read, with one warning that says how many.
 
     Raises:
         RunError: no such folder, no images, an empty class, or images that cannot be read.
@@ -63,7 +69,7 @@ def read(root: Path, test_fraction: float | None, preparation: Preparation) -> P
         if not 0 < fraction < 1:
             raise UsageError(f"data.test: expected between 0 and 1, got {fraction}")
         found = _classes(root, subfolders, root)
-        every = _images(root, found, preparation)
+        every = _images(root, found, preparation, skip)
         rows = np.arange(len(every))
         labels = every.labels.numpy()
         try:
@@ -95,7 +101,7 @@ def read(root: Path, test_fraction: float | None, preparation: Preparation) -> P
                 f"folder {root}: expected the same classes in train/ and {part}/, "
                 f"but {differing[0]} is in one of them alone"
             )
-    parts = {part: _images(root, found, preparation) for part, found in found_by_part.items()}
+    parts = {part: _images(root, found, preparation, skip) for part, found in found_by_part.items()}
     # the set that is left for the end: with train/ and val/ alone, as ImageNet has them, val/
     test_part = parts.pop("test", None) or parts.pop("val")
     return Parts(parts["train"], parts.get("val"), test_part, names)
@@ -164,13 +170,20 @@ def _is_elsewhere(path: str, real_top: str) -> bool:
     return os.path.islink(path) and os.path.realpath(path).startswith(real_top + os.sep)
 
 
-def _images(root: Path, found: dict[str, list[Path]], preparation: Preparation) -> MemoryImages:
-    """The images of all classes; labels are places in `found`."""
+def _images(
+    root: Path, found: dict[str, list[Path]], preparation: Preparation, skip: bool
+) -> MemoryImages:
+    """The images of all classes; labels are places in `found`.
+
+    Raises:
+        DamagedImage: a file that cannot be read, or with `skip` a class of none but such.
+    """
     files = [file for each in found.values() for file in each]
     labels = [label for label, each in enumerate(found.values()) for _ in each]
     channels = preparation.size[0]
-    return MemoryImages(
-        _pixels(root, files, preparation),
+    pixels, damage = _pixels(root, files, preparation)
+    images = MemoryImages(
+        pixels,
         torch.tensor(labels),
         [0.0] * channels,
         [1.0] * channels,
@@ -179,10 +192,23 @@ def _images(root: Path, found: dict[str, list[Path]], preparation: Preparation) 
         fit=preparation.fit,
         resize=preparation.resize,
     )
+    if not damage:
+        return images
+    first, rest = damage[min(damage)], len(damage) - 1
+    left = [index for index in range(len(files)) if index not in damage]
+    if not skip or len({labels[index] for index in left}) < len(found):
+        raise DamagedImage(first + (f"; {rest} more cannot be read either" if rest else ""))
+    warnings.warn(f"{len(damage)} of {len(files)} images are left out: {first}", stacklevel=2)
+    return images.select(np.array(left))
 
 
-def _pixels(root: Path, files: Sequence[Path], preparation: Preparation) -> Tensor:
-    """uint8 [N, C, H, W]: decoded once, then read from the cache while no file has changed."""
+def _pixels(
+    root: Path, files: Sequence[Path], preparation: Preparation
+) -> tuple[Tensor, dict[int, str]]:
+    """uint8 [N, C, H, W], and why which of them could not be read.
+
+    Decoded once, then read from the cache while no file has changed.
+    """
     shape = (len(files), *preparation.size)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     needed = int(np.prod(shape, dtype=np.int64))
@@ -192,35 +218,35 @@ def _pixels(root: Path, files: Sequence[Path], preparation: Preparation) -> Tens
             f"{memory / 2e9:.1f} GB, got {needed / 1e9:.1f} GB; set data.image_size to less"
         )
     cached = _cached(root, files, preparation)
+    damage: dict[int, str] = {}
     if cached is not None:
-        with suppress(OSError, ValueError, EOFError):
-            stored = np.load(cached, allow_pickle=False)
-            if stored.shape == shape and stored.dtype == np.uint8:
-                return torch.from_numpy(stored)
-    pixels = torch.empty(shape, dtype=torch.uint8)
-    damage: list[DamagedImage] = []
+        with suppress(OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+            with np.load(cached, allow_pickle=False) as stored:
+                pixels = torch.from_numpy(stored["pixels"])
+                damage = dict(json.loads(str(stored["damage"])))
+            if pixels.shape == shape and pixels.dtype == torch.uint8:
+                return pixels, damage
+    pixels = torch.zeros(shape, dtype=torch.uint8)
+    damage = {}
 
     def decode(index: int) -> None:
         try:
             pixels[index] = torch.from_numpy(preparation.pixels(files[index]))
         except DamagedImage as error:
-            damage.append(error)
+            damage[index] = str(error)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(decode, range(len(files))))
-    if damage:
-        first, *rest = sorted(map(str, damage))
-        raise DamagedImage(first + (f"; {len(rest)} more cannot be read either" if rest else ""))
     if cached is not None:
         with suppress(OSError, RunError):  # a cache that cannot be written is none
             cached.parent.mkdir(parents=True, exist_ok=True)
-            atomic_files.write_atomically(cached, lambda name: _save(name, pixels))
-    return pixels
+            atomic_files.write_atomically(cached, lambda name: _save(name, pixels, damage))
+    return pixels, damage
 
 
-def _save(name: str, pixels: Tensor) -> None:
+def _save(name: str, pixels: Tensor, damage: dict[int, str]) -> None:
     with open(name, "wb") as file:
-        np.save(file, pixels.numpy())
+        np.savez(file, pixels=pixels.numpy(), damage=np.array(json.dumps(sorted(damage.items()))))
 
 
 def _cached(root: Path, files: Sequence[Path], preparation: Preparation) -> Path | None:
@@ -238,4 +264,4 @@ def _cached(root: Path, files: Sequence[Path], preparation: Preparation) -> Path
             raise DamagedImage(f"image {file}: cannot be read ({error.strerror})") from None
         facts.update(os.fsencode(file) + b"\0")
         facts.update(repr((status.st_size, status.st_mtime_ns)).encode())
-    return folder / "data" / f"folder-{facts.hexdigest()[:16]}.npy"
+    return folder / "data" / f"folder-{facts.hexdigest()[:16]}.npz"

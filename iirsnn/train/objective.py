@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from ..models import Network
 from .recipe import StageConfig
 
 
@@ -20,7 +19,7 @@ class Objective:
         teacher: in eval mode hereafter; None for none.
     """
 
-    def __init__(self, config: StageConfig, classes: int, teacher: Network | None = None) -> None:
+    def __init__(self, config: StageConfig, classes: int, teacher: nn.Module | None = None) -> None:
         self.config = config
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
         self.mixup = v2.MixUp(alpha=config.mixup, num_classes=classes) if config.mixup else None

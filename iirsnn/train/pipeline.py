@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..conversion import balance_thresholds, to_spiking
-from ..errors import UsageError
+from ..errors import RunError, UsageError
+from ..event import EventNetwork
+from ..measure.energy import microjoules
 from ..measure.evaluation import accuracies, count_operations, evaluating
 from ..measure.provenance import commit, machine
-from ..models import Network, build
+from ..models import Network
+from ..models.graph import GraphNetwork
 from ..nn import use_spike_layers
-from . import checkpoint, data, freed_memory
+from . import any_network, checkpoint, data, freed_memory
 from .data import Splits
 from .processes import Processes
 from .recipe import Recipe
@@ -26,6 +30,14 @@ from .seeds import derive_seed
 from .stage_order import Stage, stages
 from .stage_training import StageTraining
 from .stopping import Stopped, StopRequest
+
+Module = TypeVar("Module", bound=nn.Module)
+
+#: Any converted network.
+SpikingNetwork = Network | GraphNetwork
+
+#: Values of calibration images that go through a network in one batch; more go in several.
+LARGE = 2**24
 
 #: Test images that operations and spikes are counted on at most.
 COUNTED_IMAGES = 2048
@@ -74,6 +86,10 @@ class Pipeline:
         """
         if self.processes.main:
             self.folder.keep_data(self.splits.description())
+        weights = self.recipe.stage_config(stage.name).weights
+        if weights:
+            self._take_weights(stage, Path(weights), console, stop)
+            return
         training = StageTraining(
             self._by_events(self.initial(stage)),
             stage,
@@ -98,24 +114,60 @@ class Pipeline:
         self.accelerator.free_memory()  # it holds on to all that it has prepared
         console.print(f"{stage.name:>4}  test {result['test_accuracy']:.2%}", style="bold")
 
+    def _take_weights(
+        self, stage: Stage, file: Path, console: Console, stop: StopRequest | None
+    ) -> None:
+        """The weights of a file in place of the training of a stage; they are tested all the same.
+
+        Raises:
+            RunError: no file, or one of another network.
+            Stopped: see `test`.
+        """
+        network = self._untrained(stage.name)
+        try:
+            checkpoint.load_weights(network, any_network.read_weights(file))
+        except RunError as error:
+            raise RunError(f"{stage.name}.weights: {file}: {error}") from error
+        self._place(network)
+        batches = data.eval_batches(self.splits.validation, self.recipe.data, self.processes.share)
+        (validation,) = accuracies([network], batches, self.accelerator.device, self.processes)
+        if self.processes.main:
+            header = {"validation_accuracy": validation, "epoch": 0}
+            self.folder.save_checkpoint(stage.name, "best", network.state_dict(), header)
+        self.processes.gather(None)  # the others read it now
+        tested = self.test(stage, stop)
+        result = {
+            "validation_accuracy": validation,
+            "epoch": 0,
+            "seconds": 0.0,
+            "processes": self.processes.count,
+            "commit": commit(),
+            "machine": machine(),
+            **tested,
+        }
+        if self.processes.main:
+            self.folder.finish_stage(stage.name, result)
+        accuracy = tested["test_accuracy"]
+        console.print(f"{stage.name:>4}  test {accuracy:.2%}, of {file}", style="bold")
+
     def _finished(self, stage: Stage) -> bool:
         if self.folder.result(stage.name) is None:
             return False
         self.folder.tidy(stage.name)  # a kill may have come between the result and this
         return True
 
-    def initial(self, stage: Stage) -> Network:
+    def initial(self, stage: Stage) -> nn.Module:
         """The network a stage starts from, on its device."""
         if stage.timesteps is None:
             return self._place(self._untrained("ann"))
         if stage.parent == "ann":
             return self.converted(stage.timesteps)
         assert stage.parent is not None
-        network = self.trained(stage.parent)
+        network = self.spiking(stage.parent)
         network.timesteps = stage.timesteps
         return network
 
-    def teacher(self, stage: Stage) -> Network | None:
+    def teacher(self, stage: Stage) -> nn.Module | None:
         """The network whose soft labels the stage learns too, if any, on its device."""
         choice = self.recipe.stage_config(stage.name).teacher
         if choice == "none":
@@ -123,7 +175,7 @@ class Pipeline:
         assert stage.parent is not None  # recipe.check refuses a teacher of the ANN
         return self.trained("ann" if choice == "ann" else stage.parent)
 
-    def trained(self, name: str) -> Network:
+    def trained(self, name: str) -> nn.Module:
         """The network of a stage as its best epoch left it, on its device.
 
         Raises:
@@ -134,13 +186,26 @@ class Pipeline:
         checkpoint.load_weights(network, tensors)
         return self._place(network)
 
-    def converted(self, timesteps: int) -> Network:
+    def spiking(self, name: str) -> SpikingNetwork:
+        """The same, of a spiking stage."""
+        network = self.trained(name)
+        assert isinstance(network, (Network, GraphNetwork))
+        return network
+
+    def converted(self, timesteps: int) -> SpikingNetwork:
         """The trained ANN as an SNN at T, thresholds balanced at that T, not retrained."""
-        network = self._place(to_spiking(self.trained("ann"), timesteps, self.recipe.neuron))
+        network = self._place(self._spiking(self.trained("ann"), timesteps))
         conversion = self.recipe.conversion
         images = self.calibration_images(conversion.images)
-        balance_thresholds(network, images, conversion.percentile, conversion.scale)
+        batch_size = self.recipe.data.test_batch_size if images.numel() > LARGE else None
+        balance_thresholds(
+            network, images, conversion.percentile, conversion.scale, batch_size=batch_size
+        )
         return network
+
+    def _spiking(self, ann: nn.Module, timesteps: int) -> SpikingNetwork:
+        shape = self.splits.image_shape
+        return to_spiking(ann, timesteps, self.recipe.neuron, image_shape=shape)
 
     def calibration_images(self, count: int) -> Tensor:
         """Random training images, not augmented, the same in every call: [count, C, H, W]."""
@@ -184,7 +249,10 @@ class Pipeline:
             result["converted_without_retraining_accuracy"] = without_retraining[0]
         if processes.count == 1:  # others would wait in vain for one that stops alone
             network.register_forward_pre_hook(lambda *_: stop.meet(stopped))
-        counter = count_operations(network, self.test_images(COUNTED_IMAGES))
+        images = self.test_images(COUNTED_IMAGES)
+        if isinstance(network, GraphNetwork):
+            return {**result, **_counted_by_engine(network, images)}
+        counter = count_operations(network, images)
         return {
             **result,
             "multiplications": counter.multiplications,
@@ -201,24 +269,51 @@ class Pipeline:
         images = torch.stack([image for image, _ in dataset.__getitems__(chosen)])
         return images.to(self.accelerator.device)
 
-    def _untrained(self, name: str) -> Network:
+    def _untrained(self, name: str) -> nn.Module:
         """A network with the modules of a stage's; the ANN's weights are its initial ones."""
         ann = _build(self.recipe, self.splits)
         timesteps = {stage.name: stage.timesteps for stage in self.stages}[name]
-        return ann if timesteps is None else to_spiking(ann, timesteps, self.recipe.neuron)
+        return ann if timesteps is None else self._spiking(ann, timesteps)
 
-    def _by_events(self, network: Network) -> Network:
+    def _by_events(self, network: nn.Module) -> nn.Module:
         """The network with spike layers, where the recipe wants them; of an ANN nothing changes."""
         choice = self.recipe.runtime.spike_layers
+        if not isinstance(network, Network):  # whose layers may see other values than spikes
+            return network
         if choice != "never" and self.accelerator.device.type == "cpu":
             use_spike_layers(network, "events" if choice == "always" else "auto")
         return network
 
-    def _place(self, network: Network) -> Network:
+    def _place(self, network: Module) -> Module:
         network.to(self.accelerator.device)
         if self.recipe.runtime.channels_last:
             network.to(memory_format=torch.channels_last)
         return network
+
+
+def _counted_by_engine(network: GraphNetwork, images: Tensor) -> dict[str, Any]:
+    """What the engine really does for the images, in the form of a result: per image.
+
+    Only it knows what spikes meet in any graph.
+    """
+    net = EventNetwork.from_model(network, network.timesteps)
+    sums: dict[str, float] = dict.fromkeys(("multiplications", "additions"), 0.0)
+    spikes: dict[str, float] = {}
+    for part in images.cpu().split(64):
+        net(part)
+        for layer in net.statistics():
+            for key in sums:
+                sums[key] += getattr(layer, key) / len(images)
+            if layer.spikes:
+                rate = layer.spikes / layer.neurons / len(images)
+                spikes[layer.name] = spikes.get(layer.name, 0.0) + rate
+    return {
+        **sums,
+        "additions_pooled_once": sums["additions"],
+        "energy_uj": microjoules(sums["multiplications"], sums["additions"]),
+        "layers": list(spikes),
+        "spike_rates": list(spikes.values()),
+    }
 
 
 def open_data(recipe: Recipe) -> Splits:
@@ -233,7 +328,9 @@ def open_data(recipe: Recipe) -> Splits:
     ann = _build(recipe, splits)
     device = accelerator(recipe).device
     try:
-        snn = to_spiking(ann, recipe.timesteps[0], recipe.neuron).to(device)
+        snn = to_spiking(
+            ann, recipe.timesteps[0], recipe.neuron, image_shape=splits.image_shape
+        ).to(device)
         with evaluating(snn):
             snn(torch.zeros(1, *splits.image_shape, device=device))
     except (ValueError, TypeError, RuntimeError) as error:
@@ -260,10 +357,10 @@ def accelerator(recipe: Recipe) -> Accelerator:
         return Accelerator(mixed_precision=precision, cpu=cpu)
 
 
-def _build(recipe: Recipe, splits: Splits) -> Network:
+def _build(recipe: Recipe, splits: Splits) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(recipe.seed, "initial"))
         try:
-            return build(recipe.model, splits.classes, splits.image_shape)
+            return any_network.build(recipe.model, splits.classes, splits.image_shape)
         except ValueError as error:
             raise UsageError(str(error)) from error

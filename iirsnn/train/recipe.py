@@ -16,7 +16,7 @@ from .. import models
 from ..conversion import NeuronConfig
 from ..errors import UsageError, check_choice, one_line
 from ..models import ModelConfig
-from . import freed_memory
+from . import any_network, freed_memory
 from .data import DataConfig
 from .stage_order import stages
 
@@ -60,6 +60,8 @@ class StageConfig:
         energy_budget: additions per operation that are free, in each micro-batch of each process.
         mixup: alpha of the Beta distribution that images are mixed by (Zhang et al., arXiv
             1710.09412); 0 for none.
+        weights: of the ANN alone, a file with its trained weights (.safetensors, or .pt with a
+            state_dict), which are tested and not trained.
     """
 
     epochs: int = 1
@@ -80,6 +82,7 @@ class StageConfig:
     energy_weight: float = 0.0
     energy_budget: float = 0.0
     mixup: float = 0.0
+    weights: str = ""
 
 
 @dataclass
@@ -241,7 +244,12 @@ def check(recipe: Recipe) -> None:
     names = [stage.name for stage in stages(recipe.timesteps)]
     if recipe.name:
         check_folder_name("name", recipe.name)
-    check_choice("model.name", recipe.model.name, models.NAMES)
+    if not any_network.is_foreign(recipe.model.name):
+        check_choice("model.name", recipe.model.name, models.NAMES)
+    elif any(recipe.stage_config(name).energy_weight for name in names):
+        raise UsageError(
+            f"energy_weight: expected 0 for {recipe.model.name}, whose additions have no gradient"
+        )
     try:
         recipe.neuron.build(channels=1)
     except ValueError as error:
@@ -301,6 +309,8 @@ def _check_stage(name: str, stage: StageConfig) -> None:
     )
     temperature = stage.teacher_temperature
     _number(f"{name}: teacher_temperature", temperature, "positive", 0 < temperature < math.inf)
+    if name != "ann" and stage.weights:
+        raise UsageError(f"{name}: weights: expected none but for ann, got {stage.weights!r}")
     if name == "ann" and stage.teacher != "none":
         raise UsageError(f"ann: teacher: expected none, as the first, got {stage.teacher!r}")
     if name == "ann" and stage.energy_weight:

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models import Network
 from ..nn import SharedDropout, neurons
 from .recipe import StageConfig
 
 
-def make_optimizer(network: Network, config: StageConfig) -> torch.optim.Optimizer:
+def make_optimizer(network: nn.Module, config: StageConfig) -> torch.optim.Optimizer:
     """The optimiser of a stage; thresholds and leaks have no weight decay."""
     own = {id(p) for neuron in neurons(network) for p in neuron.parameters()}
     parameters = [p for p in network.parameters() if p.requires_grad]
@@ -49,7 +48,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: StageConfig, don
 
 
 def set_dropout(network: nn.Module, p: float) -> None:
-    """Set the probability of every SharedDropout."""
+    """Set the probability of every dropout."""
     for module in network.modules():
-        if isinstance(module, SharedDropout):
+        if isinstance(module, (SharedDropout, nn.Dropout)):
             module.p = p

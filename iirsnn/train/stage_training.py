@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import RunError
 from ..measure.energy import EnergyPenalty
 from ..measure.evaluation import loss_and_accuracy
-from ..models import Network
 from ..nn import neurons
 from . import checkpoint, data
 from .data import Splits
@@ -88,12 +87,12 @@ class StageTraining:
 
     def __init__(
         self,
-        network: Network,
+        network: nn.Module,
         stage: Stage,
         folder: RunFolder,
         splits: Splits,
         accelerator: Accelerator,
-        teacher: Network | None = None,
+        teacher: nn.Module | None = None,
         processes: Processes | None = None,
     ) -> None:
         self.network, self.stage, self.folder, self.splits = network, stage, folder, splits
@@ -234,7 +233,8 @@ class StageTraining:
             with self.accelerator.autocast():  # for the teacher
                 loss = self.objective.loss(logits, part, part_targets)
             if config.energy_weight:
-                excess = self.penalty.value(self.network.timesteps) - config.energy_budget
+                assert self.stage.timesteps is not None
+                excess = self.penalty.value(self.stage.timesteps) - config.energy_budget
                 loss = loss + config.energy_weight * excess.clamp(min=0)
             # the mean over the processes is that over the batch
             self.accelerator.backward(loss * (len(part) * processes.count / size))

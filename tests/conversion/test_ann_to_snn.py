@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from iirsnn import FusedLIF, SharedDropout, convert
+from iirsnn import FusedLIF, Network, Readout, SharedDropout, convert
 from iirsnn.conversion import (
     NeuronConfig,
     balance_thresholds,
@@ -253,27 +253,18 @@ def test_dropout_of_a_plain_sequential_gets_one_mask_for_all_timesteps():
     assert not any(isinstance(module, nn.Dropout) for module in snn.modules())
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.relu = nn.ReLU()
-
+class Analog(nn.Module):
     def forward(self, x):
-        return x + self.relu(x)
+        return torch.tanh(x)
 
 
 @pytest.mark.parametrize(
     ("ann", "message"),
     [
         (nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), "ann: no ReLU"),
-        (nn.Sequential(nn.Linear(4, 2), nn.ReLU()), "expected a Linear as the last layer"),
-        (nn.Linear(4, 2), "ann: expected a Network or an nn.Sequential, got Linear"),
+        (nn.Linear(4, 2), "ann: no ReLU"),
         (
-            nn.Sequential(nn.Flatten(), Block(), nn.Linear(4, 2)),
-            "ann: expected each ReLU in a Sequential, got one in Block",
-        ),
-        (
-            nn.Sequential(nn.Flatten(), nn.ReLU(), nn.BatchNorm1d(4), nn.Linear(4, 2)),
+            Network([nn.Flatten(), nn.ReLU(), nn.BatchNorm1d(4), nn.Linear(4, 2)]),
             "ann: expected each BatchNorm right after a Conv2d or Linear",
         ),
         (
@@ -282,6 +273,14 @@ class Block(nn.Module):
                 *[nn.ReLU(), nn.Linear(3, 2)],
             ),
             "expected running statistics to fold, got BatchNorm1d",
+        ),
+        (
+            Network([nn.Flatten(), nn.ReLU(), nn.Linear(4, 3), nn.SiLU(), Readout(3, 2)]),
+            r"functions that are not linear, got layers.3 \(SiLU\)",
+        ),
+        (
+            Network([nn.Flatten(), nn.ReLU(), Analog(), Readout(4, 2)]),
+            r"functions that are not linear, got layers.2 \(Analog\)",
         ),
     ],
 )

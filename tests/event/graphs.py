@@ -1,6 +1,7 @@
 """Small networks of every kind of graph, as torch.fx sees them; inputs are [B, C, H, W]."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from iirsnn import FusedLIF
@@ -232,6 +233,23 @@ class Pools(Graph):
         return self.head(self.flat(self.ceil(self.two(x))))
 
 
+class Functions(Graph):
+    """Functions and methods in the place of modules."""
+
+    def build(self):
+        self.stem, self.a, self.b = conv(2, 20), FusedLIF(), FusedLIF()
+        self.one, self.head = conv(20, 30), nn.Linear(120, 5)
+
+    def body(self, x, timesteps):
+        x = first(self.a, self.stem(x), timesteps)
+        x = F.max_pool2d(F.dropout(x, 0.5, self.training), 2, 3, 1, 1, True)
+        left, right = torch.chunk(F.avg_pool2d(x, 2, 1), 2, dim=1)
+        x = torch.add(self.one(torch.cat([right, left], -3)), self.one(F.avg_pool2d(x, 2, 1)))
+        x = F.adaptive_avg_pool2d(fire(self.b, x, timesteps), (2, 2)).contiguous()
+        flat = torch.flatten(x, 1).view(x.size(0), -1)
+        return self.head(flat) + self.head(x.reshape(x.shape[0], 120))
+
+
 def quarters(channels, bias=True):
     """An Affine whose numbers are quarters."""
     generator = torch.Generator().manual_seed(channels)
@@ -240,5 +258,5 @@ def quarters(channels, bias=True):
 
 
 GRAPHS = (
-    Branches, Inception, Bottlenecks, Dense, Shuffle, Squeeze, Residual, Vgg, Pools,
+    Branches, Inception, Bottlenecks, Dense, Shuffle, Squeeze, Residual, Vgg, Pools, Functions,
 )  # fmt: skip

@@ -121,10 +121,11 @@ POOLS = {
     "average then max": [nn.AvgPool2d(2), nn.MaxPool2d(2)],
     "max ceil": [nn.MaxPool2d(3, stride=2, ceil_mode=True)],
     "max ceil, no window of its own": [nn.MaxPool2d(2, stride=3, padding=1, ceil_mode=True)],
-    "adaptive": [nn.AdaptiveAvgPool2d((4, 2))],
+    "adaptive": [nn.AdaptiveAvgPool2d((4, 5))],
+    "adaptive, windows of unlike sizes": [nn.AdaptiveAvgPool2d((12, 5))],
     "adaptive, one size kept": [nn.AdaptiveAvgPool2d((None, 5))],
     "adaptive maximum": [nn.AdaptiveMaxPool2d((4, 5))],
-    "global": [nn.AdaptiveAvgPool2d(1)],
+    "adaptive, large windows": [nn.AdaptiveAvgPool2d((2, 5))],
     "zeros around": [nn.ZeroPad2d((1, 0, 2, 1))],
 }
 

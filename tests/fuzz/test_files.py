@@ -165,7 +165,7 @@ VALUES = st.one_of(
 )
 
 
-@fuzzed(few=60, share=0.02)
+@fuzzed(few=25, share=0.02)
 @given(st.lists(st.tuples(st.sampled_from(KEYS), VALUES), min_size=1, max_size=3))
 def test_recipes_of_odd_values(settings):
     """Either a recipe, which is what its own YAML reads as, or one line."""
@@ -189,7 +189,7 @@ def recipe_text() -> bytes:
     return recipe.read("recipe", "fashion-mnist-plus").encode()
 
 
-@fuzzed(few=40, share=0.01)
+@fuzzed(few=15, share=0.01)
 @given(mutations())
 def test_recipes_of_changed_text(changes):
     text = mutated(recipe_text(), changes, 400).decode("utf-8", errors="replace")

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from iirsnn.kernels import tiles
 
 from iirsnn.functional import lif
@@ -65,6 +67,22 @@ def test_few_programs_share_many_rows(timesteps, monkeypatch):
         "rows", (timesteps, 50, 70), threshold_channels=True, leak_channels=True, v0=timesteps > 1
     )
     lif_cases.check_backward(case, TRITON)
+
+
+@triton.jit
+def is_whole_kernel(out_ptr, rows, width, ROWS: tl.constexpr, COLS: tl.constexpr):
+    row_block, col_block = tl.program_id(0), tl.program_id(1)
+    whole = tiles.is_whole(row_block, col_block, rows, width, ROWS, COLS)
+    tl.store(out_ptr + row_block * tl.num_programs(1) + col_block, whole)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(8, 8), (7, 8), (8, 7), (9, 9), (1, 1), (12, 16)])
+def test_a_tile_is_whole_only_where_all_of_its_neurons_exist(rows, width):
+    """Outputs are written without a mask then; the interpreter would not notice one too many."""
+    out = torch.full((4, 4), 7, dtype=torch.int32)
+    is_whole_kernel[(4, 4)](out, rows, width, ROWS=4, COLS=4)
+    ends = 4 * torch.arange(1, 5)
+    assert torch.equal(out.bool(), (ends[:, None] <= rows) & (ends <= width))
 
 
 def test_strided_arguments():

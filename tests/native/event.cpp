@@ -30,6 +30,21 @@ class Network {
     const NeuronParameters neurons{threshold.data(), leak.data(), reset_, -0.125f};
     return keep(engine.add_neurons({{source, weight.data(), outputs, groups, window}}, skips, parameters, neurons));
   }
+  // A layer without neurons.
+  int64_t currents(int64_t source, int64_t outputs, const Window& window, int64_t groups = 1,
+                   const std::vector<Skip>& skips = {}) {
+    const std::vector<float> weight = weights(source, outputs, window, groups);
+    const std::vector<float> bias = random_.reals<float>(outputs, 0, 0.25), scale(outputs, unit_);
+    const LayerParameters parameters{precision_, bias.data(), scale.data()};
+    return engine.add_currents({{source, weight.data(), outputs, groups, window}}, skips, parameters);
+  }
+  int64_t neurons(const std::vector<Skip>& skips) {
+    const int64_t outputs = engine.shape(skips[0].source).channels;
+    const std::vector<float> bias = random_.reals<float>(outputs, 0, 0.25);
+    const std::vector<float> threshold = random_.reals<float>(outputs, 0.25, 0.5), leak(outputs, 0.5f);
+    const LayerParameters parameters{Precision::fp32, bias.data(), nullptr};
+    return keep(engine.add_neurons({}, skips, parameters, {threshold.data(), leak.data(), reset_, -0.125f}));
+  }
   int64_t max_pool(int64_t source, const Window& window) { return keep(engine.add_max_pool(source, window)); }
   int64_t average_pool(int64_t source, const Window& window) { return keep(engine.add_average_pool(source, window)); }
   void readout(int64_t source, int64_t outputs) {
@@ -71,9 +86,9 @@ class Network {
     const double most = 1.5 / std::sqrt(double(inputs));
     auto weight = random_.reals<float>(outputs * inputs, -most, most);
     unit_ = float(most) / 127;
-    if (source == 0) unit_ = 1;
+    if (engine.real(source)) unit_ = 1;
     for (float& w : weight) {
-      if (source == 0 || precision_ == Precision::fp32) continue;
+      if (engine.real(source) || precision_ == Precision::fp32) continue;
       w = precision_ == Precision::bf16 ? to_acc(Convert<BFloat16>::round(w)) : std::nearbyint(w / unit_);
     }
     return weight;
@@ -110,6 +125,30 @@ void convolutions(Precision precision, int64_t timesteps, Reset reset, const std
   for (const int64_t count : {1, 3}) print(name + "/batch" + std::to_string(count), net.run(count));
 }
 
+// Sources of several readers, real values between layers, sums and selections of counts, an output without weights.
+void graph(Precision precision, int64_t timesteps, const std::string& name) {
+  Network net({2, 9, 8}, timesteps, precision, Reset::soft);
+  const int64_t stem = net.conv(0, 70, window(3, 1, 1));
+  const int64_t left = net.conv(stem, 70, window(3, 1, 1), 70);
+  const int64_t sum = net.engine.add_sum({{stem, 1}, {left, 2}});
+  const int64_t pooled = net.average_pool(sum, window(2, 2));
+  const int64_t right = net.conv(stem, 30, window(2, 2));
+  const int64_t cut = net.max_pool(right, window(3, 1, 1));
+  const int64_t both = net.engine.add_channels({{pooled, 3, 61, 1}, {cut, 0, 30, 1}, {pooled, 0, 7, 1}});
+  const int64_t linear = net.currents(both, 40, window(1));
+  const int64_t wide = net.currents(linear, 40, window(3, 1, 1), 40, {{linear, 1}});
+  const int64_t grouped = net.currents(wide, 48, window(3, 1, 1), 4);
+  const int64_t largest = net.engine.add_max_pool(grouped, window(3, 1, 1));
+  const int64_t mixed = net.engine.add_channels({{largest, 0, 48, 0.5f}, {both, 60, 10, 0.25f}});
+  const int64_t fired = net.neurons({{mixed, 1}});
+  const int64_t again = net.conv(fired, 58, window(3, 1, 1), 1, {{mixed, 0.5f}, {fired, 0.25f}});
+  const int64_t spread = net.engine.add_adaptive_pool(again, 3, 5);
+  const int64_t averages = net.engine.add_adaptive_pool(net.currents(spread, 20, window(1)), 2, 2);
+  const int64_t last = net.neurons({{net.engine.add_average_pool(averages, window(2)), 1}});
+  net.engine.add_output(last, 0.5f);
+  for (const int64_t count : {1, 3}) print(name + "/batch" + std::to_string(count), net.run(count));
+}
+
 // Layers of one position: rows for a few images, tiles for many.
 void linear(Precision precision, const std::string& name) {
   Network net({70, 1, 1}, 1, precision, Reset::soft);
@@ -127,6 +166,7 @@ void event_cases() {
     const std::string name = std::string("event/") + precision_name(precision);
     linear(precision, name + "/linear");
     convolutions(precision, 1, Reset::soft, name + "/T1");
+    for (const int64_t timesteps : {1, 3}) graph(precision, timesteps, name + "/graph/T" + std::to_string(timesteps));
     for (int reset = 0; reset < 4; ++reset) {
       convolutions(precision, 3, Reset(reset), name + "/T3/" + resets[reset]);
     }

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -131,10 +132,14 @@ def test_a_cpu_build_has_no_cuda_in_it():
 
 
 @pytest.fixture
-def not_compiled(monkeypatch):
-    """As if iirsnn._C had not been built."""
-    monkeypatch.setitem(sys.modules, "iirsnn._C", None)
-    real = importlib.import_module
+def not_compiled(monkeypatch, tmp_path):
+    """As if iirsnn._C had not been built, with an empty cache."""
+    monkeypatch.delitem(sys.modules, "iirsnn._C")
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # without a GPU it does not compile for one, though a toolkit may be installed
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    real, find = importlib.import_module, importlib.util.find_spec
 
     def import_module(name, *rest):
         if name == "iirsnn._C":
@@ -142,19 +147,132 @@ def not_compiled(monkeypatch):
         return real(name, *rest)
 
     monkeypatch.setattr(build.importlib, "import_module", import_module)
+    monkeypatch.setattr(
+        build.importlib.util, "find_spec", lambda name: None if name == "iirsnn._C" else find(name)
+    )
 
 
-def test_compiling_at_first_use_takes_the_same_recipe(not_compiled, monkeypatch):
-    # without a GPU it does not compile for one, though a toolkit may be installed
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    calls, module = [], SimpleNamespace(build_info=dict)
-    monkeypatch.setattr(cpp_extension, "load", lambda **how: calls.append(how) or module)
+@pytest.fixture
+def compiler(monkeypatch):
+    """Stands for torch's: the calls to it; what it makes is an empty file."""
+    calls = []
+
+    def load(**how):
+        calls.append(how)
+        file = Path(how["build_directory"]) / f"{how['name']}.so"
+        file.touch()
+        return SimpleNamespace(build_info=dict, __file__=str(file))
+
+    monkeypatch.setattr(cpp_extension, "load", load)
+    return calls
+
+
+def kept(tmp_path):
+    return sorted((tmp_path / "cache" / "iirsnn" / "kernels").glob("*/*"))
+
+
+def test_compiling_at_first_use_takes_the_same_recipe(not_compiled, compiler, tmp_path, capsys):
     assert build.load() is None
-    assert sys.modules["iirsnn._C"] is module
     recipe = build.recipe("0")
-    assert calls[0]["sources"] == recipe["sources"]
-    assert calls[0]["extra_cflags"] == recipe["cxx"]
-    assert not calls[0]["with_cuda"]
+    assert compiler[0]["sources"] == recipe["sources"]
+    assert compiler[0]["extra_cflags"] == recipe["cxx"]
+    assert not compiler[0]["with_cuda"]
+    lock, made = sorted(kept(tmp_path), key=lambda path: path.suffix)
+    assert (lock.name, made.name) == ("lock", "iirsnn_C.so")
+    assert sys.modules["iirsnn._C"].__file__ == str(made)
+    said = "iirsnn: iirsnn._C is not compiled; compiling its kernels, a minute\n"
+    assert capsys.readouterr().err == said
+
+
+def test_what_was_compiled_is_kept(not_compiled, compiler, monkeypatch, capsys):
+    assert build.load() is None
+    del sys.modules["iirsnn._C"]
+    capsys.readouterr()
+    imported = []
+    monkeypatch.setattr(
+        build, "_import", lambda file: imported.append(file) or SimpleNamespace(build_info=dict)
+    )
+    assert build.load() is None
+    assert len(compiler) == len(imported) == 1
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("what", ["torch", "flags", "source", "compiler"])
+def test_another_torch_source_flag_or_compiler_has_a_folder_of_its_own(
+    what, not_compiled, monkeypatch, tmp_path
+):
+    def file():
+        return build._compiled_file(build.recipe("0"), "c++")
+
+    first = file()
+    assert first == file()
+    if what == "torch":
+        monkeypatch.setattr(torch, "__version__", "2.10.0")
+    elif what == "flags":
+        monkeypatch.setattr(build, "CXX_FLAGS", ["-O1"])
+    elif what == "compiler":
+        done = SimpleNamespace(stdout=b"c++ 99")
+        monkeypatch.setattr(build.subprocess, "run", lambda *_, **__: done)
+    else:
+        shutil.copytree(build.source_dir(), tmp_path / "csrc")
+        monkeypatch.setattr(build, "source_dir", lambda: tmp_path / "csrc")
+        assert file() == first
+        with (tmp_path / "csrc" / "lif" / "lif_step.h").open("a") as header:
+            header.write("// changed")
+    assert file() != first
+
+
+def test_an_extension_for_another_torch_is_compiled_anew(
+    not_compiled, compiler, monkeypatch, tmp_path, capsys
+):
+    old = tmp_path / "_C.so"
+    old.write_bytes(b"\x7fELF iirsnn for torch 2.9.1\0 the rest")
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=old))
+    assert build.load() is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"iirsnn: iirsnn._C was compiled for torch 2.9.1, not for {torch.__version__}; "
+        "compiling its kernels, a minute"
+    )
+
+
+def test_an_extension_that_cannot_be_imported_is_compiled_anew(
+    not_compiled, compiler, monkeypatch, capsys
+):
+    def import_module(name):
+        raise ImportError("_C.so: undefined symbol: _ZN3c10\nand more")
+
+    monkeypatch.setattr(build.importlib, "import_module", import_module)
+    assert build.load() is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "not for this torch (_C.so: undefined symbol: _ZN3c10); compiling" in line
+
+
+def test_the_extension_says_which_torch_it_is_for():
+    module = importlib.import_module("iirsnn._C")
+    assert torch.__version__.startswith(module.build_info()["torch"])
+    said = f"iirsnn for torch {module.build_info()['torch']}".encode()
+    assert said in Path(module.__file__).read_bytes()
+
+
+def test_a_killed_compilation_does_not_stop_the_next(not_compiled, compiler, tmp_path):
+    file = build._compiled_file(build.recipe("0"), cpp_extension.get_cxx_compiler())
+    code = (
+        "import time, importlib.util as u; from pathlib import Path\n"
+        f"spec = u.spec_from_file_location('build', {build.__file__!r})\n"
+        "build = u.module_from_spec(spec); spec.loader.exec_module(build)\n"
+        f"folder = Path({str(file.parent)!r}); folder.mkdir(parents=True)\n"
+        "with build._alone(folder):\n"
+        "    (folder / 'tmpold').mkdir(); (folder / 'tmpold' / 'lock').touch()\n"
+        "    print('compiling', flush=True); time.sleep(600)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "compiling\n"
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert build.load() is None
+    assert file.is_file()
 
 
 def test_first_use_without_a_compiler_gives_the_reason(not_compiled, monkeypatch):
@@ -162,12 +280,18 @@ def test_first_use_without_a_compiler_gives_the_reason(not_compiled, monkeypatch
     assert "there is no C++ compiler (no-such-compiler)" in build.load()
 
 
-def test_first_use_that_fails_to_compile_gives_the_reason(not_compiled, monkeypatch):
+def test_first_use_without_a_home_gives_the_reason(not_compiled, monkeypatch):
+    monkeypatch.setattr("iirsnn.cache.folder", lambda: None)
+    assert "there is no folder to compile in: set HOME or XDG_CACHE_HOME" in build.load()
+
+
+def test_first_use_that_fails_to_compile_gives_the_reason(not_compiled, monkeypatch, tmp_path):
     def load(**how):
         raise RuntimeError("Error building extension\nlong log")
 
     monkeypatch.setattr(cpp_extension, "load", load)
     assert build.load().endswith("compiling it now failed: Error building extension")
+    assert [path.name for path in kept(tmp_path)] == ["lock"]
 
 
 def test_first_use_can_be_told_not_to_compile(not_compiled, monkeypatch):
@@ -210,3 +334,27 @@ def test_setup_asked_for_cuda_in_vain_fails_loudly(tmp_path, no_torch):
     code, said = setup_says(tmp_path, **no_torch, IIRSNN_BUILD_CUDA="1")
     assert code != 0
     assert "IIRSNN_BUILD_CUDA=1: expected a CUDA build to be possible, but torch is not" in said
+
+
+def test_a_compiler_that_fails_leaves_pure_python_and_says_so(tmp_path):
+    copy = tmp_path / "copy"
+    for name in ("csrc", "iirsnn", "kernels", "recipes"):
+        left_out = shutil.ignore_patterns("__pycache__", "*.so")
+        shutil.copytree(ROOT / name, copy / name, ignore=left_out)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    failing = tmp_path / "c++"
+    failing.write_text("#!/bin/sh\nexit 1\n")
+    failing.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build"],
+        env=os.environ | {"CXX": str(failing), "CC": str(failing), "IIRSNN_BUILD_CUDA": "0"},
+        capture_output=True,
+        text=True,
+        cwd=copy,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "warning: iirsnn: the C++ kernels do not compile (" in done.stderr
+    assert "installing pure Python, which compiles itself at first use" in done.stderr
+    assert not list(copy.rglob("*.so"))
+    assert len(list((copy / "build").rglob("module.cpp"))) == 1  # to be compiled at first use

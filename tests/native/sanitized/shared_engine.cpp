@@ -54,7 +54,12 @@ class Case {
     const int64_t pooled = engine.add_average_pool(first, half);
     const int64_t second = neurons({pooled, 140, same, 2});
     const int64_t third = neurons({second, 140, same, 1, {{second, 1.0f}}});
-    const int64_t small = engine.add_max_pool(third, {{3, 3}, {3, 3}});
+    const int64_t sum = engine.add_sum({{second, 1}, {third, 2}});
+    const int64_t shuffled = engine.add_channels({{sum, 70, 70, 1}, {sum, 0, 70, 1}});
+    const int64_t values = currents({shuffled, 50, same}), joined = currents({values, 50, same, 50, {{values, 1.0f}}});
+    const int64_t both = engine.add_channels({{joined, 10, 40, 1}, {third, 5, 30, 0.5f}});
+    const int64_t spread = engine.add_adaptive_pool(neurons({both, 140, {}, 1}), 4, 7);
+    const int64_t small = engine.add_max_pool(currents({spread, 140, {}, 2}), {{3, 3}, {3, 3}});
     const int64_t hidden = neurons({small, 200, {{2, 1}}});
     const Parameters p(*this, hidden, kClasses, {});
     engine.add_readout({hidden, p.weight.data(), kClasses, 1, {}}, p.layer());
@@ -75,7 +80,7 @@ class Case {
   struct Parameters {
     Parameters(const Case& n, int64_t source, int64_t outputs, const Window& window, int64_t groups = 1)
         : precision(n.precision_), bias(numbers(outputs, -0.5f, 0.5f, 1)), scale(outputs, 0.01f), ones(outputs, 1.0f) {
-      const bool integers = precision == Precision::int8 && source != 0;
+      const bool integers = precision == Precision::int8 && !n.engine.real(source);
       const float most = integers ? 127.0f : 0.3f;
       weight = numbers(outputs * n.engine.shape(source).channels / groups * window.kernel.y * window.kernel.x, -most,
                        most, unsigned(outputs), integers);
@@ -92,6 +97,11 @@ class Case {
     return engine.add_neurons({{l.source, p.weight.data(), l.outputs, l.groups, l.window}}, l.skips, p.layer(), fires);
   }
 
+  int64_t currents(const Layer& l) {
+    const Parameters p(*this, l.source, l.outputs, l.window, l.groups);
+    return engine.add_currents({{l.source, p.weight.data(), l.outputs, l.groups, l.window}}, l.skips, p.layer());
+  }
+
   Precision precision_;
 
  public:
@@ -105,7 +115,7 @@ void threads_share_an_engine(const Case& network) {
   std::vector<std::thread> callers;
   for (int caller = 0; caller < 4; ++caller) {
     callers.emplace_back([&, caller] {
-      for (int turn = 0; turn < 12; ++turn) {
+      for (int turn = 0; turn < 4; ++turn) {
         const int64_t count = (caller * 5 + turn * 7) % (kMost + 1);
         const std::vector<float> together = network.call(images, count, 1 + (caller + turn) % 3);
         expect(together == alone[count], "a call beside others gives what it gives alone");
@@ -172,7 +182,7 @@ int main() {
     for (int64_t timesteps : {1, 2}) {
       const Case network(precision, timesteps);
       threads_share_an_engine(network);
-      memory_may_run_out(network);
+      if (timesteps == 1) memory_may_run_out(network);
     }
   }
   exceptions_reach_the_caller();

@@ -1,0 +1,148 @@
+// Many outputs at few positions: long rows of weights, which come from memory.
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "event/blocks.h"
+#include "event/kernels.h"
+#include "event/row_sums.h"
+#include "simd/versions.h"
+
+namespace iirsnn::event {
+namespace {
+
+// Rows are long and each is met a few times at most, so they come from memory: four at a time, which are known so early
+// that the next ones can be asked for.
+template <typename Weights>
+struct StreamLoop {
+  using weight_t = typename Weights::weight_t;
+  using sum_t = typename Weights::sum_t;
+  template <int kBytes>
+  using Sum = typename Weights::template Sum<Weights::kUnit, kBytes>;
+  static constexpr int kRows = 4;
+  static constexpr int kAhead = 8192 / int(sizeof(weight_t));  // outputs of each row
+  static constexpr bool kIntegers = std::is_same_v<sum_t, int16_t>;
+
+  struct Group {
+    const weight_t* rows[kRows];  // beyond count, the first one again
+    sum_t* sums;
+    int count, digit;
+    IIRSNN_INLINE bool takes(const sum_t* to, int of) const { return count < kRows && sums == to && digit == of; }
+  };
+
+  template <int kBytes, int kCount, bool kPlain>
+  static IIRSNN_INLINE void add_part(const Group& group, int from, int to, const Group& next, int shift) {
+    const weight_t *rows[kCount], *ahead[kRows];  // in registers: stores to the sums could change the group's
+    for (int k = 0; k < kCount; ++k) rows[k] = group.rows[k];
+    for (int k = 0; k < kRows; ++k) ahead[k] = next.rows[k] + shift;
+    sum_t* const sums = group.sums;
+    const int digit = group.digit;
+    for (int i = from; i < to; i += Weights::kUnit) {
+      if (sizeof(weight_t) > 1 || i % 64 == 0) {  // once a cache line
+        for (int k = 0; k < kRows; ++k) __builtin_prefetch(ahead[k] + i, 0, 2);
+      }
+      Sum<kBytes> sum;
+      sum.load(sums + i);
+      IIRSNN_REGISTERS
+      for (int k = 0; k < kCount; ++k) sum.add(rows[k] + i, kPlain ? 0 : digit);
+      sum.store(sums + i);
+    }
+  }
+  // Adds a group and asks for `soon` at the distance `shift`, then for `later`.
+  template <int kBytes, int kCount>
+  static IIRSNN_INLINE void add(const Group& group, const Group& soon, const Group& later, int shift, int width) {
+    if (group.digit == 0) {
+      add_part<kBytes, kCount, true>(group, 0, width - shift, soon, shift);
+      add_part<kBytes, kCount, true>(group, width - shift, width, later, shift - width);
+    } else {
+      add_part<kBytes, kCount, false>(group, 0, width - shift, soon, shift);
+      add_part<kBytes, kCount, false>(group, width - shift, width, later, shift - width);
+    }
+  }
+
+  template <int kBytes>
+  static IIRSNN_INLINE void run(const Additions* work_, Work* done_) {
+    const Additions work = *work_;
+    Work done;
+    std::vector<Group> groups;  // to be added; known so early that their rows can be asked for
+    const int width = work.width, groups_ahead = kAhead / width;
+    // rows that count 2^digit times, of which the sums take 2^shift
+    const auto collect = [&](uint64_t bits, int digit, int shift, const weight_t* rows, sum_t* sums)
+                             IIRSNN_INLINE_LAMBDA {
+                               done.count(bits, digit);
+                               while (bits) {
+                                 if (groups.empty() || !groups.back().takes(sums, shift)) {
+                                   const weight_t* first = rows + __builtin_ctzll(bits) * work.pitch;
+                                   groups.push_back({{first, first, first, first}, sums, 0, shift});
+                                 }
+                                 Group& group = groups.back();
+                                 for (; bits && group.count < kRows; bits &= bits - 1) {
+                                   group.rows[group.count++] = rows + __builtin_ctzll(bits) * work.pitch;
+                                 }
+                               }
+                             };
+    each_block<Weights>(work, [&](const Tap& tap, const uint64_t* bits, const Channels& channels, const weight_t* rows,
+                                  int here, int ahead, Carry carry, bool complete) IIRSNN_INLINE_LAMBDA {
+      if (kIntegers && carry != Carry::none) carry_over<kBytes>(work, 0);
+      const bool by_digit = kIntegers && carry == Carry::by_digit;
+      // of many positions one or another needs almost every row of the next block, so they share out all of them
+      const bool share = ahead > 0 && work.images * tap.rows * tap.columns >= kVisitsToPrefetch;
+      const weight_t* const next = rows + here * work.pitch;
+      for (int digit = 0; digit < (by_digit ? work.planes : 1); ++digit) {
+        each_position<sum_t>(work, tap, bits, [&](const uint64_t* in, sum_t* sums) IIRSNN_INLINE_LAMBDA {
+          if (by_digit) return collect(channels.of(in[digit * work.plane]), digit, 0, rows, sums);
+          for (int d = 0; d < work.planes; ++d) collect(channels.of(in[d * work.plane]), d, d, rows, sums);
+        });
+        const int64_t count = groups.size(), kept = complete || by_digit || share ? 0 : groups_ahead + 2;
+        for (int64_t i = 0; i < count - kept; ++i) {
+          Group block = groups[i];
+          const Group *soon = &block, *later = soon;
+          int shift = 0;
+          if (share) {
+            for (int64_t k = 0; k < kRows; ++k) {
+              const int64_t last = std::min<int64_t>((i + 1) * ahead / count, ahead - 1);
+              block.rows[k] = next + std::min(i * ahead / count + k, last) * work.pitch;
+            }
+          } else {
+            soon = &groups[std::min(i + groups_ahead, count - 1)];
+            later = &groups[std::min(i + groups_ahead + 1, count - 1)];
+            shift = kAhead % width;
+          }
+          switch (groups[i].count) {
+            case 4:
+              add<kBytes, 4>(groups[i], *soon, *later, shift, width);
+              break;
+            case 3:
+              add<kBytes, 3>(groups[i], *soon, *later, shift, width);
+              break;
+            case 2:
+              add<kBytes, 2>(groups[i], *soon, *later, shift, width);
+              break;
+            default:
+              add<kBytes, 1>(groups[i], *soon, *later, shift, width);
+          }
+        }
+        groups.erase(groups.begin(), groups.begin() + std::max<int64_t>(count - kept, 0));
+        if (by_digit) carry_over<kBytes>(work, digit);
+      }
+    });
+    if (kIntegers) carry_over<kBytes>(work, 0);
+    done_->events += done.events;
+    done_->doublings += done.doublings;
+  }
+};
+
+}  // namespace
+
+void add_stream(Precision precision, const Additions& work, Work& done) {
+  switch (precision) {
+    case Precision::fp32:
+      return run<StreamLoop<Fp32>>(&work, &done);
+    case Precision::bf16:
+      return run<StreamLoop<Bf16>>(&work, &done);
+    case Precision::int8:
+      return run<StreamLoop<Integer<int8_t>>>(&work, &done);
+  }
+}
+
+}  // namespace iirsnn::event

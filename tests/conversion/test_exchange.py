@@ -1,0 +1,213 @@
+"""NIR and ONNX: networks written, read and run by others give the same spikes and classes."""
+
+import nir
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from iirsnn import FusedLIF, Network, Readout, convert, from_nir, to_nir, to_onnx
+from iirsnn.conversion import NeuronConfig
+from iirsnn.conversion.plain_graph import as_graph
+from iirsnn.models import ModelConfig, ResidualBlock, build
+from iirsnn.nn import neurons
+
+from .networks import NETWORKS, Residual, Shuffle, images, trained_like
+
+PLAIN = {"Conv", "MatMul", "Add", "Greater", "Cast", "Identity"}
+
+
+def run(path, x):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+
+
+def networks():
+    """(name, SNN at T = 1) of the package's own networks and of others."""
+    torch.manual_seed(0)
+    config = ModelConfig(layers=[6, "A", 8], hidden=[12], batch_norm=True)
+    vgg = trained_like(build(config, 5, (3, 8, 8)))
+    config = ModelConfig(name="resnet18", batch_norm=False)
+    residual = Network(
+        [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), ResidualBlock(4, 6, 2, batch_norm=True)]
+        + [nn.MaxPool2d(2), nn.Flatten(), Readout(24, 5)]
+    )
+    anns = {"vgg": vgg, "block": trained_like(residual)}
+    anns |= {kind.__name__: trained_like(kind()) for kind in NETWORKS}
+    x = images(16, seed=1)
+    for name, ann in anns.items():
+        yield name, convert(ann, x, timesteps=1).eval()
+    settings = NeuronConfig(keep_batch_norm=True, per_channel=True)
+    yield "kept norms", convert(anns["Residual"], x, timesteps=1, neuron=settings).eval()
+
+
+@pytest.mark.parametrize(("name", "snn"), networks())
+@torch.no_grad()
+def test_onnx_gives_the_logits_at_one_timestep(name, snn, tmp_path):
+    x = images(64, seed=2)
+    to_onnx(snn, tmp_path / "net.onnx", (3, 8, 8))
+    logits = run(tmp_path / "net.onnx", x)
+    expected = snn(x)
+    assert torch.equal(logits.argmax(1), expected.argmax(1))
+    close = (logits - expected).abs().amax(1) < 1e-4  # a rounding may flip a spike
+    assert close.float().mean() > 0.95
+    assert torch.equal(run(tmp_path / "net.onnx", x[:1]).argmax(1), expected[:1].argmax(1))
+
+
+def test_a_neuron_is_greater_and_cast(tmp_path):
+    snn = Network([nn.Conv2d(3, 4, 3), FusedLIF(0.5), nn.Flatten(), Readout(144, 5)])
+    to_onnx(snn, tmp_path / "net.onnx", (3, 8, 8))
+    kinds = [node.op_type for node in onnx.load(tmp_path / "net.onnx").graph.node]
+    assert kinds == ["Conv", "Greater", "Cast", "Flatten", "MatMul", "Add", "Identity"]
+
+
+@pytest.mark.parametrize("kind", [Residual, Shuffle])
+@torch.no_grad()
+def test_torch_export_gives_the_logits_at_one_timestep(kind):
+    snn = convert(trained_like(kind()), images(8, seed=1), timesteps=1).eval()
+    x = images(4, seed=2)
+    program = torch.export.export(snn, (x,))
+    torch.testing.assert_close(program.module()(x), snn(x))
+
+
+# ---- NIR ----
+
+
+@torch.no_grad()
+def averaging(**options):
+    """Average pools, a residual block, neurons of every leak; thresholds of a conversion."""
+    torch.manual_seed(0)
+    ann = Network(
+        [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), ResidualBlock(4, 6, 2, batch_norm=True)]
+        + [nn.AvgPool2d(2), nn.Conv2d(6, 6, 1, groups=3, bias=False), nn.ReLU()]
+        + [nn.Flatten(), nn.Linear(24, 9), nn.ReLU(), Readout(9, 5)],
+        (3, 8, 8),
+    )
+    snn = convert(trained_like(ann), images(8, seed=1), neuron=NeuronConfig(**options)).eval()
+    return snn
+
+
+@pytest.mark.parametrize("leak", [1.0, 0.75])
+@pytest.mark.parametrize("per_channel", [False, True])
+@torch.no_grad()
+def test_a_network_comes_back_from_nir(leak, per_channel, tmp_path):
+    snn = averaging(leak=leak, per_channel=per_channel)
+    nir.write(str(tmp_path / "net.nir"), to_nir(snn))
+    graph = nir.read(str(tmp_path / "net.nir"))
+    back = from_nir(graph, timesteps=4).eval()
+    kind = nir.IF if leak == 1 else nir.LIF
+    assert sum(isinstance(node, kind) for node in graph.nodes.values()) == 5
+    assert back.image_shape == (3, 8, 8)
+    x = images(16, seed=2)
+    snn.timesteps = 4
+    for one, other in zip(neurons(as_graph(snn)), neurons(back), strict=True):
+        torch.testing.assert_close(one.leak, other.leak[: len(one.leak)], rtol=1e-6, atol=1e-6)
+    same = (back(x) - snn(x) / 4).abs().amax(1) < 1e-4
+    assert same.float().mean() > 0.9  # tau is float32: a rounding may flip a spike
+    assert same.all() or leak != 1
+
+
+@torch.no_grad()
+def test_a_graph_network_comes_back_from_nir():
+    ann = nn.Sequential(
+        *[nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2)],
+        *[nn.Flatten(), nn.Linear(16, 5), nn.ReLU()],
+    )
+    snn = convert(trained_like(ann), images(8, seed=1), timesteps=3).eval()
+    back = from_nir(to_nir(snn), timesteps=3).eval()
+    x = images(8, seed=2)
+    torch.testing.assert_close(back(x), snn(x))
+
+
+@pytest.mark.parametrize(
+    ("snn", "message"),
+    [
+        (
+            Network(
+                [nn.Conv2d(3, 4, 3), FusedLIF(), nn.MaxPool2d(2), nn.Flatten(), Readout(36, 2)]
+            ),
+            "layers.2: NIR has .*; got MaxPool2d",
+        ),
+        (
+            Network([nn.Flatten(), nn.Linear(192, 4), FusedLIF(reset="hard"), Readout(4, 2)]),
+            "layers.2: NIR has .*; got reset=hard",
+        ),
+        (
+            Network([nn.Flatten(), nn.Linear(192, 4), FusedLIF(leak=1.5), Readout(4, 2)]),
+            "layers.2: NIR has .*; got leak from 1.5 to 1.5",
+        ),
+    ],
+)
+def test_what_nir_lacks_is_refused_by_name(snn, message):
+    with pytest.raises(ValueError, match=message):
+        to_nir(snn, (3, 8, 8))
+
+
+def chain(**nodes):
+    names = ["input", *nodes, "output"]
+    nodes = {"input": nir.Input(np.array([4])), **nodes, "output": nir.Output(np.array([4]))}
+    return nir.NIRGraph(nodes, list(zip(names, names[1:], strict=False)))
+
+
+def ones(value=1.0, count=4):
+    return np.full(count, value, np.float32)
+
+
+@torch.no_grad()
+def test_a_gain_of_nir_divides_the_threshold():
+    graph = chain(lif=nir.LIF(tau=ones(4e-4), r=ones(2), v_leak=ones(0), v_threshold=ones(1.5)))
+    (lif,) = neurons(from_nir(graph, 8))
+    assert lif.leak.item() == pytest.approx(0.75)
+    assert lif.threshold.item() == pytest.approx(1.5 / 0.5)
+    (lif,) = neurons(from_nir(graph, 8, decay="exponential"))
+    assert lif.leak.item() == pytest.approx(np.exp(-0.25))
+
+
+@pytest.mark.parametrize(
+    ("graph", "message"),
+    [
+        (
+            lambda: chain(li=nir.LI(tau=ones(), r=ones(), v_leak=ones(0))),
+            "li: expected a node that a layer of ours equals, got LI",
+        ),
+        (
+            lambda: chain(lif=nir.LIF(ones(1e-3), ones(), ones(0.1), ones())),
+            "lif .*: expected v_leak = 0",
+        ),
+        (lambda: chain(n=nir.IF(r=ones(-1), v_threshold=ones())), "n: expected a threshold and a"),
+        (
+            lambda: nir.NIRGraph(
+                {
+                    **{"input": nir.Input(np.array([4])), "output": nir.Output(np.array([4]))},
+                    **{"n": nir.IF(ones(), ones()), "w": nir.Linear(np.eye(4, dtype=np.float32))},
+                },
+                [("input", "n"), ("n", "w"), ("w", "n"), ("n", "output")],
+            ),
+            "expected no cycle, got one through",
+        ),
+    ],
+)
+def test_nir_graphs_that_are_refused(graph, message):
+    with pytest.raises(ValueError, match=message):
+        from_nir(graph())
+
+
+@torch.no_grad()
+def test_a_network_of_sinabs_loads():
+    import sinabs.layers as sl
+    from sinabs.nir import to_nir as sinabs_to_nir
+
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        *[nn.Conv2d(3, 4, 3), sl.IAFSqueeze(batch_size=1, min_v_mem=None), nn.AvgPool2d(2)],
+        *[nn.Flatten(), nn.Linear(36, 5)],
+    )
+    graph = sinabs_to_nir(network, images(5))
+    snn = from_nir(graph, 5).eval()
+    x = images(1, seed=2)
+    network[1].reset_states()
+    expected = network(x.expand(5, -1, -1, -1)).mean(0, keepdim=True)
+    # sinabs may give several spikes in a timestep; these currents stay below two thresholds
+    torch.testing.assert_close(snn(x), expected, rtol=0, atol=1e-5)
