@@ -1,4 +1,5 @@
-"""The LIF neuron alone: forward, backward and both, over T, sizes, dtypes and threads.
+"""The LIF neuron alone: forward, backward and both, over T, sizes, dtypes and threads; and with
+parameters of one element a channel, over map sizes, against scalar ones.
 
     pytest benchmarks/bench_lif.py --benchmark-only -s
 
@@ -6,12 +7,12 @@ Before it is timed, every contender has to give the spikes and the gradient of t
 same bits in fp32; in bf16, where libraries round membranes differently, 99 % of the spikes.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pytest
 import torch
-from contenders import LIMIT, REUSED, Contender, Limit, available, current, prepared
+from contenders import LIMIT, REUSED, Contender, Limit, available, current, iirsnn_lif, prepared
 from traffic import Kept, Traffic
 
 CHANNELS, SIDE = 64, 32
@@ -150,3 +151,36 @@ def test_lif(race, timesteps, dtype, size, threads, what):
     }
     seconds, rounds = (1.5, (7, 101)) if size == "in" else (4.0, (5, 25))
     race(case.calls[what], facts, case.rows[what], seconds, rounds)
+
+
+@pytest.mark.telling
+@pytest.mark.parametrize("what", ["forward", "backward", "backward with parameters"])
+@pytest.mark.parametrize("timesteps", [1, 5])
+@pytest.mark.parametrize("side", [7, 14, 28, 149])
+def test_channels(race, side, timesteps, what):
+    torch.manual_seed(0)
+    batch = max(1, round(IN_CACHE / 4 / (timesteps * CHANNELS * side * side)))
+    x = current((timesteps, batch, CHANNELS, side, side)).requires_grad_()
+    g = torch.randn(x.shape)
+    learnt = what.endswith("parameters")
+    calls = {}
+    for name, channels in (("scalar", None), ("per channel", CHANNELS)):
+        neuron = iirsnn_lif(channels=channels, learn_threshold=learnt, learn_leak=learnt)
+        s, leaves = neuron(x), [x, *neuron.parameters()]
+        calls[name] = partial(forward_of, neuron, x.detach())
+        if what != "forward":
+            calls[name] = partial(torch.autograd.grad, s, leaves, g, retain_graph=True)
+    facts = {
+        "subject": "lif_channels",
+        "what": what,
+        "timesteps": timesteps,
+        "side": side,
+        "threads": torch.get_num_threads(),
+        "elements": x.numel(),
+    }
+    race(calls, facts, {}, 1.0, (7, 101), limit="scalar")
+
+
+@torch.no_grad()
+def forward_of(neuron, x):
+    return neuron(x)

@@ -203,11 +203,11 @@ def spikes_of(model: nn.Module, names: list[str], forward: Callable[[], Any]) ->
 
 
 class Training:
-    """Steps of Adam on one batch."""
+    """Steps of SGD on one batch."""
 
     def __init__(self, network: Network, model: nn.Module) -> None:
         self.network, self.model = network, model
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
         self.labels = torch.arange(len(network.images)) % 10
 
     def step(self) -> float:
@@ -220,15 +220,19 @@ class Training:
 
 
 def medians(trainings: list[Training]) -> list[tuple[list[float], float]]:
-    """Losses of the first STEPS steps, and the median time in ms, of steps taken in turns."""
+    """Losses of the first STEPS steps, and the median CPU time in ms, of steps taken in turns.
+
+    CPU time of one thread is the time of an idle machine, on a busy one as well.
+    """
+    torch.set_num_threads(1)
     losses: list[list[float]] = [[] for _ in trainings]
     times: list[list[float]] = [[] for _ in trainings]
     end = time.perf_counter() + SECONDS
     while len(losses[0]) < STEPS or time.perf_counter() < end:
         for each, loss, ms in zip(trainings, losses, times, strict=True):
-            start = time.perf_counter()
+            start = time.process_time()
             loss.append(each.step())
-            ms.append(1e3 * (time.perf_counter() - start))
+            ms.append(1e3 * (time.process_time() - start))
     return [
         (loss[:STEPS], statistics.median(ms[2:])) for loss, ms in zip(losses, times, strict=True)
     ]

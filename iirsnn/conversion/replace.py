@@ -67,12 +67,12 @@ class Replacements:
 
     @property
     def replaced(self) -> tuple[Replacement, ...]:
-        """The neurons that are FusedLIF now."""
+        """The neurons that run on the kernels now."""
         return tuple(row for row in self.rows if row.became)
 
     @property
     def left(self) -> tuple[Replacement, ...]:
-        """The neurons that stayed what they were."""
+        """The neurons that stayed as they were, each with its reason."""
         return tuple(row for row in self.rows if not row.became)
 
     def __str__(self) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from iirsnn import replace_neurons
+from iirsnn import replace_neurons, reset_state
 
 from .replaced import assert_same, current, exchanged
 
@@ -164,7 +164,7 @@ def test_the_library_resets_and_steps_without_a_warning(caplog):
         functional.reset_net(net)
         functional.set_step_mode(net, "s")
         net(torch.rand(3, 1, 8, 8))
-        net[2].reset_state()
+        reset_state(net[2])
     assert caplog.records == []
     assert net[2].v == 0.0
     assert net[6].v.shape == (3, 6, 4, 4)
@@ -186,6 +186,15 @@ def test_a_membrane_in_use_is_kept():
     assert torch.equal(original(x[:3]), other(x[:3]))
     replace_neurons(other)
     assert torch.equal(original(x[3:]), other(x[3:]))
+
+
+def test_hooks_stay_and_see_nothing_of_the_check():
+    node = neuron.LIFNode(step_mode="m")
+    seen = []
+    node.register_forward_hook(lambda module, args, output: seen.append(output))
+    replace_neurons(node)
+    assert seen == []
+    assert node(torch.ones(2, 3)) is seen[0]
 
 
 class Own(neuron.LIFNode):

@@ -42,8 +42,8 @@ struct Layout {
   int64_t neurons, channels, inner;
 };
 constexpr Layout kLayouts[] = {
-    {"scalar", 1037, 1, 1037}, {"few", 7, 1, 7},    {"inner", 1065, 3, 5},
-    {"last", 1280, 64, 1},     {"odd", 1233, 9, 1}, {"rows", 1152, 2, 64},
+    {"scalar", 1037, 1, 1037}, {"few", 7, 1, 7},      {"inner", 1065, 3, 5},  {"last", 1280, 64, 1},
+    {"odd", 1233, 9, 1},       {"rows", 1152, 2, 64}, {"wide", 1584, 4, 132},
 };
 
 template <typename scalar_t>

@@ -226,12 +226,21 @@ def test_results_do_not_depend_on_the_number_of_threads(threads):
         assert all(torch.equal(p, q) for p, q in zip(results[0], other, strict=True))
 
 
-# [B, C, H, W], channels innermost: blocks of one channel, of some, of all; rows above and below a
-# vector; one neuron a channel, in passes that fill blocks and in ones that do not.
+# [B, C, H, W], channels innermost: blocks of one channel, of some, of all; channels wide enough to
+# be pieces of a block, and not; one neuron a channel, in passes that fill blocks and that do not.
 MAPS = [
     ((3, 64, 28, 28), False),
-    ((2, 512, 7, 7), False),
+    ((3, 64, 14, 14), False),
+    ((9, 64, 7, 7), False),
+    ((1, 64, 149, 149), False),
+    ((40, 64, 5, 3), False),
+    ((5, 3, 28, 28), False),
+    ((5, 3, 14, 14), False),
+    ((20, 3, 7, 7), False),
     ((1, 3, 149, 149), False),
+    ((60, 3, 5, 3), False),
+    ((2, 512, 7, 7), False),
+    ((4, 10, 16, 8), False),  # of whole vectors, just wide
     ((40, 256, 2, 2), False),
     ((9, 600, 2, 2), False),
     ((2000, 10, 1, 1), False),
@@ -276,6 +285,23 @@ def test_parameters_of_channels_on_maps_of_any_size(level, shape, last, timestep
         terms = x.numel() // shape[1]
         bounds = {"rtol": 1e-5, "atol": 1e-6 * math.sqrt(terms)}
         torch.testing.assert_close(sums.double(), exact, **bounds)
+
+
+@pytest.mark.parametrize("timesteps", [1, 3])
+@pytest.mark.parametrize(("shape", "last"), MAPS, ids=str)
+def test_one_parameter_of_channels_beside_a_scalar(shape, last, timesteps):
+    x, threshold, leak, v0, grad_s = on_map(shape, last, timesteps)
+    how = ("soft", 0.0, False, "triangle", 1.0)
+    for some in ((threshold, leak[1:2].contiguous()), (threshold[1:2].contiguous(), leak)):
+        every = [p.expand(shape[1]).contiguous() for p in some]
+        s, _ = OPS.forward(x, *some, v0, *how, False)
+        assert torch.equal(s, reference.lif_forward(x, *every, v0, *how, False)[0])
+        got = OPS.backward(grad_s, None, x, *some, v0, *how, True)
+        wanted = OPS.backward(grad_s, None, x, *every, v0, *how, True)
+        assert torch.equal(got[0], wanted[0])
+        for g, w, p in zip(got[1:3], wanted[1:3], some, strict=True):
+            bounds = {"rtol": 1e-5, "atol": 1e-6 * math.sqrt(x.numel())}
+            torch.testing.assert_close(g.double(), w.double().sum_to_size(p.shape), **bounds)
 
 
 @pytest.mark.parametrize(("shape", "last"), MAPS, ids=str)

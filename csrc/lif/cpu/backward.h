@@ -1,6 +1,6 @@
 // Gradients of a range of chunks: reads x and grad_s and writes grad_x, 3 T N scalars. The membranes of a block are
 // computed anew, row by row, into scratch memory that stays in the caches; for more than kSegment timesteps, one row in
-// kSegment is kept and the others are computed once more.
+// kSegment is kept and the others are computed once more. A row is one call: its loop has nothing else in registers.
 #pragma once
 
 #include "lif/cpu/rows.h"
@@ -9,43 +9,43 @@
 
 namespace iirsnn {
 
-// Of a block: n neurons, whole vectors; pointers to the first of them at t = 0.
+// A row of a block: one timestep of n neurons, whole vectors; pointers to the first of them.
 template <typename scalar_t>
-struct BackwardBlock {
+struct BackwardRow {
   using acc_t = typename Convert<scalar_t>::acc_t;
   int n;
-  int64_t timesteps;
-  const scalar_t* x;
-  int64_t x_stride;
-  const scalar_t* next;  // x of the block after
-  const scalar_t* grad_s;
-  int64_t grad_s_stride;
-  scalar_t* grad_x;
-  int64_t grad_x_stride;
-  bool past_caches;     // write grad_x so
-  const acc_t* v0;      // or null
-  const acc_t* grad_v;  // or null
-  acc_t* grad_v0;       // or null
   Parameters<acc_t> parameters;
-  acc_t v_reset;
+  acc_t v_reset, scale;
   bool detach_reset;
-  Surrogate surrogate;
-  SlopeRow<acc_t> slope_row;  // or null: triangle, which is computed where it is needed
-  acc_t scale;
-  acc_t* sums;                                               // see ChannelSums; or null: not wanted
-  acc_t* membranes;                                          // scratch: [kSegment] rows
-  acc_t *checkpoints, *slopes, *grad_membrane, *grad_reset;  // scratch: a row a segment but for the last; rows
+  bool past_caches;  // write grad_x so
+  const scalar_t *x, *grad_s;
+  scalar_t* grad_x;
+  const scalar_t *next, *next_grad_x;  // of the row that comes next
+  const acc_t* before;                 // the membrane that the timestep starts from, or null: 0
+  bool fired;                          // whether it has not been reset yet
+  acc_t* h;
+  const acc_t* slopes;        // or null: triangle, which is computed where it is needed
+  const acc_t* grad_v_after;  // of the membrane that the timestep leaves
+  acc_t* grad_v;              // of the one it starts from
+  acc_t* grad_reset;          // see Carry
+  acc_t* sums;                // see ChannelSums; or null: not wanted
+  int64_t sums_stride;
 };
 
-// Adds the sums of a vector's neurons, from i on, to their rows.
-template <int kCount, typename Block, typename V>
-IIRSNN_INLINE void add_to_rows(const Block& b, int i, V* sums) {
-  IIRSNN_REGISTERS
-  for (int k = 0; k < kCount; ++k) {
-    auto* row = b.sums + k * kRow<typename Block::acc_t> + i;
-    store(row, load<V>(row) + sums[k]);
-    sums[k] = V(0);
-  }
+// f(std::bool_constant<whether sums are wanted>()).
+template <bool kAlways, typename Row, typename F>
+IIRSNN_INLINE void with_sums(const Row& b, F f) {
+  if (kAlways || b.sums) return f(std::true_type());
+  if constexpr (!kAlways) f(std::false_type());
+}
+
+template <int kCount, typename V, typename Row>
+IIRSNN_INLINE void load_sums(const Row& b, int i, V* sums) {
+  for (int k = 0; k < kCount; ++k) sums[k] = load<V>(b.sums + k * b.sums_stride + i);
+}
+template <int kCount, typename V, typename Row>
+IIRSNN_INLINE void store_sums(const Row& b, int i, const V* sums) {
+  for (int k = 0; k < kCount; ++k) store(b.sums + k * b.sums_stride + i, sums[k]);
 }
 template <typename V, typename P>
 IIRSNN_INLINE void add_part(V& sum, int part, const P& value) {
@@ -55,231 +55,305 @@ IIRSNN_INLINE void add_part(V& sum, int part, const P& value) {
   }
 }
 
+// f(j, part, sums) for each part of a piece's vectors, from neuron j on; ahead(i) before each vector. kSums are summed,
+// if any: of a piece of several channels each neuron's, else all vectors in one.
+template <int kCount, typename Part, bool kSeveral, typename Row, typename Ahead, typename F>
+IIRSNN_INLINE void for_each_part(const Row& b, int begin, int end, Ahead ahead, F f) {
+  using V = typename Part::V;
+  V sums[kCount > 0 ? kCount : 1];
+  if constexpr (!kSeveral) load_sums<kCount>(b, begin, sums);
+  for (int i = begin; i < end; i += V::kSize) {
+    ahead(i);
+    if constexpr (kSeveral) load_sums<kCount>(b, i, sums);
+    IIRSNN_REGISTERS
+    for (int part = 0; part < Part::kCount; ++part) f(i + part * Part::P::kSize, part, sums);
+    if constexpr (kSeveral) store_sums<kCount>(b, i, sums);
+  }
+  if constexpr (!kSeveral) store_sums<kCount>(b, begin, sums);
+}
+
+// h from x and the membrane before.
 template <typename scalar_t, Reset kReset, bool kNormalised>
-struct BackwardRows {
-  using Block = BackwardBlock<scalar_t>;
-  using acc_t = typename Block::acc_t;
-
+struct ChargeRow {
   template <int kBytes>
-  static IIRSNN_INLINE void run(const Block* block) {
-    const Block b = *block;  // which stores cannot change
-    with_parameters(b.parameters, [&](auto along) IIRSNN_INLINE_LAMBDA {
-      if (kNormalised || b.sums) return visit<kBytes, decltype(along)::value, true>(b);
-      visit<kBytes, decltype(along)::value, false>(b);
+  static IIRSNN_INLINE void run(const BackwardRow<scalar_t>* row) {
+    using Part = Parts<scalar_t, kBytes>;
+    using P = typename Part::P;
+    const BackwardRow<scalar_t> b = *row;  // which stores cannot change
+    for_each_piece<P>(b.parameters, b.n, [&](const auto& parameters, int begin, int end) IIRSNN_INLINE_LAMBDA {
+      const auto ahead = [&](int i) IIRSNN_INLINE_LAMBDA { prefetch<typename Part::V>(b.next + i); };
+      if (!b.before) {
+        return for_each_part<0, Part, false>(b, begin, end, ahead, [&](int j, auto&&...) IIRSNN_INLINE_LAMBDA {
+          store(b.h + j, current_at<kNormalised, P>(b.x + j, parameters, j));
+        });
+      }
+      for_each_part<0, Part, false>(b, begin, end, ahead, [&](int j, auto&&...) IIRSNN_INLINE_LAMBDA {
+        const Neuron<P> neuron = parameters.neuron(j, b.v_reset);
+        P v = load<P>(b.before + j);
+        if (b.fired) v = discharge<kReset>(v, neuron);
+        store(b.h + j, charge<kReset>(current_at<kNormalised, P>(b.x + j, parameters, j), v, neuron));
+      });
     });
-  }
-
- private:
-  template <int kBytes, bool kAlong, bool kSummed>
-  static IIRSNN_INLINE void visit(const Block& b) {
-    using V = typename Parts<scalar_t, kBytes>::V;
-    V sums[kSums<kNormalised>];
-    for (V& sum : sums) sum = V(acc_t(0));
-    const Parameters<acc_t> parameters = b.parameters;  // a copy for calls: b stays known to the compiler
-    const int64_t last = (b.timesteps - 1) / kSegment;
-    const acc_t* carry = b.grad_v;
-    // up through the segments for their checkpoints, down again for the gradients
-    for (int64_t visit = 0; visit <= 2 * last; ++visit) {
-      const int64_t segment = visit <= last ? visit : 2 * last - visit, start = segment * kSegment;
-      const int length = int(std::min<int64_t>(kSegment, b.timesteps - start));
-      const acc_t* const first = segment > 0 ? b.checkpoints + (segment - 1) * kRow<acc_t> : b.v0;
-      const acc_t* before = first;
-      for (int t = 0; t < length; ++t) {
-        const scalar_t* x = b.x + (start + t) * b.x_stride;
-        const scalar_t* next = t + 1 < length ? x + b.x_stride : b.grad_s + (start + t) * b.grad_s_stride;
-        acc_t* h =
-            visit < last && t + 1 == length ? b.checkpoints + segment * kRow<acc_t> : b.membranes + t * kRow<acc_t>;
-        if (before) {
-          charge_row<kBytes, kAlong, true>(b, x, before, start + t > 0, h, next);
-        } else {
-          charge_row<kBytes, kAlong, false>(b, x, before, false, h, next);
-        }
-        before = h;
-      }
-      if (visit < last) continue;
-      for (int t = length - 1; t >= 0; --t) {
-        const int64_t at = start + t;
-        const acc_t* h = b.membranes + t * kRow<acc_t>;
-        before = t > 0 ? h - kRow<acc_t> : first;
-        acc_t* carried = at > 0 ? b.grad_membrane : b.grad_v0;
-        if (b.slope_row) b.slope_row(h, &parameters, b.scale, b.slopes, b.n);
-        step_row<kBytes, kAlong, kSummed>(b, at, h, before, carry, carried, sums);
-        carry = carried;
-      }
-    }
-    if constexpr (kReset == Reset::soft_delayed) {
-      if (b.v0 && !b.detach_reset) {
-        slope_row<acc_t>(b.surrogate)(b.v0, &parameters, b.scale, b.slopes, b.n);
-        v0_row<kBytes, kAlong, kSummed>(b, sums);
-      }
-    }
-    if constexpr (kSummed && !kAlong) {
-      for (int k = 0; k < kSums<kNormalised>; ++k) store(b.sums + k * kRow<acc_t>, sums[k]);
-    }
-  }
-
-  // before: the membrane before the timestep, ahead of its reset if `fired`; 0 where not kCharged.
-  template <int kBytes, bool kAlong, bool kCharged>
-  static IIRSNN_INLINE void charge_row(const Block& b, const scalar_t* x, const acc_t* before, bool fired, acc_t* h,
-                                       const scalar_t* next) {
-    using V = typename Parts<scalar_t, kBytes>::V;
-    using P = typename Parts<scalar_t, kBytes>::P;
-    const PartParameters<P, kAlong, acc_t> parameters(b.parameters);
-    for (int i = 0; i < b.n; i += V::kSize) {
-      prefetch<V>(next + i);
-      IIRSNN_REGISTERS
-      for (int part = 0; part < Parts<scalar_t, kBytes>::kCount; ++part) {
-        const int j = i + part * P::kSize;
-        P current = current_at<kNormalised, P>(x + j, parameters, j);
-        if constexpr (kCharged) {
-          const Neuron<P> neuron = parameters.neuron(j, b.v_reset);
-          P v = load<P>(before + j);
-          if (fired) v = discharge<kReset>(v, neuron);
-          current = charge<kReset>(current, v, neuron);
-        }
-        store(h + j, current);
-      }
-    }
-  }
-
-  // carry, carried: the gradient of the membrane after and before the timestep, or null: 0, and not wanted.
-  template <int kBytes, bool kAlong, bool kSummed, typename V>
-  static IIRSNN_INLINE void step_row(const Block& b, int64_t t, const acc_t* h, const acc_t* before, const acc_t* carry,
-                                     acc_t* carried, V* totals) {
-    using P = typename Parts<scalar_t, kBytes>::P;
-    const PartParameters<P, kAlong, acc_t> parameters(b.parameters);
-    const scalar_t *x = b.x + t * b.x_stride, *grad_s = b.grad_s + t * b.grad_s_stride;
-    const scalar_t* next = t > 0 ? grad_s - b.grad_s_stride : b.next;
-    scalar_t* grad_x = b.grad_x + t * b.grad_x_stride;
-    const scalar_t* next_grad_x = t > 0 ? grad_x - b.grad_x_stride : grad_x;
-    const bool triangle = b.slope_row == nullptr;
-    const P zero = P(acc_t(0)), scale = P(b.scale);
-    V sums[kSums<kNormalised>];  // in registers
-    for (int k = 0; kSummed && k < kSums<kNormalised>; ++k) sums[k] = totals[k];
-    for (int i = 0; i < b.n; i += V::kSize) {
-      prefetch<V>(next + i);
-      if (!b.past_caches) prefetch<V>(next_grad_x + i);
-      IIRSNN_REGISTERS
-      for (int part = 0; part < Parts<scalar_t, kBytes>::kCount; ++part) {
-        const int j = i + part * P::kSize;
-        const Neuron<P> neuron = parameters.neuron(j, b.v_reset);
-        P v = zero;
-        if ((kSummed || kReset == Reset::soft_delayed) && before) {
-          v = load<P>(before + j);
-          if (t > 0) v = discharge<kReset>(v, neuron);
-        }
-        Carry<P> state{carry ? load<P>(carry + j) : zero, zero};
-        if constexpr (kReset == Reset::soft_delayed) {
-          if (!b.detach_reset && t + 1 < b.timesteps) state.grad_reset = load<P>(b.grad_reset + j);
-        }
-        const P membrane = load<P>(h + j);
-        P slope;
-        if (triangle) {
-          slope = spike_slope<Surrogate::triangle>(membrane, neuron, scale);
-        } else {
-          slope = load<P>(b.slopes + j);
-        }
-        const StepGrad<P> grad =
-            backward_step<kReset>(load<P>(grad_s + j), membrane, v, slope, neuron, b.detach_reset, state);
-        store(grad_x + j, grad.x, b.past_caches);
-        if (carried) store(carried + j, state.grad_v);
-        if constexpr (kReset == Reset::soft_delayed) {
-          if (!b.detach_reset) store(b.grad_reset + j, state.grad_reset);
-        }
-        if constexpr (!kSummed) continue;
-        add_part(sums[kThresholdSum], part, grad.threshold);
-        if (before) add_part(sums[kLeakSum], part, grad.leak);
-        if constexpr (kNormalised) {
-          add_part(sums[kGradSum], part, grad.x);
-          add_part(sums[kDotSum], part, grad.x * (load<P>(x + j) - parameters.of(kMean, j)));
-        }
-      }
-      if constexpr (kSummed && kAlong) add_to_rows<kSums<kNormalised>>(b, i, sums);
-    }
-    for (int k = 0; kSummed && k < kSums<kNormalised>; ++k) totals[k] = sums[k];
-  }
-
-  // What the spike of v0 owes, after the last step; its slopes are in b.slopes.
-  template <int kBytes, bool kAlong, bool kSummed, typename V>
-  static IIRSNN_INLINE void v0_row(const Block& b, V* sums) {
-    using P = typename Parts<scalar_t, kBytes>::P;
-    const PartParameters<P, kAlong, acc_t> parameters(b.parameters);
-    for (int i = 0; i < b.n; i += V::kSize) {
-      IIRSNN_REGISTERS
-      for (int part = 0; part < Parts<scalar_t, kBytes>::kCount; ++part) {
-        const int j = i + part * P::kSize;
-        const Neuron<P> neuron = parameters.neuron(j, b.v_reset);
-        Carry<P> state{load<P>(b.grad_v0 + j), load<P>(b.grad_reset + j)};
-        const P threshold = backward_v0_delayed(load<P>(b.v0 + j), load<P>(b.slopes + j), neuron, state);
-        store(b.grad_v0 + j, state.grad_v);
-        if constexpr (kSummed) add_part(sums[kThresholdSum], part, threshold);
-      }
-      if constexpr (kSummed && kAlong) add_to_rows<kSums<kNormalised>>(b, i, sums);
-    }
   }
 };
 
-// T = 1 from v = 0, without grad_v: no membrane, no reset, no carry, no leak, and one pass.
-template <typename scalar_t, Surrogate kSurrogate, bool kNormalised>
-struct SingleBackwardRow {
-  using Block = BackwardBlock<scalar_t>;
-  using acc_t = typename Block::acc_t;
-
+// grad_x and what is carried on, from grad_s and h.
+template <typename scalar_t, Reset kReset, bool kNormalised>
+struct StepRow {
   template <int kBytes>
-  static IIRSNN_INLINE void run(const Block* block) {
-    const Block b = *block;  // which stores cannot change
-    with_parameters(b.parameters, [&](auto along) IIRSNN_INLINE_LAMBDA {
-      if (kNormalised || b.sums) return row<kBytes, decltype(along)::value, true>(b);
-      row<kBytes, decltype(along)::value, false>(b);
+  static IIRSNN_INLINE void run(const BackwardRow<scalar_t>* row) {
+    using P = typename Parts<scalar_t, kBytes>::P;
+    const BackwardRow<scalar_t> b = *row;  // which stores cannot change
+    with_sums<kNormalised>(b, [&](auto summed) IIRSNN_INLINE_LAMBDA {
+      constexpr bool kSummed = decltype(summed)::value;
+      for_each_piece<P>(b.parameters, b.n, [&](const auto& parameters, int begin, int end) IIRSNN_INLINE_LAMBDA {
+        if (b.slopes) return steps<kBytes, kSummed, false>(b, parameters, begin, end);
+        steps<kBytes, kSummed, true>(b, parameters, begin, end);
+      });
     });
   }
 
  private:
-  template <int kBytes, bool kAlong, bool kSummed>
-  static IIRSNN_INLINE void row(const Block& b) {
-    using V = typename Parts<scalar_t, kBytes>::V;
-    using P = typename Parts<scalar_t, kBytes>::P;
-    const PartParameters<P, kAlong, acc_t> parameters(b.parameters);
-    constexpr int kCount = kSums<kNormalised>;
+  template <int kBytes, bool kSummed, bool kTriangle, typename PartParameters>
+  static IIRSNN_INLINE void steps(const BackwardRow<scalar_t>& b, const PartParameters& parameters, int begin,
+                                  int end) {
+    using Part = Parts<scalar_t, kBytes>;
+    using P = typename Part::P;
+    using acc_t = typename Part::acc_t;
     const P zero = P(acc_t(0)), scale = P(b.scale);
-    V sums[kCount];
-    for (V& sum : sums) sum = V(acc_t(0));
-    for (int i = 0; i < b.n; i += V::kSize) {
-      IIRSNN_REGISTERS
-      for (int part = 0; part < Parts<scalar_t, kBytes>::kCount; ++part) {
-        const int j = i + part * P::kSize;
-        const Neuron<P> neuron{zero, parameters.of(kInverse, j), zero, zero};
-        Carry<P> carry{zero, zero};
-        const P h = current_at<kNormalised, P>(b.x + j, parameters, j);
-        const StepGrad<P> grad =
-            backward_step<Reset::none, kSurrogate>(load<P>(b.grad_s + j), h, zero, neuron, scale, true, carry);
-        store(b.grad_x + j, grad.x, b.past_caches);
-        if constexpr (!kSummed) continue;
-        add_part(sums[kThresholdSum], part, grad.threshold);
-        if constexpr (kNormalised) {
-          add_part(sums[kGradSum], part, grad.x);
-          add_part(sums[kDotSum], part, grad.x * (load<P>(b.x + j) - parameters.of(kMean, j)));
-        }
-      }
-      if constexpr (kSummed && kAlong) add_to_rows<kCount>(b, i, sums);
-    }
-    for (int k = 0; kSummed && !kAlong && k < kCount; ++k) store(b.sums + k * kRow<acc_t>, sums[k]);
+    const auto ahead = [&](int i) IIRSNN_INLINE_LAMBDA {
+      prefetch<typename Part::V>(b.next + i);
+      if (!b.past_caches) prefetch<typename Part::V>(b.next_grad_x + i);
+    };
+    constexpr int kCount = kSummed ? kSums<kNormalised> : 0;
+    for_each_part<kCount, Part, PartParameters::kSeveral>(
+        b, begin, end, ahead, [&](int j, int part, auto* sums) IIRSNN_INLINE_LAMBDA {
+          const Neuron<P> neuron = parameters.neuron(j, b.v_reset);
+          P v = zero;
+          if ((kSummed || kReset == Reset::soft_delayed) && b.before) {
+            v = load<P>(b.before + j);
+            if (b.fired) v = discharge<kReset>(v, neuron);
+          }
+          Carry<P> state{load<P>(b.grad_v_after + j), zero};
+          if (kReset == Reset::soft_delayed && !b.detach_reset) state.grad_reset = load<P>(b.grad_reset + j);
+          const P h = load<P>(b.h + j);
+          P slope;
+          if constexpr (kTriangle) {
+            slope = spike_slope<Surrogate::triangle>(h, neuron, scale);
+          } else {
+            slope = load<P>(b.slopes + j);
+          }
+          const StepGrad<P> grad =
+              backward_step<kReset>(load<P>(b.grad_s + j), h, v, slope, neuron, b.detach_reset, state);
+          store(b.grad_x + j, grad.x, b.past_caches);
+          store(b.grad_v + j, state.grad_v);
+          if (kReset == Reset::soft_delayed && !b.detach_reset) store(b.grad_reset + j, state.grad_reset);
+          if constexpr (kSummed) {
+            add_part(sums[kThresholdSum], part, grad.threshold);
+            if (b.before) add_part(sums[kLeakSum], part, grad.leak);
+          }
+          if constexpr (kNormalised) {
+            add_part(sums[kGradSum], part, grad.x);
+            add_part(sums[kDotSum], part, grad.x * (load<P>(b.x + j) - parameters.of(kMean, j)));
+          }
+        });
+  }
+};
+
+// What the spike of v0 owes, after the last step; with the slopes of v0, which is `before`.
+template <typename scalar_t>
+struct FirstSpikeRow {
+  template <int kBytes>
+  static IIRSNN_INLINE void run(const BackwardRow<scalar_t>* row) {
+    using Part = Parts<scalar_t, kBytes>;
+    using P = typename Part::P;
+    const BackwardRow<scalar_t> b = *row;
+    with_sums<false>(b, [&](auto summed) IIRSNN_INLINE_LAMBDA {
+      constexpr int kCount = decltype(summed)::value ? 1 : 0;
+      for_each_piece<P>(b.parameters, b.n, [&](const auto& parameters, int begin, int end) IIRSNN_INLINE_LAMBDA {
+        constexpr bool kSeveral = std::decay_t<decltype(parameters)>::kSeveral;
+        const auto ahead = [](int) {};
+        for_each_part<kCount, Part, kSeveral>(
+            b, begin, end, ahead, [&](int j, int part, auto* sums) IIRSNN_INLINE_LAMBDA {
+              const Neuron<P> neuron = parameters.neuron(j, b.v_reset);
+              Carry<P> state{load<P>(b.grad_v + j), load<P>(b.grad_reset + j)};
+              const P threshold = backward_v0_delayed(load<P>(b.before + j), load<P>(b.slopes + j), neuron, state);
+              store(b.grad_v + j, state.grad_v);
+              if constexpr (kCount > 0) add_part(sums[kThresholdSum], part, threshold);
+            });
+      });
+    });
+  }
+};
+
+inline bool in_one_step(const LifBackward& args) { return args.shape.timesteps == 1 && !args.v0 && !args.grad_v; }
+
+// T = 1 from v = 0, without grad_v: no membrane, no reset, no carry, no leak, and one pass.
+template <typename scalar_t, Surrogate kSurrogate, bool kNormalised>
+struct SingleRow {
+  template <int kBytes>
+  static IIRSNN_INLINE void run(const BackwardRow<scalar_t>* row) {
+    using Part = Parts<scalar_t, kBytes>;
+    using P = typename Part::P;
+    using acc_t = typename Part::acc_t;
+    const BackwardRow<scalar_t> b = *row;  // which stores cannot change
+    const P zero = P(acc_t(0)), scale = P(b.scale);
+    with_sums<kNormalised>(b, [&](auto summed) IIRSNN_INLINE_LAMBDA {
+      constexpr int kCount = !decltype(summed)::value ? 0 : kNormalised ? kSums<true> : 1;
+      for_each_piece<P>(b.parameters, b.n, [&](const auto& parameters, int begin, int end) IIRSNN_INLINE_LAMBDA {
+        constexpr bool kSeveral = std::decay_t<decltype(parameters)>::kSeveral;
+        const auto ahead = [](int) {};
+        for_each_part<kCount, Part, kSeveral>(
+            b, begin, end, ahead, [&](int j, int part, auto* sums) IIRSNN_INLINE_LAMBDA {
+              const Neuron<P> neuron{zero, parameters.of(kInverse, j), zero, zero};
+              Carry<P> carry{zero, zero};
+              const P h = current_at<kNormalised, P>(b.x + j, parameters, j);
+              const StepGrad<P> grad =
+                  backward_step<Reset::none, kSurrogate>(load<P>(b.grad_s + j), h, zero, neuron, scale, true, carry);
+              store(b.grad_x + j, grad.x, b.past_caches);
+              if constexpr (kCount > 0) add_part(sums[kThresholdSum], part, grad.threshold);
+              if constexpr (kNormalised) {
+                add_part(sums[kGradSum], part, grad.x);
+                add_part(sums[kDotSum], part, grad.x * (load<P>(b.x + j) - parameters.of(kMean, j)));
+              }
+            });
+      });
+    });
   }
 };
 
 template <typename scalar_t, bool kNormalised>
-auto single_backward_row(Surrogate surrogate) {
+auto single_row(Surrogate surrogate) {
   switch (surrogate) {
     case Surrogate::triangle:
-      return version<SingleBackwardRow<scalar_t, Surrogate::triangle, kNormalised>>();
+      return version<SingleRow<scalar_t, Surrogate::triangle, kNormalised>>();
     case Surrogate::atan:
-      return version<SingleBackwardRow<scalar_t, Surrogate::atan, kNormalised>>();
+      return version<SingleRow<scalar_t, Surrogate::atan, kNormalised>>();
     case Surrogate::sigmoid:
-      return version<SingleBackwardRow<scalar_t, Surrogate::sigmoid, kNormalised>>();
+      return version<SingleRow<scalar_t, Surrogate::sigmoid, kNormalised>>();
     case Surrogate::fast_sigmoid:
-      return version<SingleBackwardRow<scalar_t, Surrogate::fast_sigmoid, kNormalised>>();
+      return version<SingleRow<scalar_t, Surrogate::fast_sigmoid, kNormalised>>();
     default:
-      return version<SingleBackwardRow<scalar_t, Surrogate::boxcar, kNormalised>>();
+      return version<SingleRow<scalar_t, Surrogate::boxcar, kNormalised>>();
+  }
+}
+
+// The loops over rows, of the instruction set in force.
+template <typename scalar_t>
+struct RowLoops {
+  using Loop = void (*)(const BackwardRow<scalar_t>*);
+  Loop charge, step, first_spike;
+  Loop single;                                         // null: not in one step
+  SlopeRow<typename Convert<scalar_t>::acc_t> slopes;  // null: triangle, which `step` computes itself
+  SlopeRow<typename Convert<scalar_t>::acc_t> first_slopes;
+};
+template <typename scalar_t, bool kNormalised>
+RowLoops<scalar_t> row_loops(const LifBackward& args) {
+  using acc_t = typename Convert<scalar_t>::acc_t;
+  RowLoops<scalar_t> loops{};
+  if (in_one_step(args)) {
+    loops.single = single_row<scalar_t, kNormalised>(args.surrogate);
+    return loops;
+  }
+  with_reset(args.reset, [&](auto reset) {
+    constexpr Reset kReset = decltype(reset)::value;
+    loops.charge = version<ChargeRow<scalar_t, kReset, kNormalised>>();
+    loops.step = version<StepRow<scalar_t, kReset, kNormalised>>();
+  });
+  const bool owed = args.reset == Reset::soft_delayed && args.v0 && !args.detach_reset;
+  loops.first_spike = owed ? version<FirstSpikeRow<scalar_t>>() : nullptr;
+  loops.first_slopes = slope_row<acc_t>(args.surrogate);
+  loops.slopes = args.surrogate == Surrogate::triangle ? nullptr : loops.first_slopes;
+  return loops;
+}
+
+// Scratch memory of a thread, in rows of a block; a cache line more, or they would share sets of the L1 cache.
+template <typename acc_t>
+class BackwardScratch {
+ public:
+  enum Row { kSlopes, kGradV, kGradReset, kZeros, kV0, kGradVAfter, kGradV0, kRows };
+  explicit BackwardScratch(const LifShape& shape)
+      : stride_(block_neurons(shape) + kCacheLine / int64_t(sizeof(acc_t))),
+        segments_((shape.timesteps - 1) / kSegment),
+        memory_((kRows + segments_ + std::min<int64_t>(shape.timesteps, kSegment)) * stride_) {
+    std::fill_n(row(kZeros), stride_, acc_t(0));
+  }
+  acc_t* operator[](Row k) const { return row(k); }
+  acc_t* checkpoint(int64_t segment) const { return row(kRows + segment); }
+  acc_t* membranes(int t) const { return row(kRows + segments_ + t); }
+
+ private:
+  acc_t* row(int64_t k) const { return memory_.get() + k * stride_; }
+  const int64_t stride_, segments_;
+  const Buffer<acc_t> memory_;
+};
+
+// Pointers to the first neuron of a block, at t = 0.
+template <typename scalar_t>
+struct BackwardBlock {
+  using acc_t = typename Convert<scalar_t>::acc_t;
+  int64_t timesteps;
+  const scalar_t *x, *grad_s;
+  scalar_t* grad_x;
+  int64_t x_stride, grad_s_stride, grad_x_stride;
+  const scalar_t* next;  // x of the block after
+  const acc_t* v0;       // or null
+  const acc_t* grad_v;   // or null
+  acc_t* grad_v0;        // or null
+};
+
+// row: all that holds for the whole block.
+template <typename scalar_t, typename acc_t = typename Convert<scalar_t>::acc_t>
+void backward_block(const BackwardBlock<scalar_t>& b, const RowLoops<scalar_t>& loops,
+                    const BackwardScratch<acc_t>& scratch, BackwardRow<scalar_t>& row) {
+  using Rows = BackwardScratch<acc_t>;
+  if (loops.single) {
+    row.x = b.x;
+    row.grad_s = b.grad_s;
+    row.grad_x = b.grad_x;
+    return loops.single(&row);
+  }
+  acc_t* const slopes = scratch[Rows::kSlopes];
+  row.slopes = loops.slopes ? slopes : nullptr;
+  const int64_t last = (b.timesteps - 1) / kSegment;
+  row.grad_v_after = b.grad_v ? b.grad_v : scratch[Rows::kZeros];
+  row.grad_reset = scratch[Rows::kGradReset];
+  std::fill_n(row.grad_reset, row.detach_reset ? 0 : row.n, acc_t(0));
+  // up through the segments for their checkpoints, down again for the gradients
+  for (int64_t visit = 0; visit <= 2 * last; ++visit) {
+    const int64_t segment = visit <= last ? visit : 2 * last - visit, start = segment * kSegment;
+    const int length = int(std::min<int64_t>(kSegment, b.timesteps - start));
+    const acc_t* const first = segment > 0 ? scratch.checkpoint(segment - 1) : b.v0;
+    row.before = first;
+    for (int t = 0; t < length; ++t) {
+      row.x = b.x + (start + t) * b.x_stride;
+      row.next = t + 1 < length ? row.x + b.x_stride : b.grad_s + (start + t) * b.grad_s_stride;
+      row.fired = start + t > 0;
+      row.h = visit < last && t + 1 == length ? scratch.checkpoint(segment) : scratch.membranes(t);
+      loops.charge(&row);
+      row.before = row.h;
+    }
+    if (visit < last) continue;
+    for (int t = length - 1; t >= 0; --t) {
+      const int64_t at = start + t;
+      row.x = b.x + at * b.x_stride;
+      row.grad_s = b.grad_s + at * b.grad_s_stride;
+      row.grad_x = b.grad_x + at * b.grad_x_stride;
+      row.next = at > 0 ? row.grad_s - b.grad_s_stride : b.next;
+      row.next_grad_x = at > 0 ? row.grad_x - b.grad_x_stride : row.grad_x;
+      row.h = scratch.membranes(t);
+      row.before = t > 0 ? scratch.membranes(t - 1) : first;
+      row.fired = at > 0;
+      row.grad_v = at > 0 || !b.grad_v0 ? scratch[Rows::kGradV] : b.grad_v0;
+      if (loops.slopes) loops.slopes(row.h, &row.parameters, row.scale, slopes, row.n);
+      loops.step(&row);
+      row.grad_v_after = row.grad_v;
+    }
+  }
+  if (loops.first_spike) {
+    loops.first_slopes(b.v0, &row.parameters, row.scale, slopes, row.n);
+    row.slopes = slopes;
+    loops.first_spike(&row);
   }
 }
 
@@ -289,32 +363,22 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
                      int64_t first_chunk, int64_t last_chunk) {
   using acc_t = typename Convert<scalar_t>::acc_t;
   using x_t = kernel_t<scalar_t>;
+  using Rows = BackwardScratch<acc_t>;
   constexpr int kStride = kRow<x_t>;
   const LifShape& shape = args.shape;
   const int64_t steps = shape.timesteps;
-  const bool single = steps == 1 && !args.v0 && !args.grad_v;
-  const auto kernel =
-      single ? single_backward_row<x_t, kNormalised>(args.surrogate) : with_reset(args.reset, [](auto reset) {
-        return version<BackwardRows<x_t, decltype(reset)::value, kNormalised>>();
-      });
+  const RowLoops<x_t> loops = row_loops<x_t, kNormalised>(args);
   const bool some_staged = std::is_same_v<scalar_t, Half> || last_chunk == chunks_of(shape);
-  const Scratch<x_t> copies(some_staged ? 3 * steps * kStride : 0);
-  const int64_t segments = (steps - 1) / kSegment, rows = std::min<int64_t>(steps, kSegment) + segments;
-  const Scratch<acc_t> scratch((rows + 6) * kRow<acc_t>);
-  const auto row = [&](int64_t k) { return scratch.data() + k * kRow<acc_t>; };
-  ChannelSums<acc_t> channel_sums(shape, kSums<kNormalised>);
+  const Buffer<x_t> copies(some_staged ? 3 * steps * kStride : 0);
+  const BackwardScratch<acc_t> scratch(shape);
+  ChannelSums<acc_t> channel_sums(shape, !sums ? 0 : loops.single && !kNormalised ? 1 : kSums<kNormalised>);
+  BackwardRow<x_t> row{};
+  row.v_reset = acc_t(args.v_reset);
+  row.scale = acc_t(args.surrogate_scale);
+  row.detach_reset = args.detach_reset;
+  row.sums_stride = channel_sums.stride();
   BackwardBlock<x_t> block{};
   block.timesteps = steps;
-  block.v_reset = acc_t(args.v_reset);
-  block.detach_reset = args.detach_reset;
-  block.surrogate = args.surrogate;
-  block.slope_row = args.surrogate == Surrogate::triangle ? nullptr : slope_row<acc_t>(args.surrogate);
-  block.scale = acc_t(args.surrogate_scale);
-  block.membranes = row(0);
-  block.checkpoints = row(rows - segments);
-  block.slopes = row(rows);
-  block.grad_membrane = row(rows + 1);
-  block.grad_reset = row(rows + 2);
   for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
     const int64_t totals = kSums<kNormalised> * shape.channels;
     if (sums) std::fill_n(sums + chunk * totals, totals, 0.0);
@@ -328,25 +392,25 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
       constexpr acc_t* kAcc = nullptr;
       scalar_t *x = at(kScalar, args.x), *grad_s = at(kScalar, args.grad_s), *grad_x = at(kScalar, args.grad_x);
       acc_t *v0 = at(kAcc, args.v0), *grad_v = at(kAcc, args.grad_v), *grad_v0 = at(kAcc, args.grad_v0);
-      block.n = whole_vectors<scalar_t>(n);
-      block.parameters = channels.of(range);
-      block.sums = sums ? channel_sums.rows(range) : nullptr;
+      row.n = whole_vectors<scalar_t>(n);
+      row.parameters = channels.of(range);
+      row.sums = sums ? channel_sums.rows(range) : nullptr;
       block.v0 = v0;
       block.grad_v = grad_v;
       block.grad_v0 = grad_v0;
       if (copied) {
-        block.x = block.next = copies.data();
-        block.grad_s = copies.data() + steps * kStride;
-        block.grad_x = copies.data() + 2 * steps * kStride;
+        block.x = block.next = copies.get();
+        block.grad_s = copies.get() + steps * kStride;
+        block.grad_x = copies.get() + 2 * steps * kStride;
         block.x_stride = block.grad_s_stride = block.grad_x_stride = kStride;
-        block.past_caches = false;
-        stage(x, shape.x_stride_t, steps, n, copies.data());
-        stage(grad_s, args.grad_s_stride_t, steps, n, copies.data() + steps * kStride);
-        if (v0) stage(v0, 0, 1, n, row(rows + 3));
-        if (grad_v) stage(grad_v, 0, 1, n, row(rows + 4));
-        block.v0 = v0 ? row(rows + 3) : nullptr;
-        block.grad_v = grad_v ? row(rows + 4) : nullptr;
-        block.grad_v0 = grad_v0 ? row(rows + 5) : nullptr;
+        row.past_caches = false;
+        stage(x, shape.x_stride_t, steps, n, copies.get());
+        stage(grad_s, args.grad_s_stride_t, steps, n, copies.get() + steps * kStride);
+        if (v0) stage(v0, 0, 1, n, scratch[Rows::kV0]);
+        if (grad_v) stage(grad_v, 0, 1, n, scratch[Rows::kGradVAfter]);
+        block.v0 = v0 ? scratch[Rows::kV0] : nullptr;
+        block.grad_v = grad_v ? scratch[Rows::kGradVAfter] : nullptr;
+        block.grad_v0 = grad_v0 ? scratch[Rows::kGradV0] : nullptr;
       } else if constexpr (!std::is_same_v<scalar_t, Half>) {
         block.x = x;
         block.x_stride = shape.x_stride_t;
@@ -355,10 +419,10 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
         block.grad_s_stride = args.grad_s_stride_t;
         block.grad_x = grad_x;
         block.grad_x_stride = shape.neurons;
-        block.past_caches = past_caches<scalar_t>(shape, args.grad_x);
+        row.past_caches = past_caches<scalar_t>(shape, args.grad_x);
       }
-      kernel(&block);
-      if (sums) channel_sums.add(range, sums + chunk * totals);
+      backward_block(block, loops, scratch, row);
+      if (sums) channel_sums.add(range, row.parameters, sums + chunk * totals);
       if (copied) unstage(block.grad_x, steps, n, grad_x, shape.neurons);
       if (copied && grad_v0) unstage(block.grad_v0, 1, n, grad_v0, 0);
     });

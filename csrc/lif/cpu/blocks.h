@@ -5,12 +5,12 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 #include <numeric>
 #include <type_traits>
 
 #include "lif/lif.h"
 #include "simd/lanes.h"
+#include "simd/memory.h"
 
 namespace iirsnn {
 
@@ -27,6 +27,27 @@ constexpr int kLanes = kVectorBytes / sizeof(acc_t);
 template <typename acc_t>
 constexpr int kRow = kBlock + 64 / sizeof(acc_t);
 
+// f(a number of the dtype).
+template <typename F>
+auto with_scalar(DType dtype, F f) {
+  switch (dtype) {
+    case DType::float32:
+      return f(float());
+    case DType::float64:
+      return f(double());
+    case DType::float16:
+      return f(Half());
+    default:
+      return f(BFloat16());
+  }
+}
+
+// Whether what a kernel writes, [T, N], would push all else out of the caches.
+inline bool large(const LifShape& shape) {
+  const int64_t bytes = with_scalar(shape.dtype, [](auto scalar) { return int64_t(sizeof(scalar)); });
+  return shape.timesteps * shape.neurons * bytes >= int64_t(32) << 20;
+}
+
 inline int64_t chunk_neurons(const LifShape& shape) {
   const int64_t least = std::max(16 * shape.channels, (shape.neurons + kMaxChunks - 1) / kMaxChunks);
   return std::max(kChunk, (least + kBlock - 1) / kBlock * kBlock);
@@ -37,11 +58,14 @@ inline int64_t chunks_of(const LifShape& shape) {
   return (shape.neurons + chunk - 1) / chunk;
 }
 
-// Neurons of a block: whole vectors, and whole passes over all channels where one fits.
+// Neurons of a block: whole vectors, and whole passes over all channels where one fits. Half as many where membranes of
+// all timesteps, or parameters of each neuron, would leave no room in the L1 cache; but memory wants long rows.
 inline int block_neurons(const LifShape& shape) {
-  if (shape.channels == 1 || shape.channels * shape.inner > kBlock) return kBlock;
+  const bool crowded = shape.channels > 1 ? shape.timesteps > 1 : shape.timesteps > 4 && !large(shape);
+  const int most = crowded ? kBlock / 2 : kBlock;
+  if (shape.channels == 1 || shape.channels * shape.inner > most) return most;
   const int64_t passes = std::lcm(shape.channels * shape.inner, int64_t(64));
-  return passes > kBlock ? kBlock : int(kBlock / passes * passes);
+  return passes > most ? most : int(most / passes * passes);
 }
 
 // Neurons [begin, begin + n) of a chunk.
@@ -61,33 +85,25 @@ void for_each_block(const LifShape& shape, int64_t chunk, F f) {
 }
 
 inline int64_t channel_of(const LifShape& shape, int64_t neuron) { return neuron / shape.inner % shape.channels; }
+IIRSNN_INLINE int64_t next_channel(const LifShape& shape, int64_t channel) {
+  return channel + 1 < shape.channels ? channel + 1 : 0;
+}
+// Neurons in a row of its channel, from this one on.
+inline int64_t left_of_channel(const LifShape& shape, int64_t neuron) {
+  return shape.channels == 1 ? shape.neurons - neuron : shape.inner - neuron % shape.inner;
+}
 
 // Calls f(first, last, channel) for the neurons of each channel among [begin, begin + n), counted from begin.
 template <typename F>
 IIRSNN_INLINE void for_each_channel(const LifShape& shape, int64_t begin, int n, F f) {
-  int64_t channel = channel_of(shape, begin), left = shape.inner - begin % shape.inner;
+  int64_t channel = channel_of(shape, begin), left = left_of_channel(shape, begin);
   for (int first = 0; first < n; left = shape.inner) {
     const int last = left < n - first ? first + int(left) : n;
     f(first, last, channel);
     first = last;
-    if (++channel == shape.channels) channel = 0;
+    channel = next_channel(shape, channel);
   }
 }
-
-// Memory of one thread, aligned as vectors are.
-template <typename number_t>
-class Scratch {
- public:
-  explicit Scratch(int64_t count)
-      : memory_(count > 0 ? new (std::align_val_t(kVectorBytes)) number_t[count]() : nullptr) {}
-  ~Scratch() { operator delete[](memory_, std::align_val_t(kVectorBytes)); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  number_t* data() const { return memory_; }
-
- private:
-  number_t* memory_;
-};
 
 // f(std::integral_constant<Reset, ...>()) for the reset: the kernels are compiled for each.
 template <typename F>
@@ -101,21 +117,6 @@ auto with_reset(Reset reset, F f) {
       return f(std::integral_constant<Reset, Reset::none>());
     default:
       return f(std::integral_constant<Reset, Reset::soft_delayed>());
-  }
-}
-
-// f(a number of the dtype).
-template <typename F>
-auto with_scalar(DType dtype, F f) {
-  switch (dtype) {
-    case DType::float32:
-      return f(float());
-    case DType::float64:
-      return f(double());
-    case DType::float16:
-      return f(Half());
-    default:
-      return f(BFloat16());
   }
 }
 

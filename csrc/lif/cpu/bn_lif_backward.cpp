@@ -25,12 +25,11 @@ struct GradRows {
   static IIRSNN_INLINE void run(const GradBlock<scalar_t>* block) {
     using P = typename Parts<scalar_t, kBytes>::P;
     const GradBlock<scalar_t> b = *block;
-    with_parameters(b.parameters, [&](auto along) IIRSNN_INLINE_LAMBDA {
-      const PartParameters<P, decltype(along)::value, float> p(b.parameters);
+    for_each_piece<P>(b.parameters, b.n, [&](const auto& p, int begin, int end) IIRSNN_INLINE_LAMBDA {
       for (int64_t t = 0; t < b.timesteps; ++t) {
         const scalar_t* x = b.x + t * b.x_stride;
         scalar_t* grad_x = b.grad_x + t * b.grad_x_stride;
-        for (int i = 0; i < b.n; i += P::kSize) {
+        for (int i = begin; i < end; i += P::kSize) {
           const P centred = load<P>(x + i) - p.of(kInputMean, i), off = load<P>(grad_x + i) - p.of(kGradMean, i);
           store(grad_x + i, (off - centred * p.of(kSlope, i)) * p.of(kInputGain, i));
         }
@@ -43,7 +42,7 @@ template <typename scalar_t>
 void grad_x_blocks(const BnLif& args, Channels<float>& channels, int64_t first_chunk, int64_t last_chunk) {
   const LifShape& shape = args.shape;
   const auto kernel = version<GradRows<scalar_t>>();
-  const Scratch<scalar_t> copies(last_chunk == chunks_of(shape) ? 2 * shape.timesteps * kRow<scalar_t> : 0);
+  const Buffer<scalar_t> copies(last_chunk == chunks_of(shape) ? 2 * shape.timesteps * kRow<scalar_t> : 0);
   // from the last chunk to the first: what the pass before has read last is still in the cache
   for (int64_t chunk = last_chunk - 1; chunk >= first_chunk; --chunk) {
     for_each_block(shape, chunk, [&](const Range& range) {
@@ -59,9 +58,9 @@ void grad_x_blocks(const BnLif& args, Channels<float>& channels, int64_t first_c
       const bool copied = staged<scalar_t>(range.n);
       if (copied) {
         block.x_stride = block.grad_x_stride = kRow<scalar_t>;
-        block.x = copies.data();
-        block.grad_x = copies.data() + shape.timesteps * kRow<scalar_t>;
-        stage(x, shape.x_stride_t, shape.timesteps, range.n, copies.data());
+        block.x = copies.get();
+        block.grad_x = copies.get() + shape.timesteps * kRow<scalar_t>;
+        stage(x, shape.x_stride_t, shape.timesteps, range.n, copies.get());
         stage(grad_x, shape.neurons, shape.timesteps, range.n, block.grad_x);
       }
       kernel(&block);

@@ -1,8 +1,9 @@
 // Parameters of one element a channel, and sums over channels, as kernels over a block of neurons meet them.
 //
-// A block within one channel reads its parameters broadcast and sums in registers. A block of several reads them from
-// rows of one element a neuron, and sums into such rows. Rows are filled for the block, or where all channels of an
-// image are few neurons once for all of them: no table grows with the map.
+// A block is cut into pieces. In a piece of one channel, kernels spread its parameters over registers and sum in
+// registers. In a piece of several they read parameters from rows of one element a neuron, and sum into such rows.
+// Where channels are wide, a piece of several is no more than the vector that crosses from one to the next; where they
+// are narrow it is the whole block. No row grows with the map.
 #pragma once
 
 #include <array>
@@ -14,14 +15,20 @@ namespace iirsnn {
 
 // What kernels read of a channel; the last three of a current that is normalised.
 enum { kThreshold, kLeak, kInverse, kGain, kShift, kMean, kParameters };
-constexpr int kMostSums = 4;
-constexpr int kLongRow = 8 * kBlock;  // neurons of all channels whose rows are filled once
-constexpr int kHeldBlocks = 8;        // whose sums rows hold as acc_t, before they are added up as doubles
+constexpr int kWide = 4;        // vectors of a channel, in memory, from which on it can be pieces of a block
+constexpr int kHeldBlocks = 8;  // whose sums rows hold as acc_t, before they are added up as doubles
+
+template <typename acc_t>
+struct Piece {
+  int end;  // of its neurons, which follow those of the piece before
+  bool several;
+  acc_t values[kParameters];  // of its only channel
+};
 
 template <typename acc_t>
 struct Parameters {
-  const acc_t* at[kParameters];  // of neuron i of a block: [i], or [0]
-  bool along;                    // one a neuron; else one vector of equal ones
+  const Piece<acc_t>* pieces;      // whole vectors each, up to the block's last one
+  const acc_t* rows[kParameters];  // of neuron i of a block at [i], where its piece is of several channels
 };
 
 template <typename acc_t>
@@ -36,17 +43,20 @@ class Channels {
   const Parameters<acc_t>& of(const Range& range);
 
  private:
-  acc_t* broadcast(int k) const { return rows_.data() + k * stride_; }
-  acc_t* row(int k) const { return broadcast(k) + kLanes<acc_t>; }
+  void cut(const Range& range);
+  void fill(const Range& range);
+  void add_piece(int end, int64_t channel);
+  acc_t* row(int k) const { return rows_.get() + slots_[k] * stride_; }
 
   const LifShape shape_;
   const Values values_;
-  const int64_t period_;
-  const bool once_;
+  const bool wide_, once_;
   const int64_t stride_;
-  Scratch<acc_t> rows_;
+  int used_[kParameters] = {}, slots_[kParameters] = {}, count_ = 0;  // of the values that are given, and their rows
+  Buffer<acc_t> rows_;
+  std::array<Piece<acc_t>, 2 * kBlock / (kWide * kLanes<acc_t>)+2> pieces_{};
+  int pieces_used_ = 0;
   Parameters<acc_t> parameters_{};
-  int64_t channel_ = -1;            // that is broadcast
   int64_t first_ = 0, filled_ = 0;  // the neuron of a period that the rows start with, and how many they hold
 };
 
@@ -56,18 +66,20 @@ class ChannelSums {
  public:
   ChannelSums(const LifShape& shape, int count);
 
-  // Where a kernel puts sum k of a block, at [k * kRow]: adds each neuron's, or where the block is of one channel
-  // writes those of a vector's lanes.
+  // Where kernels add sum k of a block, at [k * stride()]: of a piece of several channels each neuron's, of a piece of
+  // one those of a vector's lanes, at its first vector.
   acc_t* rows(const Range& range);
-  // After the kernel; totals [count, channels] are added to.
-  void add(const Range& range, double* totals);
+  int64_t stride() const { return stride_; }
+  // After the kernels; totals [count, channels] are added to.
+  void add(const Range& range, const Parameters<acc_t>& parameters, double* totals);
 
  private:
   const LifShape shape_;
-  const int count_, hold_;
-  Scratch<acc_t> lanes_, rows_;
-  int held_ = 0, width_ = 0;  // blocks and neurons in rows_
-  int64_t begin_ = 0;         // of the first of them
+  const int count_;
+  const bool wide_, once_;
+  const int64_t stride_;
+  Buffer<acc_t> rows_;
+  int64_t held_ = 0;  // neurons in rows_
 };
 
 }  // namespace iirsnn

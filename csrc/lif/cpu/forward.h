@@ -1,5 +1,5 @@
-// Spikes of a range of chunks: reads x and writes s, 2 T N scalars. A vector of neurons goes through all its timesteps
-// before the next one starts, its membranes in registers.
+// Spikes of a range of chunks: reads x and writes s, 2 T N scalars. Neurons go through all their timesteps, membranes
+// in registers, before the next ones start.
 #pragma once
 
 #include "lif/cpu/rows.h"
@@ -31,10 +31,9 @@ struct ForwardRows {
   template <int kBytes>
   static IIRSNN_INLINE void run(const Block* block) {
     const Block b = *block;  // which stores cannot change
-    with_parameters(b.parameters, [&](auto along) IIRSNN_INLINE_LAMBDA {
-      using V = typename Parts<scalar_t, kBytes>::V;
-      const PartParameters<V, decltype(along)::value, acc_t> parameters(b.parameters);
-      for (int i = 0; i < b.n; i += V::kSize) neurons<V>(b, i, parameters);
+    using V = typename Parts<scalar_t, kBytes>::Held;
+    for_each_piece<V>(b.parameters, b.n, [&](const auto& parameters, int begin, int end) IIRSNN_INLINE_LAMBDA {
+      for (int i = begin; i < end; i += V::kSize) neurons<V>(b, i, parameters);
     });
   }
 
@@ -69,8 +68,8 @@ void forward_blocks(const LifForward& args, Channels<typename Convert<scalar_t>:
   const auto kernel = with_reset(
       args.reset, [](auto reset) { return version<ForwardRows<x_t, decltype(reset)::value, kNormalised>>(); });
   const bool some_staged = std::is_same_v<scalar_t, Half> || last_chunk == chunks_of(shape);
-  const Scratch<x_t> x_rows(some_staged ? steps * kStride : 0), s_rows(some_staged || args.bits ? steps * kStride : 0);
-  const Scratch<acc_t> membranes(some_staged ? 2 * kRow<acc_t> : 0);
+  const Buffer<x_t> x_rows(some_staged ? steps * kStride : 0), s_rows(some_staged || args.bits ? steps * kStride : 0);
+  const Buffer<acc_t> membranes(some_staged ? 2 * kRow<acc_t> : 0);
   ForwardBlock<x_t> block{};
   block.timesteps = steps;
   block.v_reset = acc_t(args.v_reset);
@@ -87,18 +86,18 @@ void forward_blocks(const LifForward& args, Channels<typename Convert<scalar_t>:
       block.parameters = channels.of(range);
       block.v0 = v0;
       block.v = v;
-      block.s = s_rows.data();
+      block.s = s_rows.get();
       block.s_stride = kStride;
       block.past_caches = false;
       if (copied) {
-        stage(x, shape.x_stride_t, steps, n, x_rows.data());
-        block.x = x_rows.data();
+        stage(x, shape.x_stride_t, steps, n, x_rows.get());
+        block.x = x_rows.get();
         block.x_stride = kStride;
         if (v0) {
-          stage(v0, 0, 1, n, membranes.data());
-          block.v0 = membranes.data();
+          stage(v0, 0, 1, n, membranes.get());
+          block.v0 = membranes.get();
         }
-        if (v) block.v = membranes.data() + kRow<acc_t>;
+        if (v) block.v = membranes.get() + kRow<acc_t>;
       } else if constexpr (!std::is_same_v<scalar_t, Half>) {
         block.x = x;
         block.x_stride = shape.x_stride_t;
@@ -109,8 +108,8 @@ void forward_blocks(const LifForward& args, Channels<typename Convert<scalar_t>:
         }
       }
       kernel(&block);
-      if (!s) packed(range, s_rows.data(), kStride);
-      if (copied && s) unstage(s_rows.data(), steps, n, s, shape.neurons);
+      if (!s) packed(range, s_rows.get(), kStride);
+      if (copied && s) unstage(s_rows.get(), steps, n, s, shape.neurons);
       if (copied && v) unstage(block.v, 1, n, v, 0);
     });
   }

@@ -4,8 +4,20 @@
 namespace iirsnn {
 namespace {
 
-bool in_one_channel(const LifShape& shape, const Range& range) {
-  return shape.channels == 1 || range.begin % shape.inner + range.n <= shape.inner;
+// Neurons of all channels that have rows filled once, or summed into, at most.
+constexpr int64_t kLongRow = 32 * kBlock, kLongSums = 8 * kBlock;
+
+bool in_one_row(const LifShape& shape, int64_t longest) {
+  const int64_t period = shape.channels * shape.inner;
+  return period <= longest && shape.neurons >= 4 * period;
+}
+
+// A piece takes as long to begin as some vectors: once at T = 1, else in each row.
+template <typename acc_t>
+bool wide(const LifShape& shape) {
+  const int64_t vectors = shape.inner / kLanes<acc_t>;
+  if (shape.channels == 1 || vectors >= 4 * kWide) return true;
+  return shape.timesteps == 1 && vectors >= kWide && !in_one_row(shape, kLongRow);
 }
 
 // As for_each_channel, where each channel has one neuron: for each pass over the channels, whose first is `channel`.
@@ -41,24 +53,30 @@ struct SpreadRow {  // values of channels -> one a neuron; writes up to a regist
 
 // ---- Sums ----
 
-// The sum of the lanes, halving them.
-template <typename acc_t>
-acc_t fold_lanes(const acc_t* lanes) {
-  acc_t sums[kLanes<acc_t>];
-  std::copy_n(lanes, kLanes<acc_t>, sums);
-  for (int half = kLanes<acc_t> / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+// A vector's first lanes, or all but those; zeros in place of the others.
+template <typename V>
+class Split {
+ public:
+  IIRSNN_INLINE Split() {
+    for (int i = 0; i < 3 * V::kSize; ++i) kept_[i] = i / V::kSize == 1 ? bits_t(0) : ~bits_t(0);
   }
-  return sums[0];
-}
+  IIRSNN_INLINE V first(const V& value, int count) const { return keep(value, V::kSize - count); }
+  IIRSNN_INLINE V rest(const V& value, int count) const { return keep(value, 2 * V::kSize - count); }
+
+ private:
+  using Bits = typename Number<V>::bits_t;
+  using bits_t = typename Number<typename Number<V>::type>::bits_t;
+  IIRSNN_INLINE V keep(const V& value, int from) const {
+    return bit_cast<V>(bit_cast<Bits>(value) & load<Bits>(kept_ + from));
+  }
+  bits_t kept_[3 * V::kSize];
+};
 
 template <typename acc_t>
 struct SumRow {  // one a neuron -> added to totals of channels; reads up to a vector more than n
   template <int kBytes>
   static IIRSNN_INLINE void run(const LifShape* shape, const acc_t* row, int64_t begin, int n, double* totals) {
     using V = Lanes<acc_t, kBytes>;
-    using Bits = typename Number<V>::bits_t;
-    using bits_t = typename Number<acc_t>::bits_t;
     if (shape->inner == 1) {
       for_each_pass(*shape, begin, n, [&](int first, int last, int64_t channel) IIRSNN_INLINE_LAMBDA {
         double* to = totals + channel - first;
@@ -72,15 +90,33 @@ struct SumRow {  // one a neuron -> added to totals of channels; reads up to a v
         totals[channel] += double(result);
       });
     } else {
-      bits_t kept[2 * V::kSize];  // from [kSize - rest] on: a vector of `rest` lanes
-      for (int i = 0; i < 2 * V::kSize; ++i) kept[i] = i < V::kSize ? ~bits_t(0) : bits_t(0);
+      const Split<V> split;
       for_each_channel(*shape, begin, n, [&](int first, int last, int64_t channel) IIRSNN_INLINE_LAMBDA {
         V result = V(acc_t(0));
         int i = first;
         for (; i + V::kSize <= last; i += V::kSize) result = result + load<V>(row + i);
-        const Bits rest = bit_cast<Bits>(load<V>(row + i)) & load<Bits>(kept + V::kSize - (last - i));
-        totals[channel] += double(sum(result + bit_cast<V>(rest)));
+        totals[channel] += double(sum(result + split.first(load<V>(row + i), last - i)));
       });
+    }
+  }
+};
+
+template <typename acc_t>
+struct SumPieces {  // those of a block of wide channels -> added to totals of channels; leaves zeros
+  template <int kBytes>
+  static IIRSNN_INLINE void run(const LifShape* shape, acc_t* row, const Range* range, const Piece<acc_t>* piece,
+                                double* totals) {
+    using V = Lanes<acc_t, kBytes>;
+    const Split<V> split;
+    int64_t channel = channel_of(*shape, range->begin), end = left_of_channel(*shape, range->begin);
+    for (int first = 0; first < range->n; first = piece++->end) {
+      const V lanes = load<V>(row + first);
+      store(row + first, V(acc_t(0)));
+      totals[channel] += double(sum(piece->several ? split.first(lanes, int(end - first)) : lanes));
+      if (piece->end < end) continue;
+      end += shape->inner;
+      channel = next_channel(*shape, channel);
+      if (piece->several) totals[channel] += double(sum(split.rest(lanes, int(end - shape->inner - first))));
     }
   }
 };
@@ -91,65 +127,112 @@ template <typename acc_t>
 Channels<acc_t>::Channels(const LifShape& shape, const Values& values)
     : shape_(shape),
       values_(values),
-      period_(shape.channels * shape.inner),
-      once_(period_ <= kLongRow && shape.neurons >= 4 * period_),
-      stride_((once_ ? period_ : 0) + kRow<acc_t> + 2 * kLanes<acc_t>),
-      rows_(kParameters * stride_) {}
+      wide_(wide<acc_t>(shape)),
+      once_(!wide_ && in_one_row(shape, kLongRow)),
+      stride_((once_ ? shape.channels * shape.inner : 0) + kRow<acc_t> + kLanes<acc_t>),
+      rows_([&] {
+        for (int k = 0; k < kParameters; ++k) {
+          if (!values[k]) continue;
+          slots_[k] = count_;
+          used_[count_++] = k;
+        }
+        return count_ * stride_;
+      }()) {}
 
 template <typename acc_t>
 const Parameters<acc_t>& Channels<acc_t>::of(const Range& range) {
-  parameters_.along = !in_one_channel(shape_, range);
-  if (!parameters_.along) {
-    const int64_t channel = channel_of(shape_, range.begin);
-    for (int k = 0; k < kParameters; ++k) {
-      parameters_.at[k] = broadcast(k);
-      if (values_[k] && channel != channel_) std::fill_n(broadcast(k), kLanes<acc_t>, values_[k][channel]);
-    }
-    channel_ = channel;
-    return parameters_;
+  pieces_used_ = 0;
+  for (int k = 0; k < kParameters; ++k) parameters_.rows[k] = row(k);
+  if (wide_) {
+    cut(range);
+  } else {
+    fill(range);
   }
-  const int64_t phase = range.begin % period_;
+  parameters_.pieces = pieces_.data();
+  return parameters_;
+}
+
+template <typename acc_t>
+void Channels<acc_t>::cut(const Range& range) {
+  constexpr int kSize = kLanes<acc_t>;
+  int64_t channel = channel_of(shape_, range.begin), left = left_of_channel(shape_, range.begin);
+  for (int at = 0; at < range.n;) {
+    const int inside = left < range.n - at ? int(left / kSize * kSize) : (range.n - at + kSize - 1) / kSize * kSize;
+    if (inside > 0) add_piece(at + inside, channel);
+    at += inside;
+    left -= inside;
+    if (at >= range.n) break;
+    const int64_t next = next_channel(shape_, channel);
+    if (left > 0) {
+      for (int i = 0; i < count_; ++i) {  // whole vectors each, whose length is known
+        const acc_t* values = values_[used_[i]];
+        std::fill_n(row(used_[i]) + at, kSize, values[channel]);
+        std::fill_n(row(used_[i]) + at + left, kSize, values[next]);
+      }
+      add_piece(at += kSize, -1);
+      left -= kSize;
+    }
+    left += shape_.inner;
+    channel = next;
+  }
+}
+
+template <typename acc_t>
+void Channels<acc_t>::fill(const Range& range) {
+  const int64_t period = shape_.channels * shape_.inner, phase = range.begin % period;
   const int n = (range.n + kLanes<acc_t> - 1) / kLanes<acc_t> * kLanes<acc_t>;
   if (phase < first_ || phase + n > first_ + filled_) {
     first_ = once_ ? 0 : phase;
-    filled_ = once_ ? period_ + kBlock : n;
-    for (int k = 0; k < kParameters; ++k) {
-      if (values_[k]) run<SpreadRow<acc_t>>(&shape_, values_[k], first_, int(filled_), row(k));
+    filled_ = once_ ? period + kBlock : n;
+    for (int i = 0; i < count_; ++i) {
+      run<SpreadRow<acc_t>>(&shape_, values_[used_[i]], first_, int(filled_), row(used_[i]));
     }
   }
-  for (int k = 0; k < kParameters; ++k) parameters_.at[k] = row(k) + (phase - first_);
-  return parameters_;
+  for (int k = 0; k < kParameters; ++k) parameters_.rows[k] += phase - first_;
+  add_piece(n, -1);
+}
+
+template <typename acc_t>
+void Channels<acc_t>::add_piece(int end, int64_t channel) {  // -1: several
+  Piece<acc_t>& piece = pieces_[pieces_used_++];
+  piece.end = end;
+  piece.several = channel < 0;
+  for (int i = 0; i < count_ && !piece.several; ++i) piece.values[used_[i]] = values_[used_[i]][channel];
 }
 
 template <typename acc_t>
 ChannelSums<acc_t>::ChannelSums(const LifShape& shape, int count)
     : shape_(shape),
       count_(count),
-      hold_(block_neurons(shape) % (shape.channels * shape.inner) == 0 ? kHeldBlocks : 1),
-      lanes_(count * kRow<acc_t>),
-      rows_(count * kRow<acc_t> + kLanes<acc_t>) {}
-
-template <typename acc_t>
-acc_t* ChannelSums<acc_t>::rows(const Range& range) {
-  return in_one_channel(shape_, range) ? lanes_.data() : rows_.data();
+      wide_(wide<acc_t>(shape)),
+      once_(!wide_ && in_one_row(shape, kLongSums)),
+      stride_((once_ ? shape.channels * shape.inner : 0) + kRow<acc_t> + kLanes<acc_t>),
+      rows_(count * stride_) {
+  std::fill_n(rows_.get(), count * stride_, acc_t(0));
 }
 
 template <typename acc_t>
-void ChannelSums<acc_t>::add(const Range& range, double* totals) {
-  if (in_one_channel(shape_, range)) {
-    double* total = totals + channel_of(shape_, range.begin);
-    for (int k = 0; k < count_; ++k) total[k * shape_.channels] += double(fold_lanes(lanes_.data() + k * kRow<acc_t>));
-  } else {
-    if (held_++ == 0) begin_ = range.begin;
-    width_ = std::max(width_, range.n);
-  }
-  if (held_ == 0 || (held_ < hold_ && !range.last)) return;
+acc_t* ChannelSums<acc_t>::rows(const Range& range) {
+  return rows_.get() + (once_ ? range.begin % (shape_.channels * shape_.inner) : 0);
+}
+
+template <typename acc_t>
+void ChannelSums<acc_t>::add(const Range& range, const Parameters<acc_t>& parameters, double* totals) {
+  const int64_t period = shape_.channels * shape_.inner;
+  held_ += range.n;
+  if (once_ && !range.last && held_ < kHeldBlocks * std::max<int64_t>(period, kBlock)) return;
+  held_ = 0;
   for (int k = 0; k < count_; ++k) {
-    acc_t* row = rows_.data() + k * kRow<acc_t>;
-    run<SumRow<acc_t>>(&shape_, row, begin_, width_, totals + k * shape_.channels);
-    std::fill_n(row, kBlock, acc_t(0));
+    acc_t* row = rows_.get() + k * stride_;
+    double* total = totals + k * shape_.channels;
+    if (wide_) {
+      run<SumPieces<acc_t>>(&shape_, row, &range, parameters.pieces, total);
+    } else {
+      const int width = once_ ? int(period) + kBlock : range.n;
+      run<SumRow<acc_t>>(&shape_, row, once_ ? 0 : range.begin, width, total);
+      std::fill_n(row, width, acc_t(0));
+    }
   }
-  held_ = width_ = 0;
 }
 
 template class Channels<float>;

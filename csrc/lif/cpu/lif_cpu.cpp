@@ -9,8 +9,9 @@ namespace {
 template <typename scalar_t>
 bool forward(const LifForward& args, int64_t first_chunk, int64_t last_chunk) {
   using acc_t = typename Convert<scalar_t>::acc_t;
-  Channels<acc_t> channels(args.shape,
-                           {static_cast<const acc_t*>(args.threshold), static_cast<const acc_t*>(args.leak)});
+  const bool charged = args.shape.timesteps > 1 || args.v0;
+  Channels<acc_t> channels(args.shape, {static_cast<const acc_t*>(args.threshold),
+                                        charged ? static_cast<const acc_t*>(args.leak) : nullptr});
   bool nan = false;
   const auto pack = [&](const Range& range, kernel_t<scalar_t>* rows, int64_t stride) {
     const int padded = int(packed_bytes(range.n)) * 8;

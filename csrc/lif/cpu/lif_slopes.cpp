@@ -11,9 +11,8 @@ struct Slopes {
                                 int n) {
     using V = Lanes<acc_t, kBytes, kBytes>;
     const V a = V(scale);
-    with_parameters(*parameters, [&](auto along) IIRSNN_INLINE_LAMBDA {
-      const PartParameters<V, decltype(along)::value, acc_t> p(*parameters);
-      for (int i = 0; i < n; i += V::kSize) {
+    for_each_piece<V>(*parameters, n, [&](const auto& p, int begin, int end) IIRSNN_INLINE_LAMBDA {
+      for (int i = begin; i < end; i += V::kSize) {
         store(slopes + i, spike_slope<kSurrogate>(load<V>(membranes + i), p.neuron(i, acc_t(0)), a));
       }
     });

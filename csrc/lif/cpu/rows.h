@@ -13,22 +13,26 @@ struct Parts {
   using V = Lanes<acc_t, kBytes>;
   using P = Lanes<acc_t, kBytes, sizeof(scalar_t) == 2 ? 2 * kBytes : kBytes>;
   static constexpr int kCount = V::kRegisters / P::kRegisters;
+  // What goes through all timesteps in registers: a vector, or as much of it as four of them hold.
+  using Held = Lanes<acc_t, kBytes, std::min(4 * kBytes, kVectorBytes)>;
 };
 
-// The parameters of a part: loaded for each, or where they are broadcast held in registers.
-template <typename P, bool kAlong, typename acc_t>
+// The parameters of a part: loaded for each, or where its piece is of one channel held in registers.
+template <typename P, bool kOfSeveral, typename acc_t>
 class PartParameters {
  public:
-  IIRSNN_INLINE explicit PartParameters(const Parameters<acc_t>& p) {
+  static constexpr bool kSeveral = kOfSeveral;
+
+  IIRSNN_INLINE PartParameters(const Parameters<acc_t>& p, const Piece<acc_t>& piece) {
     IIRSNN_REGISTERS
     for (int k = 0; k < kParameters; ++k) {
-      at_[k] = p.at[k];
-      if constexpr (!kAlong) all_[k] = load<P>(p.at[k]);
+      rows_[k] = p.rows[k];
+      if constexpr (!kSeveral) all_[k] = P(piece.values[k]);
     }
   }
   // Of the part from neuron i of the block on.
   IIRSNN_INLINE P of(int which, int i) const {
-    if constexpr (kAlong) return load<P>(at_[which] + i);
+    if constexpr (kSeveral) return load<P>(rows_[which] + i);
     return all_[which];
   }
   IIRSNN_INLINE Neuron<P> neuron(int i, acc_t v_reset) const {
@@ -36,15 +40,21 @@ class PartParameters {
   }
 
  private:
-  const acc_t* at_[kParameters];
+  const acc_t* rows_[kParameters];
   P all_[kParameters];
 };
 
-// f(std::bool_constant<whether each neuron has its own parameters>()).
-template <typename acc_t, typename F>
-IIRSNN_INLINE void with_parameters(const Parameters<acc_t>& p, F f) {
-  if (p.along) return f(std::true_type());
-  f(std::false_type());
+// f(parameters of parts, begin, end) for each piece of the n neurons of a block.
+template <typename P, typename acc_t, typename F>
+IIRSNN_INLINE void for_each_piece(const Parameters<acc_t>& p, int n, F f) {
+  int begin = 0;
+  for (const Piece<acc_t>* piece = p.pieces; begin < n; begin = piece++->end) {
+    if (piece->several) {
+      f(PartParameters<P, true, acc_t>(p, *piece), begin, piece->end);
+    } else {
+      f(PartParameters<P, false, acc_t>(p, *piece), begin, piece->end);
+    }
+  }
 }
 
 // Rounded to scalar_t, as a current in memory would be; of a NaN, its lower half is 0.
@@ -75,12 +85,10 @@ IIRSNN_INLINE void prefetch(const scalar_t* row) {
   for (int i = 0; i < V::kSize; i += kLine) __builtin_prefetch(row + i);
 }
 
-// Whether what a kernel writes, [T, N], would push all else out of the caches, and lies as streams want it.
+// Whether kernels write past the caches: what is large, and lies as streams want it.
 template <typename scalar_t>
 bool past_caches(const LifShape& shape, const void* to) {
-  constexpr int64_t kLarge = int64_t(32) << 20;
-  return shape.timesteps * shape.neurons * int64_t(sizeof(scalar_t)) >= kLarge &&
-         reinterpret_cast<uintptr_t>(to) % 64 == 0 && shape.neurons * sizeof(scalar_t) % 64 == 0;
+  return large(shape) && reinterpret_cast<uintptr_t>(to) % 64 == 0 && shape.neurons * sizeof(scalar_t) % 64 == 0;
 }
 
 // What was written past the caches is there for whoever comes to know that the kernel is done.

@@ -74,56 +74,57 @@ def _backward(
     acc = acc_dtype(x.dtype)
     s, grad_s = s.to(acc), grad_s.to(acc)
     delayed = reset == "soft_delayed"
+    before = (v0 > threshold).to(acc) if delayed and v0 is not None else None
 
     def after_reset(t: int) -> Tensor | None:
         if t < 0:
             return v0
         if reset == "soft":
             return h[t] - threshold * s[t]
-        return torch.where(s[t] == 1, v_reset, h[t]) if reset == "hard" else h[t]
-
-    def spikes_before(t: int) -> Tensor | None:
-        if t > 0:
-            return s[t - 1]
-        return None if v0 is None else (v0 > threshold).to(acc)
+        return h[t].masked_fill(s[t] == 1, v_reset) if reset == "hard" else h[t]
 
     h = torch.empty(x.shape, dtype=acc, device=x.device)
     for t in range(x.shape[0]):
-        v, before = after_reset(t - 1), spikes_before(t)
+        v = after_reset(t - 1)
         h[t] = x[t] if v is None else leak * v + x[t]
-        if delayed and before is not None:
-            h[t] -= threshold * before
+        fired = s[t - 1] if t else before
+        if delayed and fired is not None:
+            h[t] -= threshold * fired
 
-    slope = derivative(h, threshold).to(acc)
+    # One timestep after the other: what is computed for one stays in the cache.
     grad_x = torch.empty_like(h)
-    of_threshold, of_leak = torch.zeros_like(h[0]), torch.zeros_like(h[0])
-    grad_after, of_next = grad_v.to(acc), torch.zeros_like(h[0])  # of v[t]; of h[t + 1]
+    zeros = torch.zeros_like(h[0])
+    of_threshold = zeros.clone() if isinstance(threshold, Tensor) else None
+    of_leak = zeros.clone() if isinstance(leak, Tensor) else None
+    grad_after, of_next = grad_v.to(acc), zeros  # of v[t]; of h[t + 1]
     for t in reversed(range(x.shape[0])):
         of_spike, straight = grad_s[t], grad_after
+        subtracted = None
         if reset == "hard":
-            straight = torch.where(s[t] == 1, 0, grad_after)
+            straight = grad_after.masked_fill(s[t] == 1, 0)
             if not detach_reset:
                 of_spike = of_spike + (v_reset - h[t]) * grad_after
         elif reset != "none":
             subtracted = of_next if delayed else grad_after
-            of_threshold -= subtracted * s[t]
             if not detach_reset:
                 of_spike = of_spike - threshold * subtracted
-        surrogate = of_spike * slope[t]
-        of_threshold -= surrogate
-        of_next = straight + surrogate
-        grad_x[t] = of_next
-        v = after_reset(t - 1)
-        if v is not None:
+        surrogate = of_spike * derivative(h[t], threshold).to(acc)
+        if of_threshold is not None:
+            of_threshold -= surrogate
+            if subtracted is not None:
+                of_threshold -= subtracted * s[t]
+        of_next = torch.add(straight, surrogate, out=grad_x[t])
+        v = after_reset(t - 1) if of_leak is not None else None
+        if of_leak is not None and v is not None:
             of_leak += of_next * v
         grad_after = leak * of_next
-    before = spikes_before(0)
-    if delayed and v0 is not None and before is not None:
-        of_threshold -= of_next * before
+    if v0 is not None and before is not None:
+        surrogate = torch.zeros_like(zeros)
         if not detach_reset:
             surrogate = -threshold * of_next * derivative(v0, threshold).to(acc)
-            of_threshold -= surrogate
             grad_after = grad_after + surrogate
+        if of_threshold is not None:
+            of_threshold -= surrogate + of_next * before
     return (
         grad_x.to(x.dtype),
         _summed(of_threshold, threshold),
@@ -132,7 +133,7 @@ def _backward(
     )
 
 
-def _summed(of_neurons: Tensor, parameter: Any) -> Tensor | None:
-    if not isinstance(parameter, Tensor):
+def _summed(of_neurons: Tensor | None, parameter: Any) -> Tensor | None:
+    if of_neurons is None:
         return None
     return of_neurons.sum_to_size(parameter.shape).to(parameter.dtype)
