@@ -265,16 +265,16 @@ def _fused(name: str, node: Any, dt: float, decay: str) -> FusedLIF:
     import nir
 
     if isinstance(node, nir.Threshold):
-        threshold, leak, gain = np.asarray(node.threshold), np.zeros(1), np.ones(1)
+        threshold, leak, gain = _numpy(node.threshold), np.zeros(1), np.ones(1)
     elif isinstance(node, nir.IF):
-        threshold, leak, gain = np.asarray(node.v_threshold), np.ones(1), np.asarray(node.r)
+        threshold, leak, gain = _numpy(node.v_threshold), np.ones(1), _numpy(node.r)
     else:
-        if np.any(np.asarray(node.v_leak)):
+        if np.any(_numpy(node.v_leak)):
             raise ValueError(f"{name} (LIF): expected v_leak = 0")
-        tau, threshold = np.asarray(node.tau, np.float64), np.asarray(node.v_threshold)
+        tau, threshold = _numpy(node.tau).astype(np.float64), _numpy(node.v_threshold)
         leak = 1 - dt / tau if decay == "euler" else np.exp(-dt / tau)
-        gain = np.asarray(node.r) * (1 - leak)
-    if np.any(np.asarray(getattr(node, "v_reset", 0))):
+        gain = _numpy(node.r) * (1 - leak)
+    if np.any(_numpy(getattr(node, "v_reset", 0))):
         raise ValueError(f"{name}: expected v_reset = 0")
     if not (gain > 0).all() or not (threshold > 0).all():
         raise ValueError(f"{name}: expected a threshold and a gain > 0")
@@ -292,7 +292,7 @@ def _fused(name: str, node: Any, dt: float, decay: str) -> FusedLIF:
 
 def _by_channel(name: str, what: str, value: Any) -> np.ndarray:
     """float32 [1] or [C] of a value for each neuron [C, ...]."""
-    array = np.asarray(value, np.float32)
+    array = _numpy(value).astype(np.float32)
     flat = array.reshape(array.shape[0], -1) if array.ndim else array.reshape(1, 1)
     if not (flat == flat[:, :1]).all():
         raise ValueError(f"{name}: expected one {what} a channel, got {array.shape} of them")
@@ -300,10 +300,15 @@ def _by_channel(name: str, what: str, value: Any) -> np.ndarray:
     return values[:1].copy() if (values == values[0]).all() else values.copy()
 
 
+def _numpy(value: Any) -> np.ndarray:
+    """An array, of whatever a library put into the graph."""
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+
+
 def _filled(layer: Any, weight: Any, bias: Any) -> nn.Module:
-    layer.weight = nn.Parameter(torch.from_numpy(np.array(weight, np.float32)))
+    layer.weight = nn.Parameter(torch.from_numpy(_numpy(weight).astype(np.float32)))
     if bias is not None:
-        layer.bias = nn.Parameter(torch.from_numpy(np.array(bias, np.float32)))
+        layer.bias = nn.Parameter(torch.from_numpy(_numpy(bias).astype(np.float32)))
     return layer
 
 

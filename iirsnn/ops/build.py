@@ -247,7 +247,7 @@ def _compile_now(missing: str) -> str | None:
     return None
 
 
-def _compiled_file(plan: dict, compiler: str) -> Path | None:
+def _compiled_file(plan: dict[str, Any], compiler: str) -> Path | None:
     """Where the compiled extension is kept: by a hash of its sources, flags, torch and compiler.
 
     None for a user without a home.
@@ -282,12 +282,12 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _compile(plan: dict, file: Path) -> ModuleType:
+def _compile(plan: dict[str, Any], file: Path) -> ModuleType:
     """Compile in a folder of its own, which what a killed compiler leaves behind cannot disturb."""
     from torch.utils import cpp_extension
 
     with tempfile.TemporaryDirectory(dir=file.parent, ignore_cleanup_errors=True) as folder:
-        module = cpp_extension.load(
+        module: ModuleType = cpp_extension.load(
             name=_JIT_NAME,
             sources=plan["sources"],
             extra_cflags=plan["cxx"],
@@ -296,7 +296,7 @@ def _compile(plan: dict, file: Path) -> ModuleType:
             with_cuda=plan["cuda"],
             build_directory=folder,
         )
-        os.replace(module.__file__, file)
+        os.replace(str(module.__file__), file)
     module.__file__ = str(file)
     return module
 

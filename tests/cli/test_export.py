@@ -12,45 +12,42 @@ from tests.conftest import assert_one_line
 
 
 @pytest.fixture
-def pipeline(finished):
+def trained(finished):
+    """All test images, and the class of each at T = 1 and 2."""
     folder = RunFolder.read(finished)
-    return Pipeline(folder, open_data(folder.recipe))
-
-
-def images_of(pipeline):
+    pipeline = Pipeline(folder, open_data(folder.recipe))
     test = pipeline.splits.test
-    samples = test.__getitems__(list(range(len(test))))
-    return torch.stack([image for image, _ in samples])
+    images = torch.stack([image for image, _ in test.__getitems__(list(range(len(test))))])
+    with torch.no_grad():
+        return images, {t: pipeline.trained(f"T{t}").eval()(images).argmax(1) for t in (1, 2)}
 
 
 @torch.no_grad()
-def test_onnx_gives_the_class_of_every_test_image(iirsnn, finished, pipeline, tmp_path):
+def test_onnx_gives_the_class_of_every_test_image(iirsnn, finished, trained, tmp_path):
+    images, classes = trained
     result = iirsnn("export", finished, "--format", "onnx")
     assert result.code == 0, result.err
     assert "Written: net.onnx" in result.out
-    images = images_of(pipeline)
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
     (logits,) = session.run(None, {"images": images.numpy()})
-    expected = pipeline.trained("T1").eval()(images)
-    assert torch.equal(torch.from_numpy(logits).argmax(1), expected.argmax(1))
+    assert torch.equal(torch.from_numpy(logits).argmax(1), classes[1])
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 @torch.no_grad()
-def test_nir_gives_the_class_of_every_test_image(iirsnn, finished, pipeline, stage, tmp_path):
+def test_nir_gives_the_class_of_every_test_image(iirsnn, finished, trained, stage, tmp_path):
+    images, classes = trained
     out = tmp_path / "digits.nir"
     assert iirsnn("export", finished, "--format", "nir", "--stage", stage, "-o", out).code == 0
     back = from_nir(nir.read(str(out)), stage).eval()
-    images = images_of(pipeline)
-    expected = pipeline.trained(f"T{stage}").eval()(images).argmax(1)
-    same = float((back(images).argmax(1) == expected).float().mean())
+    same = float((back(images).argmax(1) == classes[stage]).float().mean())
     assert same == 1 if stage == 1 else same > 0.99  # leak goes through tau in float32
 
 
 def test_what_is_there_is_not_written_over(iirsnn, finished, tmp_path):
     (tmp_path / "net.onnx").write_bytes(b"mine")
     result = iirsnn("export", finished)
-    assert_one_line(result, "--out net.onnx: is there already; --force writes over it", code=2)
+    assert_one_line(result, 2, "--out net.onnx: is there already; --force writes over it")
     assert (tmp_path / "net.onnx").read_bytes() == b"mine"
     assert iirsnn("export", finished, "--force").code == 0
 
@@ -64,4 +61,4 @@ def test_what_is_there_is_not_written_over(iirsnn, finished, tmp_path):
     ],
 )
 def test_bad_arguments_are_one_line(iirsnn, finished, arguments, message):
-    assert_one_line(iirsnn("export", finished, *arguments), message, code=2)
+    assert_one_line(iirsnn("export", finished, *arguments), 2, message)

@@ -1,5 +1,7 @@
 """NIR and ONNX: networks written, read and run by others give the same spikes and classes."""
 
+from itertools import pairwise
+
 import nir
 import numpy as np
 import onnx
@@ -16,12 +18,15 @@ from iirsnn.nn import neurons
 
 from .networks import NETWORKS, Residual, Shuffle, images, trained_like
 
-PLAIN = {"Conv", "MatMul", "Add", "Greater", "Cast", "Identity"}
-
 
 def run(path, x):
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+
+
+def stem_and_block():
+    stem = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()]
+    return [*stem, ResidualBlock(4, 6, 2, batch_norm=True)]
 
 
 def networks():
@@ -29,11 +34,7 @@ def networks():
     torch.manual_seed(0)
     config = ModelConfig(layers=[6, "A", 8], hidden=[12], batch_norm=True)
     vgg = trained_like(build(config, 5, (3, 8, 8)))
-    config = ModelConfig(name="resnet18", batch_norm=False)
-    residual = Network(
-        [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), ResidualBlock(4, 6, 2, batch_norm=True)]
-        + [nn.MaxPool2d(2), nn.Flatten(), Readout(24, 5)]
-    )
+    residual = Network([*stem_and_block(), nn.MaxPool2d(2), nn.Flatten(), Readout(24, 5)])
     anns = {"vgg": vgg, "block": trained_like(residual)}
     anns |= {kind.__name__: trained_like(kind()) for kind in NETWORKS}
     x = images(16, seed=1)
@@ -43,7 +44,7 @@ def networks():
     yield "kept norms", convert(anns["Residual"], x, timesteps=1, neuron=settings).eval()
 
 
-@pytest.mark.parametrize(("name", "snn"), networks())
+@pytest.mark.parametrize(("name", "snn"), list(networks()))
 @torch.no_grad()
 def test_onnx_gives_the_logits_at_one_timestep(name, snn, tmp_path):
     x = images(64, seed=2)
@@ -80,12 +81,15 @@ def averaging(**options):
     """Average pools, a residual block, neurons of every leak; thresholds of a conversion."""
     torch.manual_seed(0)
     ann = Network(
-        [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), ResidualBlock(4, 6, 2, batch_norm=True)]
-        + [nn.AvgPool2d(2), nn.Conv2d(6, 6, 1, groups=3, bias=False), nn.ReLU()]
-        + [nn.Flatten(), nn.Linear(24, 9), nn.ReLU(), Readout(9, 5)],
+        [
+            *[*stem_and_block(), nn.AvgPool2d(2), nn.Conv2d(6, 6, 1, groups=3, bias=False)],
+            *[nn.ReLU(), nn.Flatten(), nn.Linear(24, 9), nn.ReLU(), Readout(9, 5)],
+        ],
         (3, 8, 8),
     )
     snn = convert(trained_like(ann), images(8, seed=1), neuron=NeuronConfig(**options)).eval()
+    for neuron in neurons(snn):
+        neuron.threshold.mul_(torch.linspace(0.8, 1.2, len(neuron.threshold)))
     return snn
 
 
@@ -102,8 +106,11 @@ def test_a_network_comes_back_from_nir(leak, per_channel, tmp_path):
     assert back.image_shape == (3, 8, 8)
     x = images(16, seed=2)
     snn.timesteps = 4
-    for one, other in zip(neurons(as_graph(snn)), neurons(back), strict=True):
-        torch.testing.assert_close(one.leak, other.leak[: len(one.leak)], rtol=1e-6, atol=1e-6)
+    for name, one in as_graph(snn).graph_module.named_modules():
+        if isinstance(one, FusedLIF):
+            other = back.graph_module.get_submodule(name.replace(".", "_"))
+            torch.testing.assert_close(one.leak, other.leak.expand_as(one.leak), rtol=0, atol=1e-6)
+            assert torch.equal(one.threshold, other.threshold)
     same = (back(x) - snn(x) / 4).abs().amax(1) < 1e-4
     assert same.float().mean() > 0.9  # tau is float32: a rounding may flip a spike
     assert same.all() or leak != 1
@@ -125,9 +132,7 @@ def test_a_graph_network_comes_back_from_nir():
     ("snn", "message"),
     [
         (
-            Network(
-                [nn.Conv2d(3, 4, 3), FusedLIF(), nn.MaxPool2d(2), nn.Flatten(), Readout(36, 2)]
-            ),
+            Network([nn.Conv2d(3, 4, 7), FusedLIF(), nn.MaxPool2d(2), nn.Flatten(), Readout(4, 2)]),
             "layers.2: NIR has .*; got MaxPool2d",
         ),
         (
@@ -148,7 +153,7 @@ def test_what_nir_lacks_is_refused_by_name(snn, message):
 def chain(**nodes):
     names = ["input", *nodes, "output"]
     nodes = {"input": nir.Input(np.array([4])), **nodes, "output": nir.Output(np.array([4]))}
-    return nir.NIRGraph(nodes, list(zip(names, names[1:], strict=False)))
+    return nir.NIRGraph(nodes, list(pairwise(names)))
 
 
 def ones(value=1.0, count=4):
@@ -200,8 +205,9 @@ def test_a_network_of_sinabs_loads():
     from sinabs.nir import to_nir as sinabs_to_nir
 
     torch.manual_seed(0)
+    iaf = sl.IAFSqueeze(batch_size=1, spike_threshold=torch.tensor(3.0), min_v_mem=None)
     network = nn.Sequential(
-        *[nn.Conv2d(3, 4, 3), sl.IAFSqueeze(batch_size=1, min_v_mem=None), nn.AvgPool2d(2)],
+        *[nn.Conv2d(3, 4, 3), iaf, sl.SumPool2d(2)],
         *[nn.Flatten(), nn.Linear(36, 5)],
     )
     graph = sinabs_to_nir(network, images(5))
@@ -209,5 +215,5 @@ def test_a_network_of_sinabs_loads():
     x = images(1, seed=2)
     network[1].reset_states()
     expected = network(x.expand(5, -1, -1, -1)).mean(0, keepdim=True)
-    # sinabs may give several spikes in a timestep; these currents stay below two thresholds
+    # sinabs gives several spikes where a membrane has passed the threshold as often: here none has
     torch.testing.assert_close(snn(x), expected, rtol=0, atol=1e-5)
