@@ -12,11 +12,13 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -110,6 +112,63 @@ def recipe(mode: str) -> dict[str, Any]:
         "cuda": cuda,
         "why": why,
     }
+
+
+# ---- The engine, which needs no torch ----
+
+#: Its library, which iirsnn.runtime loads; iirsnn._C holds the same objects.
+ENGINE = "libiirsnn.so"
+
+
+def engine_sources() -> list[Path]:
+    """The sources of libiirsnn; csrc/CMakeLists.txt takes the same."""
+    folder = source_dir()
+    found = [
+        *folder.glob("event/*.cpp"),
+        *folder.glob("event/file/*.cpp"),
+        *folder.glob("simd/*.cpp"),
+    ]
+    return sorted(path for path in found if path.name != "bind.cpp")
+
+
+def compile_engine(folder: Path, version: str) -> list[str]:
+    """The objects of its sources, compiled where they are older than what they are made of.
+
+    Raises:
+        subprocess.CalledProcessError: a source does not compile.
+    """
+    csrc = source_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    newest = max(path.stat().st_mtime for path in csrc.rglob("*.h"))
+    flags = [*CXX_FLAGS, "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wno-psabi"]
+    flags += [f'-DIIRSNN_VERSION="{version}"', f"-I{csrc}"]
+
+    def compiled(source: Path) -> str:
+        made = folder / f"{source.parent.name}-{source.stem}.o"
+        if not made.exists() or made.stat().st_mtime < max(newest, source.stat().st_mtime):
+            subprocess.run([*_compiler(), *flags, "-c", str(source), "-o", str(made)], check=True)
+        return str(made)
+
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(compiled, engine_sources()))
+
+
+def link_engine(objects: list[str], file: Path) -> None:
+    """Make the library of the objects."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    hidden = f"-Wl,--version-script={source_dir() / 'event' / 'exports.map'}"
+    flags = ["-shared", "-pthread", "-s"]
+    if sys.platform.startswith("linux"):
+        flags.append(hidden)
+    subprocess.run([*_compiler(), *flags, *objects, "-o", str(file)], check=True)
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX") or "c++")
+
+
+# ---- At first use ----
 
 
 def load() -> str | None:
