@@ -78,7 +78,6 @@ def measure(timesteps: int) -> dict[str, float]:
 
 
 def main() -> None:
-    import iirsnn._C  # after torch, whose libraries it needs
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -82,7 +82,7 @@ class _Call:
             shape = tuple(values.pop(name) for name in ("channels", "height", "width"))
             for name in ("kind", "name"):
                 values[name] = values[name].decode()
-            found.append(LayerStatistics(shape=shape, **values))  # type: ignore[arg-type]
+            found.append(LayerStatistics(shape=shape, **values))
         return found
 
     def bits(self, index: int) -> NDArray[np.uint64] | None:
