@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -17,6 +18,11 @@ def load_build():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def version():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    return re.search(r'^version = "(.*)"', text, re.MULTILINE)[1]
 
 
 def pure(reason):
@@ -44,9 +50,10 @@ def extension():
     plan = build.recipe(build.cuda_mode())
     print(f"iirsnn: CUDA {'on' if plan['cuda'] else 'off'} ({plan['why']})", file=sys.stderr)
     kind = cpp_extension.CUDAExtension if plan["cuda"] else cpp_extension.CppExtension
+    engine = {str(path) for path in build.engine_sources()}
     module = kind(
         "iirsnn._C",
-        [os.path.relpath(path, ROOT) for path in plan["sources"]],
+        [os.path.relpath(path, ROOT) for path in plan["sources"] if path not in engine],
         extra_compile_args={"cxx": plan["cxx"], "nvcc": plan["nvcc"]},
         include_dirs=[str(ROOT / "csrc")],
     )
@@ -64,8 +71,14 @@ def extension():
 
         def run(self):
             try:
+                objects = build.compile_engine(Path(self.build_temp) / "engine", version())
+                package = Path(self.get_ext_fullpath(module.name)).parent
+                build.link_engine(objects, package / "runtime" / build.ENGINE)
+                module.extra_objects = objects
                 super().run()
             except Exception as error:  # whatever a compiler, ninja or torch's check of them does
+                if "build_ext" in sys.argv:  # who asks for the kernels alone gets no less
+                    raise
                 first, *_ = str(error).strip().splitlines() or [type(error).__name__]
                 pure(f"the C++ kernels do not compile ({first})")
                 self.extensions = []

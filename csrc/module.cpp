@@ -9,6 +9,7 @@ static const char kFlags[] = IIRSNN_EXPANDED(IIRSNN_FLAGS);
 #include <torch/version.h>
 
 #include "event/bind.h"
+#include "lif/torch/lif_call.h"
 #include "simd/capability.h"
 
 #if defined(__clang__)
@@ -44,4 +45,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_cpu_capability", &iirsnn::set_cpu_capability, pybind11::arg("name"),
         "Use the CPU kernels for portable, avx2 or avx512; ValueError where the processor lacks it.");
   iirsnn::event::bind(m);
+  iirsnn::bind_lif_call(m);
 }

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 _Floats = NDArray[np.float32]
 #: Kernel, stride, dilation, padding before and after: rows and columns of each.
@@ -18,6 +19,20 @@ _Shape = tuple[int, int, int]
 
 def build_info() -> dict[str, Any]: ...
 def set_cpu_capability(name: str) -> None: ...
+def lif_call(
+    backend: str,
+    x: Tensor,
+    threshold: float | Tensor,
+    leak: float | Tensor,
+    v0: Tensor | None,
+    reset: str,
+    v_reset: float,
+    detach_reset: bool,
+    surrogate: str,
+    surrogate_scale: float,
+    return_v: bool,
+    /,
+) -> Tensor | tuple[Tensor, Tensor] | None: ...
 
 class event_plan:  # a submodule
     @staticmethod

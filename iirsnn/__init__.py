@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import conversion, event, functional, models, nn, ops
+    from . import conversion, event, functional, models, nn, ops, runtime
     from .conversion import (
         NeuronConfig,
         convert,
@@ -56,7 +56,7 @@ _ROOM_OF = {
     "to_onnx": "conversion",
     "use_spike_layers": "nn",
 }
-_ROOMS = ("conversion", "event", "functional", "models", "nn", "ops")
+_ROOMS = ("conversion", "event", "functional", "models", "nn", "ops", "runtime")
 
 __all__ = [
     "BatchNormLIF",
@@ -83,6 +83,7 @@ __all__ = [
     "record",
     "replace_neurons",
     "reset_state",
+    "runtime",
     "to_nir",
     "to_onnx",
     "use_spike_layers",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from .errors import RunError
 
-FORMAT = 1
+FORMAT = 2  # 1: a checksum of the tensors alone, in the header
 _KEY = "iirsnn"
+#: Stands before the checksum of all bytes of a file, eight digits that count as eight zeros there.
+_CHECKSUM, _ZEROS = b'"crc32":"', b"00000000"
 
 
 class Damaged(RunError):
@@ -53,15 +56,23 @@ def save(
 def to_bytes(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
     """What `save` writes into a file."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    checked = {"format": FORMAT, "crc32": _checksum(contiguous), **header}
-    return serialized(contiguous, {_KEY: json.dumps(checked)})
+    metadata = {_KEY: json.dumps({"format": FORMAT, **header}), "crc32": _ZEROS.decode()}
+    return sealed(serialized(contiguous, metadata))
+
+
+def sealed(content: bytes) -> bytes:
+    """The bytes of a file, with their right checksum in its place."""
+    at = content.index(_CHECKSUM) + len(_CHECKSUM)
+    digits = b"%08x" % _checksum_of_file(content)
+    return content[:at] + digits + content[at + len(digits) :]
 
 
 def from_bytes(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the header that `to_bytes` took. Raises as `load` does."""
     with _reading("checkpoint"):
         size = int.from_bytes(content[:8], "little")
-        header = _header(json.loads(content[8 : 8 + size])["__metadata__"], "checkpoint")
+        metadata = json.loads(content[8 : 8 + size])["__metadata__"]
+        header = _header(metadata, content, "checkpoint")
         return _whole(deserialized(content), header, "checkpoint")
 
 
@@ -74,7 +85,8 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     name = f"checkpoint {path}"
     with _reading(name), safe_open(path, framework="pt") as file:
-        header = _header(file.metadata() or {}, name)
+        with path.open("rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            header = _header(file.metadata() or {}, content, name)
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         return _whole(tensors, header, name)
 
@@ -99,21 +111,29 @@ def _reading(name: str) -> Iterator[None]:
         raise Damaged(f"{name}: truncated or no checkpoint ({error})") from error
 
 
-def _header(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
+def _header(metadata: Mapping[str, str], content: bytes | mmap.mmap, name: str) -> dict[str, Any]:
     if _KEY not in metadata:
         raise RunError(f"{name}: a safetensors file, but not one of iirsnn's")
+    wanted = metadata.get("crc32")
+    if wanted is not None and int(wanted, 16) != _checksum_of_file(content):
+        raise Damaged(f"{name}: its content is not what was written")
     header = json.loads(metadata[_KEY])
+    if type(header["format"]) is not int:
+        raise Damaged(f"{name}: expected a format, got {header['format']!r:.60}")
     if header["format"] > FORMAT:
         raise RunError(
             f"{name}: expected format {FORMAT} or older, got {header['format']};"
             " a newer iirsnn wrote it"
         )
+    if wanted is None and header["format"] > 1:
+        raise Damaged(f"{name}: expected a checksum, got none")
     return header
 
 
 def _whole(
     tensors: dict[str, Tensor], header: dict[str, Any], name: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    # of format 1
     if "crc32" in header and header.pop("crc32") != _checksum(tensors):
         raise Damaged(f"{name}: its content is not what was written")
     return tensors, header
@@ -152,6 +172,13 @@ def write_atomically(path: Path, write: Callable[[str], Any], previous: Path | N
         with suppress(OSError):
             temporary.unlink()
         raise RunError(f"{path}: cannot be written ({error})") from error
+
+
+def _checksum_of_file(content: bytes | mmap.mmap) -> int:
+    at = content.find(_CHECKSUM) + len(_CHECKSUM)
+    with memoryview(content) as view:
+        value = zlib.crc32(_ZEROS, zlib.crc32(view[:at]))
+        return zlib.crc32(view[at + len(_ZEROS) :], value)
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> int:

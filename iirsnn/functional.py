@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from .errors import check_choice
-from .ops.backend import choose
+from .ops.backend import choose, direct
 from .ops.packed import PackedSpikes
 from .ops.reference import RESETS, acc_dtype
 from .ops.surrogates import SURROGATES
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_COMPILED = ("auto", "cpu", "cuda")
+_SCALES = {name: scale for name, (_, scale) in SURROGATES.items()}
 
 
 def lif(
@@ -81,6 +83,12 @@ def lif(
             a CPU only: on a GPU that would wait for it.
         RuntimeError: a backend that cannot run.
     """
+    if not packed:
+        how = reset, v_reset, detach_reset, surrogate, surrogate_scale, return_v
+        result = short_way(backend, x, threshold, leak, v0, *how)
+        if result is not None:
+            return result
+
     acc = _check_x(x)
     scale = check_options(reset, v_reset, surrogate, surrogate_scale)
     threshold = parameter_like("threshold", threshold, x, acc)
@@ -116,6 +124,37 @@ def lif(
             x, threshold, leak, v0, reset, v_reset, detach_reset, surrogate, scale, return_v
         )
     return (s, v) if return_v else s
+
+
+def short_way(
+    backend: str,
+    x: Tensor,
+    threshold: float | Tensor,
+    leak: float | Tensor,
+    v0: Tensor | None,
+    reset: str,
+    v_reset: float,
+    detach_reset: bool,
+    surrogate: str,
+    surrogate_scale: float | None,
+    return_v: bool,
+) -> Any:
+    """What `lif` returns, where the compiled kernels can take the arguments as they are; else None.
+
+    On small tensors a call is all that there is to pay for, so this is one call into C++. What is
+    wrong is left to `lif`, which says so.
+    """
+    if torch.compiler.is_compiling() or backend not in _COMPILED:
+        return None
+    call, scale = direct(), surrogate_scale
+    if call is None or reset not in RESETS or surrogate not in _SCALES:
+        return None
+    if scale is None:
+        scale = _SCALES[surrogate]
+    if not (0 < scale < math.inf and -math.inf < v_reset < math.inf):
+        return None
+    how = reset, v_reset, detach_reset, surrogate, scale, return_v
+    return call(backend, x, threshold, leak, v0, *how)
 
 
 def _check_x(x: Tensor) -> torch.dtype:

@@ -26,6 +26,7 @@ LINES = [
     ["iirsnn.ops.lif"],
     ["iirsnn.ops.reference"],
     ["iirsnn.ops.surrogates"],
+    ["iirsnn.runtime"],
     ["iirsnn.atomic_files", "iirsnn.cache"],
     ["iirsnn.errors"],
 ]
@@ -120,7 +121,19 @@ def test_nothing_below_train_imports_an_extra(name, file):
     if LINE_OF[room_of(name)] <= TRAIN:
         return
     taken = {module.split(".")[0] for module, _ in imports(name, file)}
-    assert taken & EXTRAS == set()
+    # image files are what needs Pillow; who classifies one imports this module, nobody else
+    assert taken & EXTRAS == ({"PIL"} if name == "iirsnn.runtime.image_files" else set())
+
+
+@pytest.mark.parametrize(("name", "file"), FILES, ids=[name for name, _ in FILES])
+def test_the_runtime_imports_neither_torch_nor_what_does(name, file):
+    if room_of(name) not in ("iirsnn.runtime", "iirsnn.errors"):
+        return
+    taken = {module for module, _ in imports(name, file)}
+    assert {module.split(".")[0] for module in taken} & {"torch", "safetensors"} == set()
+    assert {m for m in taken if m.startswith("iirsnn")} <= {
+        m for m in NAMES if room_of(m) in ("iirsnn.runtime", "iirsnn.errors")
+    }
 
 
 @pytest.mark.parametrize(

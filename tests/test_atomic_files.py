@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import zlib
 from contextlib import contextmanager
 
 import pytest
@@ -188,5 +189,35 @@ def test_a_newer_format(tmp_path):
     path = tmp_path / "newer.safetensors"
     newer = atomic_files.FORMAT + 1
     save_file({"weight": torch.zeros(3)}, path, {"iirsnn": json.dumps({"format": newer})})
-    with pytest.raises(RunError, match=f"expected format 1 or older, got {newer}; a newer iirsnn"):
+    with pytest.raises(RunError, match=f"expected format 2 or older, got {newer}; a newer iirsnn"):
+        atomic_files.load(path)
+
+
+def test_any_bit_that_turned_is_seen(saved):
+    """In the header and in the tensors: the checksum is of all bytes."""
+    content = saved.read_bytes()
+    for at in range(0, len(content), 3):
+        changed = bytearray(content)
+        changed[at] ^= 1 << at % 8
+        with pytest.raises(RunError):
+            atomic_files.from_bytes(bytes(changed))
+
+
+def test_files_of_format_1_are_read(tmp_path):
+    """Their checksum, of the tensors alone, stands in the header."""
+    path, tensors = tmp_path / "old.safetensors", {"weight": torch.arange(3.0)}
+    value = zlib.crc32(tensors["weight"].numpy().tobytes())
+    for checksum in (value, value + 1):
+        save_file(tensors, path, {"iirsnn": json.dumps({"format": 1, "crc32": checksum, "x": 2})})
+        if checksum == value:
+            assert atomic_files.load(path)[1] == {"format": 1, "x": 2}
+        else:
+            with pytest.raises(RunError, match="its content is not what was written"):
+                atomic_files.load(path)
+
+
+def test_a_file_without_the_checksum_of_its_format(tmp_path):
+    path = tmp_path / "bare.safetensors"
+    save_file({"weight": torch.zeros(3)}, path, {"iirsnn": '{"format": 2}'})
+    with pytest.raises(RunError, match="expected a checksum, got none"):
         atomic_files.load(path)

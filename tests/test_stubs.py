@@ -18,7 +18,8 @@ def stubbed(body):
     found = {}
     for node in body:
         if isinstance(node, ast.FunctionDef):
-            names = [argument.arg for argument in node.args.args]
+            nameless = [f"arg{index}" for index, _ in enumerate(node.args.posonlyargs)]
+            names = [*nameless, *(argument.arg for argument in node.args.args)]
             found[node.name] = [name for name in names if name != "self"]
         elif isinstance(node, ast.ClassDef):
             found[node.name] = stubbed(node.body)

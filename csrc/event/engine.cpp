@@ -117,6 +117,16 @@ int64_t Engine::outputs() const {
   return steps.back().out.channels * steps.back().out.height * steps.back().out.width;
 }
 
+Shape Engine::gives(int64_t step) const { return network_->steps[step].out; }
+
+int64_t Engine::memory() const {
+  int64_t bytes = 0;
+  for (const Step& step : network_->steps) {
+    for (const Connection& c : step.connections) bytes += c.bytes;
+  }
+  return bytes;
+}
+
 // most: of a count that the step gives; 0: it gives real values.
 int64_t Engine::add_step(Step step, int64_t most) {
   std::vector<Step>& steps = network_->steps;

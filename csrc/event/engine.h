@@ -12,6 +12,7 @@
 #include "event/kernels.h"
 #include "event/memory.h"
 #include "event/shape.h"
+#include "event/stored_weights.h"
 
 namespace iirsnn::event {
 
@@ -21,7 +22,7 @@ namespace iirsnn::event {
 // A convolution.
 struct Synapses {
   int64_t source;
-  const float* weight;  // [outputs][channels / groups][kernel.y][kernel.x]; integers in [-127, 127] when int8
+  StoredWeights weight;  // [outputs][channels / groups][kernel.y][kernel.x]; integers in [-127, 127] when int8
   int64_t outputs;
   int64_t groups;
   Window window;
@@ -110,6 +111,8 @@ class Engine {
   Shape shape(int64_t source) const;
   bool real(int64_t source) const;  // gives real values
   int64_t outputs() const;          // logits
+  int64_t memory() const;     // in memory
+  Shape gives(int64_t step) const;  // of the steps in the order of adding
 
   // images [count][channels][height][width] -> logits [count][outputs], summed over the timesteps; by the calling
   // thread and up to threads - 1 others. Once nobody holds the Call, a later one takes over its memory.

@@ -6,6 +6,7 @@
 
 #include "event/kernels.h"
 #include "event/shape.h"
+#include "event/stored_weights.h"
 
 namespace iirsnn::event {
 
@@ -48,7 +49,7 @@ std::vector<Piece> pieces(int64_t from, int64_t to, int64_t outputs, int64_t cha
 
 // A convolution's weights [outputs][group_channels][taps].
 struct Filters {
-  const float* weight;
+  StoredWeights weight;
   int64_t outputs, groups, group_channels, taps;
 
   float at(int64_t output, int64_t channel, int64_t tap) const {

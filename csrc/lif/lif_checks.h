@@ -100,12 +100,11 @@ inline LifShape check_x(const Tensor& x) {
   LifShape shape{};
   shape.dtype = parse_dtype("x", x.scalar_type());
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(0) >= 1, "x: expected shape [T, *neurons] with T >= 1, got ", x.sizes());
-  const Tensor first = x.select(0, 0);
   shape.timesteps = x.size(0);
-  shape.neurons = first.numel();
+  shape.neurons = c10::multiply_integers(x.sizes().slice(1));
   shape.x_stride_t = x.stride(0);
   const bool apart = shape.timesteps == 1 || shape.x_stride_t == 0 || shape.x_stride_t >= shape.neurons;
-  TORCH_CHECK_VALUE(shape.neurons == 0 || (first.is_non_overlapping_and_dense() && apart),
+  TORCH_CHECK_VALUE(shape.neurons == 0 || x.is_contiguous() || (x.select(0, 0).is_non_overlapping_and_dense() && apart),
                     "x: expected x[0] dense and timesteps that do not overlap, got sizes ", x.sizes(), " strides ",
                     x.strides());
   shape.channels = 1;
@@ -141,7 +140,10 @@ inline std::pair<Tensor, Tensor> check_parameters(const Tensor& threshold, const
                                                   LifShape& shape) {
   check_parameter("threshold", threshold, x, shape);
   check_parameter("leak", leak, x, shape);
-  const auto spread = [&](const Tensor& value) { return value.expand({shape.channels}).contiguous(); };
+  const auto spread = [&](const Tensor& value) {
+    const bool as_it_is = value.numel() == shape.channels && value.is_contiguous();
+    return as_it_is ? value : value.expand({shape.channels}).contiguous();
+  };
   std::pair<Tensor, Tensor> both{spread(threshold), spread(leak)};
   if (x.is_cpu()) {  // on a GPU, looking at values would wait for it
     check_each("threshold", both.first, "finite values > 0", [](double n) { return n > 0 && std::isfinite(n); });

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import check_choice
-from ..functional import lif
+from ..functional import lif, short_way
 from ..ops.reference import RESETS, acc_dtype
 from ..ops.surrogates import SURROGATES
 
@@ -92,20 +92,44 @@ class FusedLIF(nn.Module):
             self.register_buffer(name, tensor)
 
     def forward(self, x: Tensor) -> Any:
-        result = lif(
-            x,
-            self.threshold,
-            self.leak,
-            self._before(x) if self.stateful else None,
-            reset=self.reset,
-            v_reset=self.v_reset,
-            detach_reset=self.detach_reset,
-            surrogate=self.surrogate,
-            surrogate_scale=self.surrogate_scale,
-            packed=self.packed,
-            return_v=self.return_v or self.stateful,
-            backend=self.backend,
-        )
+        held: Any = self._parameters.get  # self.threshold takes a failed look-up first
+        threshold, leak = held("threshold"), held("leak")
+        if threshold is None:
+            threshold = self.threshold
+        if leak is None:
+            leak = self.leak
+        v0 = self._before(x) if self.stateful else None
+        return_v = self.return_v or self.stateful
+        result = None
+        if not self.packed:
+            result = short_way(
+                self.backend,
+                x,
+                threshold,
+                leak,
+                v0,
+                self.reset,
+                self.v_reset,
+                self.detach_reset,
+                self.surrogate,
+                self.surrogate_scale,
+                return_v,
+            )
+        if result is None:
+            result = lif(
+                x,
+                threshold,
+                leak,
+                v0,
+                reset=self.reset,
+                v_reset=self.v_reset,
+                detach_reset=self.detach_reset,
+                surrogate=self.surrogate,
+                surrogate_scale=self.surrogate_scale,
+                packed=self.packed,
+                return_v=return_v,
+                backend=self.backend,
+            )
         if not self.stateful:
             return result
         s, v = result

@@ -6,9 +6,9 @@ can run the plain torch `reference`, with one warning. A backend asked for by na
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,9 +34,6 @@ _COMPILED = Backend(
 )
 _REFERENCE = Backend(reference.lif_forward, reference.lif_packed, reference.unpack_spikes)
 NAMES = ("auto", "cpu", "cuda", "triton", "reference")
-
-with contextlib.suppress(ImportError):  # a loaded export needs its ops; lif() says why not
-    importlib.import_module("iirsnn._C")
 
 _compiled_reason: dict[str, str | None] = {}
 _warned: set[str] = set()
@@ -109,6 +106,19 @@ _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def is_compiled_cpu(name: str, device: torch.device) -> bool:
     """Whether the backend `name` for tensors on `device` is `cpu`; raises what `choose` raises."""
     return _resolve(name, device.type) == "cpu"
+
+
+def direct() -> Callable[..., Any] | None:
+    """iirsnn._C.lif_call, the shortest way to lif_forward; None where it is not compiled.
+
+    It takes the name of a backend and the arguments of `iirsnn.functional.lif`, and returns None
+    where that has to take them.
+    """
+    if "import" not in _compiled_reason:
+        _compiled_reason["import"] = build.load()
+    if _compiled_reason["import"] is not None:
+        return None
+    return getattr(sys.modules["iirsnn._C"], "lif_call", None)
 
 
 def choose(name: str, device: torch.device) -> Backend:

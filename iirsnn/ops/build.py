@@ -12,11 +12,13 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -112,6 +114,63 @@ def recipe(mode: str) -> dict[str, Any]:
     }
 
 
+# ---- The engine, which needs no torch ----
+
+#: Its library, which iirsnn.runtime loads; iirsnn._C holds the same objects.
+ENGINE = "libiirsnn.so"
+
+
+def engine_sources() -> list[Path]:
+    """The sources of libiirsnn; csrc/CMakeLists.txt takes the same."""
+    folder = source_dir()
+    found = [
+        *folder.glob("event/*.cpp"),
+        *folder.glob("event/file/*.cpp"),
+        *folder.glob("simd/*.cpp"),
+    ]
+    return sorted(path for path in found if path.name != "bind.cpp")
+
+
+def compile_engine(folder: Path, version: str) -> list[str]:
+    """The objects of its sources, compiled where they are older than what they are made of.
+
+    Raises:
+        subprocess.CalledProcessError: a source does not compile.
+    """
+    csrc = source_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    newest = max(path.stat().st_mtime for path in csrc.rglob("*.h"))
+    flags = [*CXX_FLAGS, "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wno-psabi"]
+    flags += [f'-DIIRSNN_VERSION="{version}"', f"-I{csrc}"]
+
+    def compiled(source: Path) -> str:
+        made = folder / f"{source.parent.name}-{source.stem}.o"
+        if not made.exists() or made.stat().st_mtime < max(newest, source.stat().st_mtime):
+            subprocess.run([*_compiler(), *flags, "-c", str(source), "-o", str(made)], check=True)
+        return str(made)
+
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(compiled, engine_sources()))
+
+
+def link_engine(objects: list[str], file: Path) -> None:
+    """Make the library of the objects."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    hidden = f"-Wl,--version-script={source_dir() / 'event' / 'exports.map'}"
+    flags = ["-shared", "-pthread", "-s"]
+    if sys.platform.startswith("linux"):
+        flags.append(hidden)
+    subprocess.run([*_compiler(), *flags, *objects, "-o", str(file)], check=True)
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX") or "c++")
+
+
+# ---- At first use ----
+
+
 def load() -> str | None:
     """Import iirsnn._C, compiling it first where it is missing and a compiler is at hand.
 
@@ -188,7 +247,7 @@ def _compile_now(missing: str) -> str | None:
     return None
 
 
-def _compiled_file(plan: dict, compiler: str) -> Path | None:
+def _compiled_file(plan: dict[str, Any], compiler: str) -> Path | None:
     """Where the compiled extension is kept: by a hash of its sources, flags, torch and compiler.
 
     None for a user without a home.
@@ -223,12 +282,12 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _compile(plan: dict, file: Path) -> ModuleType:
+def _compile(plan: dict[str, Any], file: Path) -> ModuleType:
     """Compile in a folder of its own, which what a killed compiler leaves behind cannot disturb."""
     from torch.utils import cpp_extension
 
     with tempfile.TemporaryDirectory(dir=file.parent, ignore_cleanup_errors=True) as folder:
-        module = cpp_extension.load(
+        module: ModuleType = cpp_extension.load(
             name=_JIT_NAME,
             sources=plan["sources"],
             extra_cflags=plan["cxx"],
@@ -237,7 +296,7 @@ def _compile(plan: dict, file: Path) -> ModuleType:
             with_cuda=plan["cuda"],
             build_directory=folder,
         )
-        os.replace(module.__file__, file)
+        os.replace(str(module.__file__), file)
     module.__file__ = str(file)
     return module
 

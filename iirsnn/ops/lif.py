@@ -1,12 +1,16 @@
 """The torch.library ops: schemas, fakes, autograd, and nothing else.
 
-The schemas live here, so the ops exist whether or not anything was compiled; `iirsnn._C` registers
-their CPU and CUDA kernels. Strings name the reset and the surrogate; what was not asked for (v, the
-parameters' gradients, grad_v0) comes back with 0 elements.
+`iirsnn._C` registers their CPU and CUDA kernels, and defines schemas and autograd itself, in
+csrc/lif/torch/lif_autograd.cpp: a call costs less there. Where it is not built, or built later at
+first use, this is their twin, so that the ops exist whether or not anything was compiled. Strings
+name the reset and the surrogate; what was not asked for (v, the parameters' gradients, grad_v0)
+comes back with 0 elements.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from typing import Any
 
 import torch
@@ -14,7 +18,13 @@ from torch import Tensor
 
 from .reference import acc_dtype, empty_spikes
 
-_SCHEMAS = {
+with contextlib.suppress(ImportError):  # backend.py says why not, to those whom it concerns
+    importlib.import_module("iirsnn._C")
+
+#: Whether iirsnn._C has defined the ops.
+DEFINED_IN_CPP = hasattr(torch.ops.iirsnn, "lif_forward")
+
+SCHEMAS = {
     "lif_forward": "(Tensor x, Tensor threshold, Tensor leak, Tensor? v0, str reset, "
     "float v_reset, bool detach_reset, str surrogate, float surrogate_scale, bool return_v) "
     "-> (Tensor s, Tensor v)",
@@ -28,7 +38,7 @@ _SCHEMAS = {
 }
 
 # The layout of x decides the layout of everything that comes out: Inductor must not change it.
-for _name, _schema in _SCHEMAS.items():
+for _name, _schema in ({} if DEFINED_IN_CPP else SCHEMAS).items():
     torch.library.define(f"iirsnn::{_name}", _schema, tags=(torch.Tag.needs_exact_strides,))
 
 
@@ -129,4 +139,5 @@ def register(forward_op: Any, backward_op: Any) -> None:
     torch.library.register_autograd(backward_op, no_double_backward)
 
 
-register("iirsnn::lif_forward", "iirsnn::lif_backward")
+if not DEFINED_IN_CPP:
+    register("iirsnn::lif_forward", "iirsnn::lif_backward")

@@ -15,9 +15,9 @@ from sklearn.model_selection import train_test_split
 from torch.utils.data import BatchSampler, DataLoader
 
 from ..errors import RunError, UsageError, check_choice
+from ..runtime.image_files import FITS, Preparation
 from . import folder
 from .data_sets import DATA_SETS, FOLDER
-from .image_files import FITS, Preparation
 from .images import ORDER, Augmented, ImageSet, MemoryImages, Sample, random_stream
 
 

@@ -112,7 +112,7 @@ def _cifar(
     cure = f"unpack {source.filename} into {root} or the folder that data.root names"
     if not download and not (root / source.base_folder).is_dir():
         raise RunError(
-            f"{name}: no folder {source.base_folder} in {root}; set data.download=true or {cure}"
+            f"imagenet: no folder {source.base_folder} in {root}; set data.download=true or {cure}"
         )
     with _reading(name, root, cure, download=download):
         parts = [source(root, train=part, download=download) for part in (True, False)]
@@ -130,16 +130,13 @@ def _cifar(
     return train, test, parts[0].classes
 
 
-def _image_folder(
-    name: str, root: Path | None, download: bool
-) -> tuple[ImageSet, ImageSet, list[str]]:
-    """Image files of any data set, a folder a class."""
-    root = root or _cache() / name
+def _imagenet(root: Path | None, download: bool) -> tuple[ImageSet, ImageSet, list[str]]:
+    root = root or _cache() / "imagenet"
     cure = "set data.root to a folder of train/<class>/*.JPEG and val/<class>/*.JPEG"
     for part in ("train", "val"):
         if not (root / part).is_dir():
-            raise RunError(f"{name}: no folder {root / part}; it cannot be downloaded: {cure}")
-    with _reading(name, root, cure):
+            raise RunError(f"imagenet: no folder {root / part}; it cannot be downloaded: {cure}")
+    with _reading("imagenet", root, cure):
         train, test = (ImageFolder(root / part) for part in ("train", "val"))
         if train.classes != test.classes:
             raise ValueError("train/ and val/ hold different classes")
@@ -159,6 +156,5 @@ DATA_SETS: dict[str, Callable[[Path | None, bool], tuple[ImageSet, ImageSet, lis
     "fashion-mnist": _fashion_mnist,
     "cifar10": partial(_cifar, CIFAR10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": partial(_cifar, CIFAR100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    "imagenet": partial(_image_folder, "imagenet"),
-    "image-folder": partial(_image_folder, "image-folder"),
+    "imagenet": _imagenet,
 }

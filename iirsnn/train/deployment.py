@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .. import atomic_files
 from ..errors import RunError, UsageError
 from ..event import EventNetwork
-from .image_files import Preparation
+from ..runtime.image_files import Preparation
 from .pipeline import Pipeline
 
 
@@ -83,4 +84,4 @@ def read_image(path: Path, network: EventNetwork) -> Tensor:
         preparation = Preparation.from_json(network.notes.get("images"), size)
     except UsageError as error:
         raise UsageError(f"net: {error}") from None
-    return preparation.input(path)[None]
+    return torch.from_numpy(preparation.input(path))[None]

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .. import atomic_files, cache
 from ..errors import RunError, UsageError
-from .image_files import SUFFIXES, DamagedImage, Preparation
+from ..runtime.image_files import SUFFIXES, DamagedImage, Preparation
 from .images import MemoryImages
 
 _FORMAT = 1  # of the cache; another one when an image gives other pixels than before
@@ -231,7 +231,7 @@ def _pixels(
 
     def decode(index: int) -> None:
         try:
-            pixels[index] = preparation.pixels(files[index])
+            pixels[index] = torch.from_numpy(preparation.pixels(files[index]))
         except DamagedImage as error:
             damage[index] = str(error)
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from .image_files import Preparation, open_image, to_tensor
+from ..runtime.image_files import Preparation, open_image, to_array
 
 Sample = tuple[Tensor, int]  # image float32 [C, H, W], label
 
@@ -145,7 +145,7 @@ class MemoryImages(ImageSet):
         return self._samples(window, indices)
 
     def _samples(self, pixels: Tensor, indices: list[int]) -> list[Sample]:
-        images = self.preparation.normalised(pixels, self.white)
+        images = torch.from_numpy(self.preparation.normalised(pixels.numpy(), self.white))
         return list(zip(images, self.labels[indices].tolist(), strict=True))
 
 
@@ -161,7 +161,10 @@ class ImageFiles(ImageSet):
         self.random_crop = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()])
 
     def __getitems__(self, indices: list[int]) -> list[Sample]:
-        return [(self.preparation.input(self.files[i]), int(self.labels[i])) for i in indices]
+        return [
+            (torch.from_numpy(self.preparation.input(self.files[i])), int(self.labels[i]))
+            for i in indices
+        ]
 
     def select(self, indices: np.ndarray) -> "ImageFiles":
         return ImageFiles([self.files[i] for i in indices], self.labels[indices])
@@ -183,7 +186,7 @@ class ImageFiles(ImageSet):
                 # torch.manual_seed would reseed the accelerators too
                 torch.default_generator.manual_seed(seed)
                 crop = self.random_crop(open_image(self.files[index], self.image_shape[0]))
-                image = self.preparation.normalised(to_tensor(crop))
+                image = torch.from_numpy(self.preparation.normalised(to_array(crop)))
                 samples.append((image, int(self.labels[index])))
         finally:
             torch.set_rng_state(state)

@@ -12,7 +12,6 @@ import torch
 
 from iirsnn import atomic_files
 from iirsnn.errors import RunError, UsageError
-from iirsnn.event import file_format
 from iirsnn.event.file_format import FORMAT
 from iirsnn.event.network import EventNetwork
 from tests.event.graphs import Branches
@@ -59,17 +58,18 @@ def test_files_of_format_2(tmp_path, precision):
 # ---- Damage ----
 
 
-def rewrite(path, change):
-    """Change the JSON header that iirsnn keeps in a safetensors file."""
+def rewrite(path, change, sealed=True):
+    """Change the JSON header that iirsnn keeps in a safetensors file, and the checksum with it."""
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])
     ours = json.loads(header["__metadata__"]["iirsnn"])
     change(ours)
     header["__metadata__"]["iirsnn"] = json.dumps(ours)
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+    content = struct.pack("<Q", len(text)) + text + raw[8 + length :]
+    path.write_bytes(atomic_files.sealed(content) if sealed else content)
 
 
 DAMAGE = {
@@ -78,9 +78,8 @@ DAMAGE = {
     "not a file": (lambda p: p.unlink(), "no such file"),
     "newer": (lambda p: rewrite(p, lambda h: h.update(event_format=FORMAT + 1)), "newer iirsnn"),
     "no network": (lambda p: rewrite(p, lambda h: h.pop("event_format")), "no event network"),
-    "no checksum": (lambda p: rewrite(p, lambda h: h.pop("header_crc32")), "not what was written"),
-    "a digit": (lambda p: rewrite(p, lambda h: h.update(timesteps=1)), "not what was written"),
-    "a note": (lambda p: rewrite(p, lambda h: h["notes"].update(a=1)), "not what was written"),
+    "a digit": (lambda p: rewrite(p, lambda h: h.update(timesteps=1), False), "not what was"),
+    "a note": (lambda p: rewrite(p, lambda h: h["notes"].update(a=1), False), "not what was"),
 }
 
 
@@ -101,15 +100,11 @@ def branches():
 
 def contents(net):
     """Copies of tensors and header, to be changed."""
-    tensors, header = copy.deepcopy(net._contents())
-    del header["header_crc32"]
-    return tensors, header
+    return copy.deepcopy(net._contents())
 
 
 def saved(path, tensors, header):
-    """A file with a right checksum, whatever it says."""
-    checksum = file_format._checksum(header, tensors)
-    atomic_files.save(path, tensors, {**header, "header_crc32": checksum})
+    atomic_files.save(path, tensors, header)
     return path
 
 

@@ -358,3 +358,10 @@ def test_a_compiler_that_fails_leaves_pure_python_and_says_so(tmp_path):
     assert "installing pure Python, which compiles itself at first use" in done.stderr
     assert not list(copy.rglob("*.so"))
     assert len(list((copy / "build").rglob("module.cpp"))) == 1  # to be compiled at first use
+    asked = subprocess.run(
+        [sys.executable, "setup.py", "build_ext"],
+        env=os.environ | {"CXX": str(failing), "CC": str(failing), "IIRSNN_BUILD_CUDA": "0"},
+        capture_output=True,
+        cwd=copy,
+    )
+    assert asked.returncode != 0

@@ -37,7 +37,7 @@ class Block(nn.Module):
 def small(classes, image_shape):
     channels, *_ = image_shape
     stem = [nn.Conv2d(channels, 8, 3, padding=1), nn.ReLU()]
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes)]
+    head = [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, classes)]
     return nn.Sequential(*stem, Block(8), nn.MaxPool2d(2), *head)
 
 
@@ -57,7 +57,7 @@ number = 3
 """
 
 SETTINGS = [
-    *["model.name=net.py:small", "timesteps=[2,1]", "ann.epochs=2", "snn.epochs=1"],
+    *["model.name=net.py:small", "timesteps=[2,1]", "ann.epochs=4", "snn.epochs=1"],
     *["stages.T1.epochs=1", "ann.learning_rate=0.05", "snn.learning_rate=0.01"],
     *["model.layers=[]", "model.hidden=[4096,4096]", "data.batch_size=128"],
     *["runtime.threads=1", "runtime.device=cpu", "conversion.images=64"],
@@ -172,6 +172,7 @@ class Evil:
         return print, ("code was run",)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_weights_that_are_none_are_one_line(tmp_path, capsys):
     (tmp_path / "empty.safetensors").touch()
     (tmp_path / "text.pt").write_text("no weights")

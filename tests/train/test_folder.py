@@ -90,7 +90,7 @@ def test_training_images_have_mean_0_and_deviation_1(tmp_path):
     assert torch.allclose(deviations, torch.ones(3), atol=1e-5)
     assert splits.test.preparation == splits.train.preparation
     file = sorted((root / "a").iterdir())[0]
-    seen = splits.test.preparation.input(file)
+    seen = torch.from_numpy(splits.test.preparation.input(file))
     every = [x for part in (splits.train, splits.validation, splits.test) for x, _ in part]
     assert any(torch.equal(seen, x) for x in every)
 

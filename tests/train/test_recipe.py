@@ -16,6 +16,7 @@ SHAPES = {
     "cifar10": (10, (3, 32, 32)),
     "cifar100": (100, (3, 32, 32)),
     "imagenet": (1000, (3, 224, 224)),
+    "folder": (22, (3, 32, 32)),  # clipart
 }
 
 
@@ -195,3 +196,10 @@ def test_text_that_is_no_recipe_is_one_line(text):
     with pytest.raises(UsageError, match="recipe here: ") as error:
         recipe.parse(text, source="here")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", "..", ".", ".hidden", "a\\b", "a\nb"])
+def test_a_name_leads_nowhere_else(name):
+    with pytest.raises(UsageError, match=r"^name: expected the name of a folder, no path, got "):
+        recipe.load("digits", [f"name={name!r}"])
+    assert recipe.load("digits", ["name='my run'"]).name == "my run"

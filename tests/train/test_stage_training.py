@@ -18,7 +18,7 @@ from iirsnn.conversion import to_spiking
 from iirsnn.errors import RunError
 from iirsnn.models import vgg
 from iirsnn.nn import neurons
-from iirsnn.train import data, recipe
+from iirsnn.train import data, pipeline, recipe
 from iirsnn.train.data import Splits
 from iirsnn.train.images import MemoryImages
 from iirsnn.train.objective import Objective
@@ -354,6 +354,20 @@ def with_ann(tmp_path):
         pipeline.stages = pipeline.stages[:1]
         pipeline.train(Console(quiet=True))
         yield folder
+
+
+@pytest.mark.parametrize(("large", "batch_size"), [(10**6, None), (100, 5)])
+def test_calibration_images_that_are_large_go_in_batches(with_ann, large, batch_size, monkeypatch):
+    sizes, balance = [], pipeline.balance_thresholds
+
+    def balance_thresholds(*arguments, batch_size):
+        sizes.append(batch_size)
+        return balance(*arguments, batch_size=batch_size)
+
+    monkeypatch.setattr(pipeline, "balance_thresholds", balance_thresholds)
+    monkeypatch.setattr(pipeline, "LARGE", large)
+    Pipeline(with_ann, tiny_splits()).converted(2)
+    assert sizes == [batch_size]
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(with_ann, monkeypatch):

@@ -58,7 +58,7 @@ class Case {
     const int64_t shuffled = engine.add_channels({{sum, 70, 70, 1}, {sum, 0, 70, 1}});
     const int64_t values = currents({shuffled, 50, same}), joined = currents({values, 50, same, 50, {{values, 1.0f}}});
     const int64_t both = engine.add_channels({{joined, 10, 40, 1}, {third, 5, 30, 0.5f}});
-    const int64_t spread = engine.add_adaptive_pool(neurons({both, 140, {}, 1}), 4, 7);
+    const int64_t spread = engine.add_adaptive_pool(neurons({both, 140, {}, 1}), 7, 5);
     const int64_t small = engine.add_max_pool(currents({spread, 140, {}, 2}), {{3, 3}, {3, 3}});
     const int64_t hidden = neurons({small, 200, {{2, 1}}});
     const Parameters p(*this, hidden, kClasses, {});

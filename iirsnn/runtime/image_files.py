@@ -1,4 +1,7 @@
-"""Image files as a network takes them: one way for training and for `iirsnn predict`."""
+"""Image files as a network takes them: one way for training, `iirsnn predict` and the runtime.
+
+Needs Pillow, which `[train]` brings.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
-from torch import Tensor
 
 from ..errors import RunError, UsageError, one_line
 
@@ -62,23 +64,23 @@ class Preparation:
     fit: str = "crop"
     resize: int = 0
 
-    def pixels(self, path: str | os.PathLike[str]) -> Tensor:
+    def pixels(self, path: str | os.PathLike[str]) -> NDArray[np.uint8]:
         """An image file as uint8 [C, H, W].
 
         Raises:
             DamagedImage: see `open_image`.
             UsageError: of another size, where it must have the input's.
         """
-        return to_tensor(self.fitted(open_image(path, self.size[0]), path))
+        return to_array(self.fitted(open_image(path, self.size[0]), path))
 
-    def input(self, path: str | os.PathLike[str]) -> Tensor:
+    def input(self, path: str | os.PathLike[str]) -> NDArray[np.float32]:
         """An image file as the network takes it, float32 [C, H, W]; raises as `pixels` does."""
         return self.normalised(self.pixels(path))
 
-    def normalised(self, pixels: Tensor, white: int = 255) -> Tensor:
-        """uint8 [..., C, H, W] -> float32; the pixel value `white` is scaled to 1."""
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return pixels.float().mul_(1 / white).sub_(mean).div_(std)
+    def normalised(self, pixels: NDArray[Any], white: int = 255) -> NDArray[np.float32]:
+        """Numbers [..., C, H, W] -> float32; the pixel value `white` is scaled to 1."""
+        mean, std = (np.array(each, np.float32)[:, None, None] for each in (self.mean, self.std))
+        return (pixels.astype(np.float32) * np.float32(1 / white) - mean) / std
 
     def fitted(self, image: Image.Image, path: str | os.PathLike[str]) -> Image.Image:
         """The image in the input's size. Crops before it scales: a thin image stays small."""
@@ -179,10 +181,10 @@ def open_image(path: str | os.PathLike[str], channels: int) -> Image.Image:
         raise DamagedImage(f"image {name}: cannot be read ({reason})") from None
 
 
-def to_tensor(image: Image.Image) -> Tensor:
+def to_array(image: Image.Image) -> NDArray[np.uint8]:
     """An image of mode L or RGB as uint8 [C, H, W]."""
-    pixels = np.array(image)
-    return torch.from_numpy(pixels.reshape(image.height, image.width, -1)).permute(2, 0, 1)
+    pixels = np.array(image).reshape(image.height, image.width, -1)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 _TURNS = {

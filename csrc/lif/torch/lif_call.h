@@ -1,0 +1,9 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace iirsnn {
+
+void bind_lif_call(pybind11::module_& m);  // the function lif_call
+
+}  // namespace iirsnn

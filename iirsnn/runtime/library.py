@@ -1,0 +1,94 @@
+"""libiirsnn, loaded: its functions with their types, and its errors as ours."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_size_t, c_uint64, c_void_p
+from pathlib import Path
+
+from ..errors import RunError, UsageError
+
+NAME = "libiirsnn.so"
+
+_BAD_ARGUMENT, _BAD_FILE, _NO_MEMORY = 1, 2, 3
+
+
+class Facts(ctypes.Structure):
+    """iirsnn_facts."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("channels", "height", "width", "classes", "timesteps")),
+        ("layers", c_int64),
+        ("weight_bytes", c_int64),
+        ("prepares_pixels", c_int),
+    ]
+
+
+class Layer(ctypes.Structure):
+    """iirsnn_layer."""
+
+    _fields_ = [
+        ("kind", c_char_p),
+        ("name", c_char_p),
+        *((name, c_int64) for name in ("channels", "height", "width", "neurons", "spikes")),
+        *((name, c_int64) for name in ("additions", "multiplications")),
+        *((name, c_int64) for name in ("weight_bytes", "spike_bytes", "value_bytes")),
+        ("milliseconds", c_double),
+    ]
+
+
+_FUNCTIONS = {
+    "version": (c_char_p, []),
+    "capability": (c_char_p, []),
+    "message": (c_char_p, []),
+    "load_file": (c_int, [c_char_p, POINTER(c_void_p)]),
+    "load_memory": (c_int, [c_char_p, c_size_t, POINTER(c_void_p)]),
+    "release": (None, [c_void_p]),
+    "describe": (c_int, [c_void_p, POINTER(Facts)]),
+    "class_name": (c_char_p, [c_void_p, c_int64]),
+    "image_notes": (c_char_p, [c_void_p]),
+    "prepare": (c_int, [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
+    "run": (c_int, [c_void_p, c_void_p, c_int64, c_int, c_void_p, POINTER(c_void_p)]),
+    "layer_of": (c_int, [c_void_p, c_int64, POINTER(Layer)]),
+    "bits_of": (
+        c_int,
+        [c_void_p, c_int64, POINTER(POINTER(c_uint64)), POINTER(c_int64), POINTER(c_int64)],
+    ),
+    "free_call": (None, [c_void_p]),
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The library beside this file.
+
+    Raises:
+        RunError: it is not there, or cannot be loaded.
+        UsageError: IIRSNN_CPU_CAPABILITY asks for what this processor lacks.
+    """
+    path = Path(__file__).with_name(NAME)
+    if not path.exists():
+        raise RunError(f"the event engine needs {NAME}, which is not in {path.parent}")
+    try:
+        found = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise RunError(f"the event engine cannot be loaded: {error}") from error
+    for name, (result, arguments) in _FUNCTIONS.items():
+        function = getattr(found, f"iirsnn_{name}")
+        function.restype, function.argtypes = result, arguments
+    if found.iirsnn_capability() is None:
+        raise UsageError(found.iirsnn_message().decode())
+    return found
+
+
+def check(status: int) -> None:
+    """Raises what a status stands for: UsageError, RunError or MemoryError."""
+    if status == 0:
+        return
+    message = library().iirsnn_message().decode(errors="replace")
+    if status == _BAD_ARGUMENT:
+        raise UsageError(message)
+    if status == _NO_MEMORY:
+        raise MemoryError(message)
+    raise RunError(f"damaged event network ({message})" if status == _BAD_FILE else message)

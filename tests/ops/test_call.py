@@ -1,0 +1,165 @@
+"""The shortest way from Python to the compiled kernels, and the ops' two homes: C++ and Python."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import iirsnn._C
+from iirsnn.functional import lif
+from iirsnn.ops import backend
+from iirsnn.ops import lif as contract
+
+WAYS = {
+    "numbers": {},
+    "tensors": {"threshold": torch.tensor([0.7]), "leak": torch.tensor([0.9])},
+    "number and tensor": {"threshold": 0.7, "leak": torch.tensor([0.9])},
+    "channels": {"threshold": torch.tensor([0.7, 0.8, 0.9]), "leak": torch.tensor([0.9, 0.8, 1.0])},
+    "channels and one": {"threshold": torch.tensor([0.7, 0.8, 0.9]), "leak": torch.tensor([0.9])},
+    "doubles": {"threshold": torch.tensor([0.7]).double()},
+    "a scalar tensor": {"threshold": torch.tensor(0.7)},
+    "membrane": {"v0": torch.full((2, 3, 4), 0.3), "return_v": True},
+    "membrane of double": {"v0": torch.full((2, 3, 4), 0.3).double()},
+    "how": {"reset": "hard", "v_reset": 0.1, "detach_reset": False, "surrogate": "atan"},
+    "scale": {"surrogate_scale": 1, "backend": "cpu"},
+}
+INPUTS = {
+    "contiguous": lambda x: x,
+    "same": lambda x: x[:1].expand(3, 2, 3, 4),
+    "channels last": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "with holes": lambda x: x.repeat(1, 1, 1, 2)[..., ::2],
+    "bfloat16": lambda x: x.bfloat16(),
+    "double": lambda x: x.double(),
+}
+
+
+def everything(x, options):
+    x = x.detach().requires_grad_()
+    leaves = [
+        t.requires_grad_()
+        for t in (options.get(name) for name in ("threshold", "leak", "v0"))
+        if isinstance(t, torch.Tensor)
+    ]
+    outputs = lif(x, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    grads = torch.autograd.grad([o.sum() for o in outputs], [x, *leaves], allow_unused=True)
+    return [*outputs, *grads]
+
+
+@pytest.mark.parametrize("layout", INPUTS)
+@pytest.mark.parametrize("way", WAYS)
+def test_the_short_way_is_the_long_one(way, layout, monkeypatch):
+    x = INPUTS[layout](torch.randn(3, 2, 3, 4, generator=torch.Generator().manual_seed(0)) + 0.4)
+    options = WAYS[way]
+    short = everything(x, options)
+    monkeypatch.setattr("iirsnn.functional.direct", lambda: None)
+    for got, wanted in zip(short, everything(x, options), strict=True):
+        assert got.stride() == wanted.stride()
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+def test_what_the_short_way_takes_and_what_it_leaves():
+    def call(x, threshold, leak, v0=None, name="auto"):
+        how = ("soft", 0.0, True, "triangle", 0.3, False)
+        return iirsnn._C.lif_call(name, x, threshold, leak, v0, *how)
+
+    class Own(torch.Tensor):
+        pass
+
+    x, one = torch.rand(3, 2), torch.ones(1)
+    taken = [
+        (x, 1.0, 1.0),
+        (x, one, one),
+        (x, torch.nn.Parameter(one), one),
+        (x[:1], one, one, x[0]),
+    ]
+    assert all(isinstance(call(*arguments), torch.Tensor) for arguments in taken)
+    left = [
+        (x, 1, 1.0),
+        (x, True, 1.0),
+        (x, -1.0, 1.0),
+        (x, 1.0, float("nan")),
+        (x, one.double(), one),
+        (x, torch.ones(2), torch.ones(2)),
+        (x, torch.ones(()), one),
+        (x, one, one, x),
+        (x, one, one, None, "cuda"),
+        (x.int(), one, one),
+        (x[:0], one, one),
+        (x.to("meta"), one, one),
+        (x.as_subclass(Own), one, one),
+        ([1.0], one, one),
+    ]
+    assert all(call(*arguments) is None for arguments in left)
+    assert isinstance(lif(x.as_subclass(Own)), Own)
+
+
+def test_one_dispatch():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    for timesteps, grad in itertools.product((1, 5), (False, True)):
+        found = []
+        x = torch.rand(timesteps, 64, requires_grad=grad)
+        one = torch.ones(1, requires_grad=grad)
+        with Names():
+            s = lif(x, one, one)
+            if grad:
+                s.backward(torch.ones_like(s.detach()))
+        ours = [name for name in found if name.startswith("iirsnn")]
+        assert found[0] == ours[0] == "iirsnn.lif_forward.default"
+        assert ours[1:] == ["iirsnn.lif_backward.default"] * grad
+
+
+def test_schemas_in_cpp_are_those_of_the_twin():
+    assert contract.DEFINED_IN_CPP
+    for name, schema in contract.SCHEMAS.items():
+        op = getattr(torch.ops.iirsnn, name).default
+        assert str(op._schema) == f"iirsnn::{name}{schema}"
+        assert torch.Tag.needs_exact_strides in op.tags
+
+
+TWIN = """
+import sys, torch
+sys.modules["iirsnn._C"] = None  # as where nothing is built
+from iirsnn.ops import lif as contract
+assert not contract.DEFINED_IN_CPP
+del sys.modules["iirsnn._C"]  # and compiled later, at first use
+from iirsnn.functional import lif
+x = torch.randn(5, 2, 3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+one = torch.full((3,), 0.9).requires_grad_()
+s, v = lif(x, one, one, return_v=True, backend="cpu")
+grads = torch.autograd.grad(s.sum() + v.sum(), (x, one))
+torch.save([s.detach(), v.detach(), *grads], sys.argv[1])
+"""
+
+
+def test_kernels_that_are_compiled_at_first_use_have_the_twins_autograd(tmp_path):
+    subprocess.run([sys.executable, "-c", TWIN, tmp_path / "found"], check=True)
+    x = torch.randn(5, 2, 3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    one = torch.full((3,), 0.9).requires_grad_()
+    s, v = lif(x, one, one, return_v=True)
+    wanted = [s, v, *torch.autograd.grad(s.sum() + v.sum(), (x, one))]
+    for got, t in zip(torch.load(tmp_path / "found"), wanted, strict=True):
+        assert torch.equal(got, t)
+
+
+def test_transforms_of_functorch():
+    """A gradient raises, as forward mode does; a batch runs one by one."""
+    x = torch.rand(4, 3, 2)
+    with pytest.raises(RuntimeError, match=r"autograd::Function"):
+        torch.func.grad(lambda x: lif(x).sum())(x[0])
+    with pytest.raises(RuntimeError, match=r"autograd::Function|forward AD|jvp"):
+        torch.func.jvp(lif, (x[0],), (x[0],))
+    assert torch.equal(torch.vmap(lif)(x), torch.stack([lif(t) for t in x]))
+
+
+def test_the_short_way_is_not_taken_where_nothing_is_compiled(monkeypatch):
+    monkeypatch.setattr(backend, "_compiled_reason", {"import": "iirsnn._C is not compiled"})
+    assert backend.direct() is None
