@@ -164,14 +164,16 @@ class _Normaliser:
         return self.graph.output(result)
 
     def _module(self, module: Any, x: Any, *more: Any, **rest: Any) -> Any:
-        kind = type(module)
+        kind, ceiling = type(module), _ceiling_of(module)
+        allowed = (*LAYERS, *NORMS, *SPATIAL, *MOVING, *DROPOUTS, nn.Identity)
+        if ceiling is None and (kind not in allowed or getattr(module, "return_indices", False)):
+            raise Refused(kind.__name__)
         if more or rest or not isinstance(x, fx.Node):
             raise Refused(f"{kind.__name__} with several inputs")
         if module._forward_pre_hooks:
             raise Refused(f"{kind.__name__} whose weight a hook computes")
         if kind is nn.Identity:
             return x
-        ceiling = _ceiling_of(module)
         if ceiling is not None:
             result = self.activation(x, ceiling, self._place())
             if getattr(module, "inplace", False):
@@ -179,9 +181,6 @@ class _Normaliser:
             return result
         if kind in DROPOUTS:
             return self.dropout(x, module.p)
-        allowed = (*LAYERS, *NORMS, *SPATIAL, *MOVING)
-        if kind not in allowed or getattr(module, "return_indices", False):
-            raise Refused(kind.__name__)
         if kind is nn.Upsample and module.mode not in _LINEAR_UPSAMPLING:
             raise Refused(f"Upsample of mode {module.mode}")
         module = copy.deepcopy(module)

@@ -262,7 +262,7 @@ class Analog(nn.Module):
     ("ann", "message"),
     [
         (nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), "ann: no ReLU"),
-        (nn.Linear(4, 2), "ann: no ReLU"),
+        (nn.Conv2d(1, 2, 1), "ann: no ReLU"),
         (
             Network([nn.Flatten(), nn.ReLU(), nn.BatchNorm1d(4), nn.Linear(4, 2)]),
             "ann: expected each BatchNorm right after a Conv2d or Linear",
