@@ -19,11 +19,12 @@ export IIRSNN_BUILD_CUDA ?= 0
 
 SOURCES := setup.py iirsnn/ops/build.py $(shell find csrc -type f)
 
-.PHONY: help demo test fuzz docs wheel runtime-wheel sanitize sanitize-engine bench bench-check lint format gpu-check clean
+.PHONY: help demo test test-slow fuzz docs wheel runtime-wheel sanitize sanitize-engine bench bench-check lint format gpu-check clean
 
 help:
 	@echo "make demo       train on scikit-learn's digits, from the ANN to one timestep"
 	@echo "make test       run the tests"
+	@echo "make test-slow  run those that take minutes each, which make test leaves out"
 	@echo "make fuzz       the same properties on FUZZ_CASES=10000 new cases"
 	@echo "make docs       the documentation as a site in build/site/; a broken link or an undocumented name fails"
 	@echo "make wheel      sdist and wheel into dist/"
@@ -65,6 +66,9 @@ demo: $(VENV)/.train
 
 test: $(VENV)/.neurons
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-slow: $(VENV)/.neurons
+	$(BIN)/python -m pytest -m slow
 
 # Cases drawn anew in each run; what `make test` runs of them is the same few each time.
 FUZZ_CASES ?= 10000

@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -179,7 +178,9 @@ def load() -> str | None:
     `_compiled_file`. Raises ValueError where IIRSNN_CPU_CAPABILITY asks for what this processor
     lacks.
     """
-    missing = _is_for_another_torch()
+    from .compiled import for_another_torch
+
+    missing = for_another_torch()
     try:
         if not missing:
             # reads IIRSNN_CPU_CAPABILITY: a wrong one raises here, not inside a parallel region
@@ -195,22 +196,6 @@ def load() -> str | None:
         return _compile_now(missing)
     except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
         return f"{missing} and compiling it now failed: {_first_line(error)}"
-
-
-def _is_for_another_torch() -> str:
-    """Why the extension that is installed must not even be imported, or ""."""
-    import torch
-
-    if "iirsnn._C" in sys.modules:
-        return ""
-    spec = importlib.util.find_spec("iirsnn._C")
-    if spec is None or not spec.origin or not Path(spec.origin).is_file():
-        return ""
-    found = re.search(rb"iirsnn for torch ([0-9.]*)", Path(spec.origin).read_bytes())
-    built, here = found and found[1].decode(), torch.__version__.partition("+")[0]
-    if built is None or here.startswith(built):  # a nightly build's version goes on
-        return ""
-    return f"iirsnn._C was compiled for torch {built}, not for {torch.__version__}"
 
 
 def _first_line(error: Exception) -> str:

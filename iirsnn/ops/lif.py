@@ -9,17 +9,15 @@ comes back with 0 elements.
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .compiled import define_ops
 from .reference import acc_dtype, empty_spikes
 
-with contextlib.suppress(ImportError):  # backend.py says why not, to those whom it concerns
-    importlib.import_module("iirsnn._C")
+define_ops()
 
 #: Whether iirsnn._C has defined the ops.
 DEFINED_IN_CPP = hasattr(torch.ops.iirsnn, "lif_forward")

@@ -112,7 +112,7 @@ def _cifar(
     cure = f"unpack {source.filename} into {root} or the folder that data.root names"
     if not download and not (root / source.base_folder).is_dir():
         raise RunError(
-            f"imagenet: no folder {source.base_folder} in {root}; set data.download=true or {cure}"
+            f"{name}: no folder {source.base_folder} in {root}; set data.download=true or {cure}"
         )
     with _reading(name, root, cure, download=download):
         parts = [source(root, train=part, download=download) for part in (True, False)]

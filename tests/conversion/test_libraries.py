@@ -30,7 +30,16 @@ def test_every_network_of_the_table_is_here():
     assert set(EXPECTED) == set(benchmark.NETWORKS)
 
 
-@pytest.mark.parametrize("name", benchmark.NETWORKS)
+QUICK = ("torchvision/squeezenet1_1",)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in benchmark.NETWORKS
+    ],
+)
 def test_networks_are_converted_whole_and_track_their_ann(name):
     layers, bound = EXPECTED[name]
     row = benchmark.tracking(name, benchmark.network(name), steps=(1, 8))

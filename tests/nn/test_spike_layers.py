@@ -433,7 +433,8 @@ def test_training_uses_them(monkeypatch):
     seen = []
     recipe = load("digits")
     line = pipeline.Pipeline.__new__(pipeline.Pipeline)
-    line.recipe, line.folder, line.splits, line.processes = recipe, None, None, None
+    line.recipe, line.folder, line.splits = recipe, None, None
+    line.processes = SimpleNamespace(main=False)
     line.accelerator = SimpleNamespace(device=torch.device("cpu"))
     line.initial, line.teacher = lambda stage: network(), lambda stage: None
 
