@@ -111,7 +111,7 @@ class Engine {
   Shape shape(int64_t source) const;
   bool real(int64_t source) const;  // gives real values
   int64_t outputs() const;          // logits
-  int64_t memory() const;     // in memory
+  int64_t memory() const;           // in memory
   Shape gives(int64_t step) const;  // of the steps in the order of adding
 
   // images [count][channels][height][width] -> logits [count][outputs], summed over the timesteps; by the calling
