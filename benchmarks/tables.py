@@ -63,7 +63,8 @@ def table(results: dict[str, Any]) -> str:
         lines.append(f"- Last-level-cache misses: {misses}")
     lines.append("")
     lines += ["### Goals", "", *_markdown(["", "goal", "measured"], goals(results))]
-    tables = (_network_tables, _choice_tables, _event_tables, _batch_norm_table, _lif_tables)
+    tables = (_network_tables, _choice_tables, _event_tables, _batch_norm_table)
+    tables += (_neighbour_table, _lif_tables)
     return "\n".join(lines + [line for make in tables for line in make(results)])
 
 
@@ -220,6 +221,19 @@ def _batch_norm_table(results: dict[str, Any]) -> list[str]:
     ]
     header = ["T, B, C, H, W", "layout", "dtype", "two modules, ms", "BatchNormLIF, ms", "ratio"]
     title = f"### BatchNormLIF, {results['capability']}"
+    return [title, "", *_markdown(header, rows)] if rows else []
+
+
+def _neighbour_table(results: dict[str, Any]) -> list[str]:
+    """Median, 95th percentile and largest time, as multiples of the first contender's median."""
+    rows = []
+    for group in chosen(results, subject="neighbour"):
+        least = next(iter(group["contenders"].values()))["median_ms"]
+        for name, row in group["contenders"].items():
+            ratios = (_number(row[key] / least) for key in ("median_ms", "p95_ms", "most_ms"))
+            rows.append([group["what"], name, _number(row["median_ms"]), *ratios])
+    header = ["what", "threads", "median, ms", "ratio", "95th percentile", "largest"]
+    title = f"### A busy process on the other core, {results['capability']}"
     return [title, "", *_markdown(header, rows)] if rows else []
 
 

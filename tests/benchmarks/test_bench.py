@@ -21,6 +21,7 @@ import record
 import regressions
 import report
 import sameness
+import tables
 import traffic
 
 N = 1000
@@ -452,3 +453,14 @@ def test_the_commit_of_results_ignores_the_results(tmp_path, monkeypatch):
     assert not provenance.commit(ignore=["results"]).endswith("-modified")
     (tmp_path / "code.py").write_text("2\n")
     assert provenance.commit(ignore=["results"]).endswith("-modified")
+
+
+def test_the_neighbours_table_is_relative_to_one_thread_alone(tmp_path):
+    rows = {
+        "one thread, alone": {"median_ms": 2.0, "p95_ms": 3.0, "most_ms": 4.0},
+        "two threads, busy neighbour": {"median_ms": 2.5, "p95_ms": 5.0, "most_ms": 9.0},
+    }
+    group = {"subject": "neighbour", "what": "engine", "threads": 2, "contenders": rows}
+    results = {"capability": "avx2", "groups": {"neighbour/a": group}}
+    lines = tables._neighbour_table(results)
+    assert lines[-1] == "| engine | two threads, busy neighbour | 2.50 | 1.25 | 2.50 | 4.50 |"
