@@ -114,7 +114,7 @@ def chosen(results: dict[str, Any], **wanted: Any) -> list[Group]:
         for group in results["groups"].values()
         if all(group.get(key) == value for key, value in wanted.items())
     ]
-    return sorted(found, key=lambda g: (g["timesteps"], g.get("density") or 0))
+    return sorted(found, key=lambda g: (g.get("timesteps", 0), g.get("density") or 0))
 
 
 def layout(group: Group) -> str:
