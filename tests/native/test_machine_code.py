@@ -105,6 +105,7 @@ def test_avx2_adds_an_event(tile):
 FORWARD = r"(ForwardRow<float, float|ForwardRows<float), \(iirsnn::Reset\)0, false>"
 
 
+@pytest.mark.slow  # compiles every LIF forward loop for another processor
 def test_arm_lif_forward():
     for loop in loops(ARM, "lif", FORWARD, "portable", r"fmul\s+v\d+\.4s"):
         assert len(matching(loop, r"fadd\s+v\d+\.4s")) == len(matching(loop, "fmul")), loop
