@@ -14,9 +14,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 EXTENSION = next((ROOT / "iirsnn").glob("_C.*.so"), None)
 
-pytestmark = pytest.mark.skipif(
-    EXTENSION is None, reason="needs the compiled extension in the checkout: make test"
-)
+pytestmark = [
+    pytest.mark.slow,  # builds what it installs
+    pytest.mark.skipif(
+        EXTENSION is None, reason="needs the compiled extension in the checkout: make test"
+    ),
+]
 
 #: What an installation runs, in a folder of its own: kernels, and what ships beside the modules.
 RUN = """

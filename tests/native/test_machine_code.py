@@ -87,6 +87,7 @@ needs_x86 = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", TILES)
 def test_arm_adds_an_event(tile):
     add = r"(add|ssra)\s+v\d+\.8h" if tile.startswith("Integer") else r"fadd\s+v\d+\.4s"

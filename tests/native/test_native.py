@@ -42,6 +42,7 @@ def test_same_bits_of_every_instruction_set(expected, capability):
     check(bits(HOST, IIRSNN_CPU_CAPABILITY=capability), expected)
 
 
+@pytest.mark.slow  # compiles all kernels for another processor
 def test_same_bits_on_arm(expected):
     check(bits(ARM), expected)
 
