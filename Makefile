@@ -170,4 +170,4 @@ format: $(VENV)/.installed
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.c' 'csrc/*.cpp' 'csrc/*.cu' 'tests/native/*.h' 'tests/native/*.cpp')
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info iirsnn/*.so
+	rm -rf $(VENV) build dist *.egg-info iirsnn/*.so iirsnn/runtime/*.so

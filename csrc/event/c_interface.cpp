@@ -189,25 +189,6 @@ iirsnn_status iirsnn_layer_of(const iirsnn_call* call, int64_t index, iirsnn_lay
   });
 }
 
-iirsnn_status iirsnn_bits_of(const iirsnn_call* call, int64_t index, const uint64_t** words, int64_t* digits,
-                             int64_t* words_a_pixel) {
-  if (!call || !words || !digits || !words_a_pixel) {
-    return failed(IIRSNN_BAD_ARGUMENT, "expected a call and places for its bits, got NULL");
-  }
-  return guarded(IIRSNN_BAD_ARGUMENT, [&] {
-    const Call& done = *call->call;
-    check(index >= 0 && index < int64_t(done.report.size()), "index: expected a layer, got " + std::to_string(index));
-    const NetworkFile& file = call->network->file;
-    const Shape out = file.engine->gives(index);
-    const std::vector<uint64_t>* bits = index < int64_t(done.bits.size()) ? &done.bits[index] : nullptr;
-    const int64_t pixel = iirsnn::ceil_div(out.channels, int64_t(iirsnn::kWord));
-    const int64_t plane = done.images * file.timesteps * out.height * out.width * pixel;
-    *words = bits && !bits->empty() ? bits->data() : nullptr;
-    *digits = *words ? int64_t(bits->size()) / plane : 0;
-    *words_a_pixel = pixel;
-  });
-}
-
 void iirsnn_free_call(iirsnn_call* call) {
   if (!call) return;
   iirsnn_network* const network = const_cast<iirsnn_network*>(call->network);

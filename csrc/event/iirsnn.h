@@ -84,13 +84,6 @@ IIRSNN_API iirsnn_status iirsnn_prepare(const iirsnn_network* network, const uin
 IIRSNN_API iirsnn_status iirsnn_run(const iirsnn_network* network, const float* images, int64_t count, int threads,
                                     float* logits, iirsnn_call** call);
 IIRSNN_API iirsnn_status iirsnn_layer_of(const iirsnn_call* call, int64_t index, iirsnn_layer* layer);
-
-/* Bits of the spikes or counts that a layer gave: *words holds
- * [digits][count][timesteps][height][width][*words_a_pixel] words of 64 channels, channel 0 in the lowest bit; a count
- * is the sum of digit d times 2^d. Valid as long as the call. *digits is 0, and *words NULL, where the layer gave real
- * values. */
-IIRSNN_API iirsnn_status iirsnn_bits_of(const iirsnn_call* call, int64_t index, const uint64_t** words, int64_t* digits,
-                                        int64_t* words_a_pixel);
 IIRSNN_API void iirsnn_free_call(iirsnn_call* call);
 
 #ifdef __cplusplus

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_size_t, c_uint64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
 
 from ..errors import RunError, UsageError
@@ -51,10 +51,6 @@ _FUNCTIONS = {
     "prepare": (c_int, [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
     "run": (c_int, [c_void_p, c_void_p, c_int64, c_int, c_void_p, POINTER(c_void_p)]),
     "layer_of": (c_int, [c_void_p, c_int64, POINTER(Layer)]),
-    "bits_of": (
-        c_int,
-        [c_void_p, c_int64, POINTER(POINTER(c_uint64)), POINTER(c_int64), POINTER(c_int64)],
-    ),
     "free_call": (None, [c_void_p]),
 }
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import json
 import os
 import threading
-from ctypes import byref, c_int64, c_uint64, c_void_p
+from ctypes import byref, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,20 +83,6 @@ class _Call:
                 values[name] = values[name].decode()
             found.append(LayerStatistics(shape=shape, **values))
         return found
-
-    def bits(self, index: int) -> NDArray[np.uint64] | None:
-        """uint64 [digits, B, T, H, W, words of 64 channels]; None of real values."""
-        layer = Layer()
-        check(library().iirsnn_layer_of(self.handle, index, byref(layer)))
-        words, digits, pixel = ctypes.POINTER(c_uint64)(), c_int64(), c_int64()
-        check(
-            library().iirsnn_bits_of(self.handle, index, byref(words), byref(digits), byref(pixel))
-        )
-        if not digits.value:
-            return None
-        steps = self.network.timesteps
-        shape = (digits.value, self.images, steps, layer.height, layer.width, pixel.value)
-        return np.ctypeslib.as_array(words, shape).copy()
 
 
 class Network:
