@@ -47,3 +47,15 @@ def assert_same(run, original, other, x):
         if value is not None:
             scale = value.abs().max().item() or 1.0
             torch.testing.assert_close(value_other, value, rtol=0, atol=TOLERANCE * scale)
+
+
+def ten_steps(optimizer, loss_of):
+    """The losses of ten training steps, float [10]; loss_of() makes the loss of a step."""
+    found = []
+    for _ in range(10):
+        loss = loss_of()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return torch.tensor(found)

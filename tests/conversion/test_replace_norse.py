@@ -8,7 +8,7 @@ from torch import nn, tensor
 
 from iirsnn import replace_neurons
 
-from .replaced import assert_same, current, exchanged
+from .replaced import assert_same, current, exchanged, ten_steps
 
 pytest.importorskip("norse", reason="Norse is not installed: pip install 'norse>=1.1'")
 import norse.torch as norse
@@ -97,15 +97,12 @@ def losses(net):
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
     x = 10 * torch.rand(8, 12, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(12) % 10
-    found = []
-    for _ in range(10):
+
+    def loss():
         out, _ = net(x)
-        loss = nn.functional.cross_entropy(out.mean(0), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        found.append(loss.item())
-    return torch.tensor(found)
+        return nn.functional.cross_entropy(out.mean(0), labels)
+
+    return ten_steps(optimizer, loss)
 
 
 def test_a_sequential_trains_as_before():

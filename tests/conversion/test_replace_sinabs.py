@@ -8,7 +8,7 @@ from torch import nn
 
 from iirsnn import replace_neurons
 
-from .replaced import assert_same, current, exchanged
+from .replaced import assert_same, current, exchanged, ten_steps
 
 pytest.importorskip("sinabs", reason="sinabs is not installed: pip install 'sinabs>=3.1'")
 import sinabs
@@ -105,15 +105,12 @@ def losses(net):
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
     x = torch.rand(12, 8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(12) % 10
-    found = []
-    for _ in range(10):
+
+    def loss():
         sinabs.reset_states(net)
-        loss = nn.functional.cross_entropy(net(5 * x).sum(1), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        found.append(loss.item())
-    return torch.tensor(found)
+        return nn.functional.cross_entropy(net(5 * x).sum(1), labels)
+
+    return ten_steps(optimizer, loss)
 
 
 def test_a_sequential_trains_as_before():

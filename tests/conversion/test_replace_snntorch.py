@@ -8,7 +8,7 @@ from torch import nn
 
 from iirsnn import replace_neurons
 
-from .replaced import assert_same, current, exchanged
+from .replaced import assert_same, current, exchanged, ten_steps
 
 pytest.importorskip("snntorch", reason="snnTorch is not installed: pip install 'snntorch>=1.0'")
 import snntorch as snn
@@ -122,15 +122,12 @@ def losses(net):
     optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
     x = torch.rand(16, 30, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(16) % 10
-    found = []
-    for _ in range(10):
+
+    def loss():
         _, membranes = net(x)
-        loss = sum(nn.functional.cross_entropy(mem, labels) for mem in membranes)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        found.append(loss.item())
-    return torch.tensor(found)
+        return sum(nn.functional.cross_entropy(mem, labels) for mem in membranes)
+
+    return ten_steps(optimizer, loss)
 
 
 def test_a_network_trains_as_before():

@@ -10,7 +10,7 @@ from torch import nn
 
 from iirsnn import replace_neurons, reset_state
 
-from .replaced import assert_same, current, exchanged
+from .replaced import assert_same, current, exchanged, ten_steps
 
 pytest.importorskip(
     "spikingjelly", reason="SpikingJelly is not installed: pip install 'spikingjelly>=2.0'"
@@ -112,16 +112,13 @@ def losses(net, reset):
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     x = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(16) % 10
-    found = []
-    for _ in range(10):
+
+    def loss():
         reset(net)
         rate = net(x.expand(4, *x.shape)).mean(0)
-        loss = nn.functional.mse_loss(rate, nn.functional.one_hot(labels, 10).float())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        found.append(loss.item())
-    return torch.tensor(found)
+        return nn.functional.mse_loss(rate, nn.functional.one_hot(labels, 10).float())
+
+    return ten_steps(optimizer, loss)
 
 
 def test_a_network_trains_as_before():
