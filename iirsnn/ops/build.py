@@ -96,7 +96,7 @@ def cuda_archs() -> str:
 def recipe(mode: str) -> dict[str, Any]:
     """Sources (absolute paths) and flags: keys sources, cxx, nvcc, cuda (bool), why (str)."""
     folder = source_dir()
-    sources = sorted(folder.rglob("*.cpp"))
+    sources = sorted({*folder.rglob("*.cpp")} - {*folder.glob("event/**/*.cpp")})
     cuda, why = want_cuda(mode)
     cxx = [*CXX_FLAGS, *_OPENMP, f"-DIIRSNN_FLAGS={','.join(CXX_FLAGS)}"]
     if cuda:
@@ -115,19 +115,15 @@ def recipe(mode: str) -> dict[str, Any]:
 
 # ---- The engine, which needs no torch ----
 
-#: Its library, which iirsnn.runtime loads; iirsnn._C holds the same objects.
+#: Its library, which iirsnn.runtime loads.
 ENGINE = "libiirsnn.so"
 
 
 def engine_sources() -> list[Path]:
-    """The sources of libiirsnn; csrc/CMakeLists.txt takes the same."""
+    """The sources of libiirsnn, as csrc/event/sources.txt lists them."""
     folder = source_dir()
-    found = [
-        *folder.glob("event/*.cpp"),
-        *folder.glob("event/file/*.cpp"),
-        *folder.glob("simd/*.cpp"),
-    ]
-    return sorted(path for path in found if path.name != "bind.cpp")
+    patterns = (folder / "event" / "sources.txt").read_text(encoding="utf-8").split()
+    return sorted(path for pattern in patterns for path in folder.glob(pattern))
 
 
 def compile_engine(folder: Path, version: str) -> list[str]:
@@ -293,3 +289,4 @@ def _import(file: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
