@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -235,6 +236,15 @@ def _compiled_file(plan: dict[str, Any], compiler: str) -> Path | None:
     """
     import torch
 
+    facts = [torch.__version__, torch.compiled_with_cxx11_abi(), sys.version]
+    return _kept_file(f"{_JIT_NAME}.so", compiler, [*facts, plan["cxx"], plan["nvcc"]])
+
+
+def _kept_file(name: str, compiler: str, facts: list[Any]) -> Path | None:
+    """Where what is compiled of csrc is kept: by a hash of it, the compiler, the machine, `facts`.
+
+    None for a user without a home.
+    """
     from .. import cache
 
     chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
@@ -242,14 +252,13 @@ def _compiled_file(plan: dict[str, Any], compiler: str) -> Path | None:
     if folder is None:
         return None
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    facts = [torch.__version__, torch.compiled_with_cxx11_abi(), sys.version, platform.machine()]
-    facts += [compiler, version, plan["cxx"], plan["nvcc"], os.environ.get("CXXFLAGS", "")]
+    facts = [*facts, platform.machine(), compiler, version, os.environ.get("CXXFLAGS", "")]
     digest = hashlib.sha256(repr(facts).encode())
     for source in sorted(source_dir().rglob("*")):
-        if source.suffix in (".h", ".cpp", ".cu"):
+        if source.suffix in (".h", ".cpp", ".cu", ".map", ".txt"):
             digest.update(source.relative_to(source_dir()).as_posix().encode() + b"\0")
             digest.update(source.read_bytes())
-    return folder / "kernels" / digest.hexdigest()[:16] / f"{_JIT_NAME}.so"
+    return folder / "kernels" / digest.hexdigest()[:16] / name
 
 
 @contextmanager
@@ -290,3 +299,35 @@ def _import(file: Path) -> ModuleType:
     spec.loader.exec_module(module)
     return module
 
+
+def engine() -> Path:
+    """libiirsnn, compiled now or kept from before: where `iirsnn.runtime` is installed without it.
+
+    It takes no torch. IIRSNN_JIT=0 never compiles. Where it is kept: see `_kept_file`.
+
+    Raises:
+        RuntimeError: it cannot be compiled; the reason why.
+    """
+    missing, compiler = f"{ENGINE} is not compiled", _compiler()[0]
+    if os.environ.get("IIRSNN_JIT", "1") == "0":
+        raise RuntimeError(f"{missing} and IIRSNN_JIT=0")
+    if shutil.which(compiler) is None:
+        raise RuntimeError(f"{missing} and there is no C++ compiler ({compiler})")
+    version = importlib.metadata.version("iirsnn")
+    try:
+        file = _kept_file(ENGINE, compiler, [CXX_FLAGS, version])
+        if file is None:
+            raise OSError("there is no folder to compile in: set HOME or XDG_CACHE_HOME")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(file.parent):
+            if not file.is_file():
+                print(f"iirsnn: {missing}; compiling it, a minute", file=sys.stderr)
+                with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+                    made = Path(folder) / ENGINE
+                    link_engine(compile_engine(Path(folder), version), made)
+                    os.replace(made, file)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RuntimeError(
+            f"{missing} and compiling it now failed: {_first_line(error)}"
+        ) from error
+    return file

@@ -68,15 +68,13 @@ _FUNCTIONS = {
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The library beside this file.
+    """The library beside this file, or compiled at first use.
 
     Raises:
-        RunError: it is not there, or cannot be loaded.
+        RunError: it is not there and cannot be compiled, or cannot be loaded.
         UsageError: IIRSNN_CPU_CAPABILITY asks for what this processor lacks.
     """
-    path = Path(__file__).with_name(NAME)
-    if not path.exists():
-        raise RunError(f"the event engine needs {NAME}, which is not in {path.parent}")
+    path = _file()
     try:
         found = ctypes.CDLL(str(path))
         for name, (result, arguments) in _FUNCTIONS.items():
@@ -86,6 +84,28 @@ def library() -> ctypes.CDLL:
         raise RunError(f"the event engine cannot be loaded: {error}") from error
     if found.iirsnn_capability() is None:
         raise UsageError(found.iirsnn_message().decode())
+    return found
+
+
+def _file() -> Path:
+    beside = Path(__file__).with_name(NAME)
+    builder = Path(__file__).parents[1] / "ops" / "build.py"
+    if beside.exists():
+        return beside
+    if not builder.exists():  # the distribution iirsnn-runtime compiles nothing
+        raise RunError(f"the event engine needs {NAME}, which is not in {beside.parent}")
+    import importlib.util
+
+    # by its path: importing its package would need torch
+    spec = importlib.util.spec_from_file_location("iirsnn.ops.build", builder)
+    assert spec is not None
+    assert spec.loader is not None
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    try:
+        found: Path = build.engine()
+    except RuntimeError as error:
+        raise RunError(f"the event engine cannot be loaded: {error}") from error
     return found
 
 
