@@ -6,13 +6,15 @@ import os
 from ctypes import POINTER, byref, c_int64, c_uint64, c_void_p
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import RunError
 from .library import Facts, Layer, NoNetwork, check, library
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _NAMES = [name for name, *_ in Layer._fields_]
 _VALUES = attrgetter(*_NAMES)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import threading
 from ctypes import c_void_p
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import RunError, UsageError
 from .engine import Call, Engine
 from .library import check, library
+
+if TYPE_CHECKING:  # the first answer does not wait for what only some programs need
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,8 @@ class Network:
                 f"image files need Pillow, which is not installed ({error}); "
                 "expected a uint8 array [H, W, C] without it"
             ) from error
+        import json
+
         notes = library().iirsnn_image_notes(self._engine.handle)
         try:
             return Preparation.from_json(notes and json.loads(notes), self.image_shape)
