@@ -44,10 +44,11 @@ def test_int8_files_are_small(small, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_files_of_format_2(tmp_path, precision):
-    """Written by the version before graphs, with what it gave for these images."""
-    net = EventNetwork.load(OLD / f"format2-{precision}.iirsnn")
-    known = json.loads((OLD / f"format2-{precision}.json").read_text())
+@pytest.mark.parametrize("version", [2, 3])
+def test_files_of_earlier_versions(tmp_path, version, precision):
+    """2: written by the version before graphs; with what it gave for these images."""
+    net = EventNetwork.load(OLD / f"format{version}-{precision}.iirsnn")
+    known = json.loads((OLD / f"format{version}-{precision}.json").read_text())
     assert net(torch.tensor(known["images"])).tolist() == known["logits"]
     assert [int(spikes.sum()) for spikes in net.spikes()] == known["spikes"]
     assert net.notes == {"classes": ["a", "b", "c"]}
