@@ -37,43 +37,43 @@ ROOT = Path(__file__).resolve().parent.parent
 IMAGE, DENSITY = (1, 28, 28), 0.15
 LAYERS = [32, "A", 64, 64, "A", 128, 128, "A"]  # recipes/fashion-mnist.yaml
 
-#: Programs up to their first answer. `sys.argv`: the network, and an image as .npy.
+#: Programs up to their first answer, behind BEGIN. `sys.argv`: the network, and an image as .npy.
 FIRST = {
     "runtime": """
-import sys
-import numpy, iirsnn.runtime
+import iirsnn.runtime
 image = numpy.load(sys.argv[2])
 network = iirsnn.runtime.load(sys.argv[1], threads=1)
 network(image)
 """,
     "EventNetwork": """
-import sys
-import numpy, torch
+import torch
 from iirsnn.event import EventNetwork
 torch.set_num_threads(1)
 network = EventNetwork.load(sys.argv[1])
 network(torch.from_numpy(numpy.load(sys.argv[2])))
 """,
     "ONNX Runtime": """
-import sys
-import numpy, onnxruntime
+import onnxruntime
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = 1
 network = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
 network.run(None, {"images": numpy.load(sys.argv[2])})
 """,
     "Python and NumPy alone": """
-import sys
-import numpy
 numpy.load(sys.argv[2])
 """,
 }
-#: Their end: the time, on the clock that this process reads too, and the peak of their memory.
+BEGIN = """
+import sys, time
+import numpy
+begun = time.monotonic()
+"""
+#: Their end: the time, on the clock that this process reads too; the peak of their memory; and the
+#: seconds since Python and NumPy were there.
 TELL = """
-import time
 answered = time.monotonic()
 rows = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)
-print(answered, 1024 * int(rows["VmHWM"].split()[0]))
+print(answered, 1024 * int(rows["VmHWM"].split()[0]), answered - begun)
 """
 #: Bytes that a network takes of its process: by loading; at the most meanwhile, with what is mapped
 #: of its file and of the library; and by a first call.
@@ -132,15 +132,20 @@ def networks(run: Path | None) -> tuple[str, Network, Network, Callable[[], torc
 
 
 def first_answer(command: list[Any], rounds: int) -> dict[str, float]:
-    """Milliseconds from the start of a process to its answer, median and least; its peak bytes."""
-    taken, peaks = [], []
+    """Milliseconds from the start of a process to its answer, median and least; its peak bytes.
+
+    behind_numpy_ms: those since Python and NumPy were there, median, of a program in Python.
+    """
+    taken, peaks, own = [], [], []
     for _ in range(rounds):
         start = time.monotonic()
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
-        answered, peak = done.stdout.splitlines()[-1].split()
+        answered, peak, *since = done.stdout.splitlines()[-1].split()
         taken.append(1e3 * (float(answered) - start))
         peaks.append(int(peak))
+        own += [1e3 * float(seconds) for seconds in since]
     return {
+        **({"behind_numpy_ms": statistics.median(own)} if own else {}),
         "first_answer_ms": statistics.median(taken),
         "least_ms": min(taken),
         "peak_bytes": statistics.median(peaks),
@@ -235,7 +240,7 @@ def main() -> None:
             files.pop("ONNX Runtime", None)
             print(f"ONNX Runtime takes no part: {error}")
         for name, file in files.items():
-            code = FIRST[name.partition(",")[0]] + TELL
+            code = BEGIN + FIRST[name.partition(",")[0]] + TELL
             command = [sys.executable, "-c", code, file, folder / "x.npy"]
             results["processes"][name] = first_answer(command, options.starts)
         for precision in ("fp32", "int8"):
@@ -255,9 +260,10 @@ def show(results: dict[str, Any]) -> None:
         parts = ", ".join(f"{key.replace('_', ' ')} {size:,}" for key, size in row.items())
         print(f"  {name:<26} {parts}")
     for name, row in results["processes"].items():
+        own = f", {row['behind_numpy_ms']:.1f} behind NumPy" if "behind_numpy_ms" in row else ""
         print(
             f"  {name:<26} first answer {row['first_answer_ms']:8.1f} ms "
-            f"(least {row['least_ms']:.1f}), peak {row['peak_bytes'] / 1e6:.1f} MB"
+            f"(least {row['least_ms']:.1f}{own}), peak {row['peak_bytes'] / 1e6:.1f} MB"
         )
     for name, row in results["per_image"].items():
         print(f"  {name:<26} {row['median_ms']:.3f} ms an image (least {row['least_ms']:.3f})")
