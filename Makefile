@@ -77,13 +77,14 @@ fuzz: $(VENV)/.installed
 	FUZZ_CASES=$(FUZZ_CASES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FUZZ) $(FUZZ_FLAGS)
 
 # csrc but for what needs torch or Python, so that nothing else is reported, under ASan and UBSan and under TSan: the
-# engine shared by threads, and (sanitize) every kernel. Unoptimised and for one instruction set: minutes, not hours.
-NATIVE := $(filter-out %/module.cpp %/bind.cpp %_torch.cpp csrc/lif/torch/%,$(shell find csrc -name '*.cpp'))
+# engine shared by threads, its reader of files, and (sanitize) every kernel. Unoptimised and for one instruction set:
+# minutes, not hours.
+NATIVE := $(filter-out %/module.cpp %_torch.cpp csrc/lif/torch/%,$(shell find csrc -name '*.cpp'))
 ENGINE := $(filter csrc/event/% csrc/simd/%,$(NATIVE))
 SANITIZE_FLAGS := -std=c++17 -O0 -g1 -ffp-contract=off -Wno-psabi -pthread -Icsrc -DIIRSNN_PORTABLE_ONLY
 SANITIZED = build/sanitize/$(KINDS)
-sanitize: NATIVE_TESTS := shared_engine driver
-sanitize-engine: NATIVE_TESTS := shared_engine
+sanitize: NATIVE_TESTS := shared_engine reader driver
+sanitize-engine: NATIVE_TESTS := shared_engine reader
 sanitize sanitize-engine:
 	$(MAKE) KINDS=address,undefined $(NATIVE_TESTS:%=sanitized-%)
 	$(MAKE) KINDS=thread $(NATIVE_TESTS:%=sanitized-%)
@@ -93,7 +94,8 @@ sanitized-%: $(SANITIZED)/%
 OBJECTS = $(patsubst %.cpp,$(SANITIZED)/%.o,$(1))
 $(SANITIZED)/shared_engine: $(call OBJECTS,$(ENGINE) tests/native/sanitized/shared_engine.cpp)
 $(SANITIZED)/driver: $(call OBJECTS,$(NATIVE) $(wildcard tests/native/*.cpp))
-$(SANITIZED)/shared_engine $(SANITIZED)/driver:
+$(SANITIZED)/reader: $(call OBJECTS,$(ENGINE) tests/native/sanitized/reader.cpp)
+$(SANITIZED)/shared_engine $(SANITIZED)/reader $(SANITIZED)/driver:
 	$(CXX) -pthread -fsanitize=$(KINDS) $^ -o $@
 $(SANITIZED)/%.o: %.cpp $(shell find csrc tests/native -name '*.h')
 	@mkdir -p $(@D)

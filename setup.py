@@ -50,10 +50,9 @@ def extension():
     plan = build.recipe(build.cuda_mode())
     print(f"iirsnn: CUDA {'on' if plan['cuda'] else 'off'} ({plan['why']})", file=sys.stderr)
     kind = cpp_extension.CUDAExtension if plan["cuda"] else cpp_extension.CppExtension
-    engine = {str(path) for path in build.engine_sources()}
     module = kind(
         "iirsnn._C",
-        [os.path.relpath(path, ROOT) for path in plan["sources"] if path not in engine],
+        [os.path.relpath(path, ROOT) for path in plan["sources"]],
         extra_compile_args={"cxx": plan["cxx"], "nvcc": plan["nvcc"]},
         include_dirs=[str(ROOT / "csrc")],
     )
@@ -74,7 +73,6 @@ def extension():
                 objects = build.compile_engine(Path(self.build_temp) / "engine", version())
                 package = Path(self.get_ext_fullpath(module.name)).parent
                 build.link_engine(objects, package / "runtime" / build.ENGINE)
-                module.extra_objects = objects
                 super().run()
             except Exception as error:  # whatever a compiler, ninja or torch's check of them does
                 if "build_ext" in sys.argv:  # who asks for the kernels alone gets no less

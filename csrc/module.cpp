@@ -8,7 +8,6 @@ static const char kFlags[] = IIRSNN_EXPANDED(IIRSNN_FLAGS);
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
-#include "event/bind.h"
 #include "lif/torch/lif_call.h"
 #include "simd/capability.h"
 
@@ -44,6 +43,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "What was compiled: compiler, torch, flags, cuda (bool), cuda_archs; and the cpu_capability in force.");
   m.def("set_cpu_capability", &iirsnn::set_cpu_capability, pybind11::arg("name"),
         "Use the CPU kernels for portable, avx2 or avx512; ValueError where the processor lacks it.");
-  iirsnn::event::bind(m);
   iirsnn::bind_lif_call(m);
 }

@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTENSION = next((ROOT / "iirsnn").glob("_C.*.so"), None)
+LIBRARY = ROOT / "iirsnn" / "runtime" / "libiirsnn.so"
 
 pytestmark = [
     pytest.mark.slow,  # builds what it installs
@@ -56,9 +57,10 @@ with torch.no_grad():
 
 def sources():
     """What csrc/ holds, relative to it."""
-    kept = (".h", ".cpp", ".cu")
+    kept = (".h", ".cpp", ".cu", ".map")
     found = (ROOT / "csrc").rglob("*")
-    return sorted(str(p.relative_to(ROOT / "csrc")) for p in found if p.suffix in kept)
+    names = [str(p.relative_to(ROOT / "csrc")) for p in found if p.suffix in kept]
+    return sorted([*names, "event/sources.txt"])
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +128,7 @@ def test_the_sdist_holds_every_source(packages):
 
 
 def test_an_installed_sdist_runs(packages, tmp_path):
-    """Pure Python first, as where there is no compiler; the engine with the extension beside it."""
+    """Pure Python first, as where there is no compiler; the engine with its library and the extension."""
     python = installed(packages[0], tmp_path / "venv")
     code = f"BACKENDS, CSRC = ['reference'], {sources()}\n{RUN}"
     said = check(python, code, tmp_path)
@@ -134,6 +136,7 @@ def test_an_installed_sdist_runs(packages, tmp_path):
     assert "backend cpu        no" in said
     home = next((tmp_path / "venv" / "lib").glob("python*/site-packages/iirsnn"))
     shutil.copy(EXTENSION, home)
+    shutil.copy(LIBRARY, home / "runtime")
     assert "backend cpu        yes" in check(python, f"import torch, iirsnn\n{ENGINE}", tmp_path)
 
 

@@ -2,13 +2,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <limits>
 #include <new>
 #include <stdexcept>
 #include <string>
 #include <thread>
 
 #include "event/file/network_file.h"
-#include "event/file/tensors.h"
 #include "event/iirsnn.h"
 #include "simd/capability.h"
 
@@ -56,14 +56,17 @@ iirsnn_status guarded(iirsnn_status bad, const F& f) {
   }
 }
 
-void load(const Bytes& bytes, const std::string& name, iirsnn_network** network) {
-  try {
-    NetworkFile file = read_network(bytes.view());
-    const int64_t size = file.engine->memory();
-    *network = new iirsnn_network{std::move(file), size};
-  } catch (const std::invalid_argument& error) {
-    throw std::invalid_argument(name + ": " + error.what());
-  }
+void load(const Bytes& bytes, iirsnn_network** network) {
+  NetworkFile file = read_network(bytes);
+  const int64_t size = file.engine->memory();
+  *network = new iirsnn_network{std::move(file), size};
+}
+
+// A layer of a call.
+const LayerReport& report_of(const Call& call, int64_t index) {
+  check(index >= 0 && index < int64_t(call.report.size()),
+        "index: expected a layer below " + std::to_string(call.report.size()) + ", got " + std::to_string(index));
+  return call.report[index];
 }
 
 }  // namespace
@@ -81,16 +84,27 @@ const char* iirsnn_capability(void) {
   }
 }
 
+iirsnn_status iirsnn_set_capability(const char* name) {
+  if (!name) return failed(IIRSNN_BAD_ARGUMENT, "expected the name of an instruction set, got NULL");
+  return guarded(IIRSNN_BAD_ARGUMENT, [&] { iirsnn::set_cpu_capability(name); });
+}
+
 const char* iirsnn_message(void) { return message.c_str(); }
 
 iirsnn_status iirsnn_load_file(const char* path, iirsnn_network** network) {
   if (!path || !network) return failed(IIRSNN_BAD_ARGUMENT, "expected a path and a place for the network, got NULL");
-  return guarded(IIRSNN_BAD_FILE, [&] { load(Bytes::of_file(path), path, network); });
+  return guarded(IIRSNN_BAD_FILE, [&] {
+    try {
+      load(Bytes::of_file(path), network);
+    } catch (const std::invalid_argument& error) {
+      throw std::invalid_argument(std::string(path) + ": " + error.what());
+    }
+  });
 }
 
 iirsnn_status iirsnn_load_memory(const void* bytes, size_t size, iirsnn_network** network) {
   if (!bytes || !network) return failed(IIRSNN_BAD_ARGUMENT, "expected bytes and a place for the network, got NULL");
-  return guarded(IIRSNN_BAD_FILE, [&] { load(Bytes::borrowed(bytes, int64_t(size)), "network", network); });
+  return guarded(IIRSNN_BAD_FILE, [&] { load(Bytes::borrowed(bytes, int64_t(size)), network); });
 }
 
 void iirsnn_retain(iirsnn_network* network) {
@@ -153,8 +167,9 @@ iirsnn_status iirsnn_run(const iirsnn_network* network, const float* images, int
     const Engine& engine = *network->file.engine;
     const Shape shape = engine.shape(0);
     const int64_t values = count * shape.channels * shape.height * shape.width;
-    for (int64_t i = 0; i < values; ++i)
-      check(std::isfinite(images[i]), "images: expected finite values, got inf or NaN");
+    bool finite = true;
+    for (int64_t i = 0; i < values; ++i) finite &= std::fabs(images[i]) <= std::numeric_limits<float>::max();
+    check(finite, "images: expected finite values, got inf or NaN");
     const int most = threads ? threads : std::max(1, int(std::thread::hardware_concurrency()));
     std::shared_ptr<const Call> done = engine.run(images, count, logits, most);
     if (call) {
@@ -167,10 +182,7 @@ iirsnn_status iirsnn_run(const iirsnn_network* network, const float* images, int
 iirsnn_status iirsnn_layer_of(const iirsnn_call* call, int64_t index, iirsnn_layer* layer) {
   if (!call || !layer) return failed(IIRSNN_BAD_ARGUMENT, "expected a call and a place for its layer, got NULL");
   return guarded(IIRSNN_BAD_ARGUMENT, [&] {
-    const std::vector<LayerReport>& report = call->call->report;
-    check(index >= 0 && index < int64_t(report.size()),
-          "index: expected a layer below " + std::to_string(report.size()) + ", got " + std::to_string(index));
-    const LayerReport& done = report[index];
+    const LayerReport& done = report_of(*call->call, index);
     const NetworkFile& file = call->network->file;
     const Shape out = file.engine->gives(index);
     *layer = {file.layers[index].kind.c_str(),
@@ -186,6 +198,25 @@ iirsnn_status iirsnn_layer_of(const iirsnn_call* call, int64_t index, iirsnn_lay
               done.spike_bytes,
               done.value_bytes,
               done.milliseconds};
+  });
+}
+
+iirsnn_status iirsnn_memory_of(const iirsnn_call* call, int64_t* bytes) {
+  if (!call || !bytes) return failed(IIRSNN_BAD_ARGUMENT, "expected a call and a place for its bytes, got NULL");
+  const Call& done = *call->call;
+  *bytes = done.sums.size();
+  for (const std::vector<uint64_t>& bits : done.bits) *bytes += int64_t(bits.capacity() * sizeof(uint64_t));
+  for (const Memory& values : done.values) *bytes += values.size();
+  return IIRSNN_OK;
+}
+
+iirsnn_status iirsnn_spikes_of(const iirsnn_call* call, int64_t index, const uint64_t** bits) {
+  if (!call || !bits) return failed(IIRSNN_BAD_ARGUMENT, "expected a call and a place for its bits, got NULL");
+  return guarded(IIRSNN_BAD_ARGUMENT, [&] {
+    report_of(*call->call, index);
+    check(call->network->file.layers[index].kind == "neurons",
+          "index: expected a layer with neurons, got " + std::to_string(index));
+    *bits = call->call->bits[index].data();  // each layer but the last gives one source, in their order
   });
 }
 

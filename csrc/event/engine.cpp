@@ -195,7 +195,7 @@ int64_t Engine::add_channels(const std::vector<Part>& parts) {
           "channels: expected parts with the same rows and columns");
     check(part.first >= 0 && part.channels > 0 && part.channels <= in.shape.channels &&
               part.first <= in.shape.channels - part.channels,
-          "channels: expected some of the " + std::to_string(in.shape.channels) + " there are");
+          "channels: expected some of " + std::to_string(in.shape.channels) + " channels");
     step.out.channels += part.channels;
     most = std::max(most, in.most);
     values |= in.real();

@@ -51,9 +51,14 @@ typedef struct {
   double milliseconds;
 } iirsnn_layer;
 
-/* "1.2.3" of the library, and the instruction set that it runs on: "portable", "avx2", "avx512" or "neon". */
+/* "1.2.3" of the library. */
 IIRSNN_API const char* iirsnn_version(void);
+
+/* The instruction set that it runs on, "portable", "avx2" or "avx512": the best that there is, or what
+ * IIRSNN_CPU_CAPABILITY or iirsnn_set_capability asked for; NULL where that variable asks for what is not there. All
+ * give the same bits. */
 IIRSNN_API const char* iirsnn_capability(void);
+IIRSNN_API iirsnn_status iirsnn_set_capability(const char* name);
 
 /* Why the last call of this thread that did not return IIRSNN_OK failed: one line, valid until the next one. */
 IIRSNN_API const char* iirsnn_message(void);
@@ -84,6 +89,13 @@ IIRSNN_API iirsnn_status iirsnn_prepare(const iirsnn_network* network, const uin
 IIRSNN_API iirsnn_status iirsnn_run(const iirsnn_network* network, const float* images, int64_t count, int threads,
                                     float* logits, iirsnn_call** call);
 IIRSNN_API iirsnn_status iirsnn_layer_of(const iirsnn_call* call, int64_t index, iirsnn_layer* layer);
+
+/* Bytes of the memory that the call worked in, beside the weights: spikes, real values, sums. */
+IIRSNN_API iirsnn_status iirsnn_memory_of(const iirsnn_call* call, int64_t* bytes);
+
+/* The spikes of a layer with neurons: bits [count][timesteps][height][width][words of 64 channels], channel 0 in the
+ * lowest bit. Valid as long as the call. */
+IIRSNN_API iirsnn_status iirsnn_spikes_of(const iirsnn_call* call, int64_t index, const uint64_t** bits);
 IIRSNN_API void iirsnn_free_call(iirsnn_call* call);
 
 #ifdef __cplusplus

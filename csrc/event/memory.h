@@ -30,7 +30,9 @@ class Memory {
       if (all == MAP_FAILED) throw std::bad_alloc();
       map_ = static_cast<char*>(all);
       data_ = map_ + (round_up(reinterpret_cast<int64_t>(map_), kHugePage) - reinterpret_cast<int64_t>(map_));
-      madvise(data_, round_up(bytes, kHugePage), MADV_HUGEPAGE);  // a wish; refusing it does no harm
+      int64_t huge = round_up(bytes, kHugePage);
+      if (huge > bytes + bytes / 4) huge -= kHugePage;  // the last one would stand mostly empty
+      madvise(data_, huge, MADV_HUGEPAGE);              // a wish; refusing it does no harm
       return;
     }
 #endif

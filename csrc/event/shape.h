@@ -1,6 +1,14 @@
 // Sizes of layers and windows.
 #pragma once
 
+// Before any header: one that is missing for such a processor would hide it.
+#if defined(__SIZEOF_POINTER__) && __SIZEOF_POINTER__ != 8
+#error "iirsnn: expected a 64-bit processor: sizes are 64-bit numbers"
+#endif
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "iirsnn: expected a little-endian processor: numbers and bits lie in memory as they do in a file"
+#endif
+
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -27,6 +35,9 @@ struct Window {
 };
 
 inline void check(bool right, const std::string& message) {
+  if (!right) throw std::invalid_argument(message);
+}
+inline void check(bool right, const char* message) {  // makes no string of it where all is right
   if (!right) throw std::invalid_argument(message);
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,9 +12,14 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import IirsnnError, UsageError
+from . import watching
 from .console import Run, console
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..event import EventNetwork
     from ..train.pipeline import Pipeline
 
 #: Images that a deployed network is compared with PyTorch's on.
@@ -58,16 +64,70 @@ def deploy(
 
 def predict(
     net: Annotated[Path, typer.Argument(metavar="NET", help="File that deploy wrote.")],
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="IMAGE...", help="Image files; - reads their paths from stdin."),
+    ] = None,
+    watch: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Classify every image that is written into DIR."),
+    ] = None,
 ) -> None:
-    """The class of each image, and how long it took."""
-    from ..event import EventNetwork
-    from ..train.deployment import class_names, read_image
+    """The class of each image, and how long it took.
 
+    With --watch, or - for IMAGE, the network stays loaded until Ctrl-C, SIGTERM or stdin's end.
+    """
+    from ..event import EventNetwork
+    from ..runtime.image_files import SUFFIXES
+    from ..train.deployment import preparation, read_image
+
+    if (watch is None) == (not images):
+        raise UsageError("predict: expected IMAGE..., - or --watch DIR, and one of them alone")
     network = EventNetwork.load(net)
+    if watch is None and images != [Path("-")]:
+        _print_table(network, images or [])
+        return
+
+    def begun(path: Path) -> tuple[float, Tensor]:
+        return time.perf_counter(), read_image(path, network)
+
+    preparation(network)
+    names = _names(network)
+    latencies = watching.Latencies()
+    with watching.until_stopped():
+        if watch is None:
+            arriving = watching.named(sys.stdin, begun)
+        else:
+            arriving = watching.appearing(watch, SUFFIXES, begun)
+        for path, given in arriving:
+            if isinstance(given, IirsnnError):
+                print(f"error: {given}", file=sys.stderr, flush=True)
+                continue
+            start, image = given
+            logits = network(image)
+            seconds = time.perf_counter() - start
+            latencies.add(seconds)
+            odds = f"{float(logits.softmax(1).max()):.1%}"
+            name = names[int(logits.argmax())]
+            print(path, name, odds, f"{1e3 * seconds:.3f} ms", sep="\t", flush=True)
+    print(latencies)
+
+
+def _names(network: EventNetwork) -> list[str]:
+    """Of the classes; a first call touches the weights."""
+    from torch import zeros
+
+    from ..train.deployment import class_names
+
+    assert network.image_shape is not None
+    return class_names(network, network(zeros(1, *network.image_shape)).shape[1])
+
+
+def _print_table(network: EventNetwork, images: list[Path]) -> None:
+    from ..train.deployment import read_image
+
     batch = [read_image(path, network) for path in images]
-    classes = network(batch[0]).shape[1]  # touches the weights once
-    names = class_names(network, classes)
+    names = _names(network)
     table = Table(box=box.SIMPLE)
     table.add_column("image", overflow="fold")
     for column in ("class", "probability", "ms"):

@@ -1,19 +1,19 @@
 """What an engine file holds: a JSON header and tensors.
 
-Formats: 3, a graph of layers; 2 and 1, a chain of layers, some with a shortcut (1: none). `read`
-takes all of them.
+Formats: 3, a graph of layers, which csrc/event/file reads and checks; 2 and 1, a chain of layers,
+some with a shortcut (1: none).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import RunError
 from .layer import Input, Layer, Window
-from .schema import Wrong, check_header, check_layers
 
 FORMAT = 3
 
@@ -62,13 +62,13 @@ def write(
     return tensors, header
 
 
-def read(
+def upgraded(
     tensors: dict[str, Tensor], header: dict[str, Any], path: object
-) -> tuple[list[Layer], int, str, tuple[int, int, int] | None, dict[str, Any]]:
-    """What `write` was given; everything has been checked.
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Contents of a file in the format of today.
 
     Raises:
-        RunError: changed since it was written, of a newer format, or no such network.
+        RunError: of a newer format, of an older one and damaged, or no such network.
     """
     header = {key: value for key, value in header.items() if key != "format"}  # of all checkpoints
     version = header.get("event_format")
@@ -79,26 +79,34 @@ def read(
             f"{path}: expected event format {FORMAT} or older, got {version}; "
             "a newer iirsnn wrote it"
         )
-    try:
+    with _damaged(path):
         if version < 1:
-            raise Wrong(f"event_format: expected 1 to {FORMAT}, got {version}")
-        if version < FORMAT:
-            tensors, header = _graph_of_chain(tensors, header)
-        check_header(header)
-        shape = header["image_shape"]
+            raise ValueError(f"event_format: expected 1 to {FORMAT}, got {version}")
+        return (tensors, header) if version == FORMAT else _graph_of_chain(tensors, header)
+
+
+def parse(
+    tensors: dict[str, Tensor], header: dict[str, Any], path: object
+) -> tuple[list[Layer], int, str, None, dict[str, Any]]:
+    """What `write` was given, but for the shape of images. Checks no values: the engine does.
+
+    Raises:
+        RunError: a header or tensors that are not those of layers.
+    """
+    with _damaged(path):
+        tensors = dict(tensors)
         layers = [_layer(index, entry, tensors) for index, entry in enumerate(header["layers"])]
         if tensors:
-            raise Wrong(f"tensors: expected those of the layers, got {min(tensors)} as well")
-        check_layers(layers, header["precision"], header["timesteps"], shape)
-    except (Wrong, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"tensors: expected those of the layers, got {min(tensors)} as well")
+        return layers, header["timesteps"], header["precision"], None, dict(header["notes"])
+
+
+@contextmanager
+def _damaged(path: object) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise RunError(f"{path}: damaged event network ({error})") from error
-    return (
-        layers,
-        header["timesteps"],
-        header["precision"],
-        None if shape is None else (shape[0], shape[1], shape[2]),
-        header["notes"],
-    )
 
 
 def _layer(index: int, entry: dict[str, Any], tensors: dict[str, Tensor]) -> Layer:
@@ -141,7 +149,7 @@ def _graph_of_chain(
         shortcut, unit = entry.pop("shortcut", None), entry.pop("shortcut_unit", 1.0)
         windows = {key: entry.pop(key, None) for key in ("window", "shortcut_window")}
         if entry:
-            raise Wrong(f"layers.{index}: expected no {min(entry)}")
+            raise ValueError(f"layers.{index}: expected no {min(entry)}")
         window, beside = (value and _numbers(value) for value in windows.values())
         if kind in ("conv", "linear", "readout"):
             if window is not None:
@@ -158,7 +166,7 @@ def _graph_of_chain(
             if f"{index}.{old_key}" in renamed:
                 renamed[f"{index}.{key}"] = renamed.pop(f"{index}.{old_key}")
         entries.append(made)
-    return renamed, {**header, "layers": entries}
+    return renamed, {**header, "event_format": FORMAT, "layers": entries}
 
 
 def _numbers(window: dict[str, list[int]]) -> list[int]:

@@ -1,21 +1,20 @@
 """A trained model as an event-driven engine: it adds weights where spikes are, and nothing else.
 
-The engine itself is C++ (csrc/event/). This module builds it of a model's layers, keeps them in a
-file, and hands images over.
+The engine itself is that of `iirsnn.runtime` (csrc/event/). This module makes its file of a model's
+layers and hands images over.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import math
+import re
 import threading
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,8 +23,9 @@ from ..errors import RunError, UsageError, check_choice
 from ..models import Network
 from ..models.graph import GraphNetwork
 from ..nn import SpikeAvgPool2d, SpikeConv2d, SpikeLinear, use_plain_layers
-from .engine import build_engine
-from .file_format import read, write
+from ..runtime.engine import Call, Engine
+from ..runtime.library import NoNetwork
+from .file_format import parse, upgraded, write
 from .layer import Layer
 from .model_reader import layers_of
 from .quantise import PRECISIONS, quantise
@@ -94,10 +94,9 @@ class EventNetwork:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._engine: Any = None
-        self._dense: list[int] = []
+        self._engine: Engine | None = None
         self._building = threading.Lock()
-        self._last = threading.local()  # call: the EventCall of a thread's last call; images: its
+        self._last = threading.local()  # call: of a thread
         self._judged = False
         if self.image_shape is not None:
             self._build(self.image_shape)
@@ -161,15 +160,16 @@ class EventNetwork:
             expected = ", ".join(map(str, self.image_shape or ()))
             raise UsageError(f"images: expected [B, {expected}], got {list(images.shape)}")
         images = images.detach().to("cpu", torch.float32).contiguous()
-        if not math.isfinite(float(images.sum())) and not bool(images.isfinite().all()):
-            raise UsageError("images: expected finite values, got inf or NaN")
+        assert self._engine is not None
+        logits = torch.empty(len(images), self._engine.facts.classes, dtype=torch.float32)
         self._last.call = None  # its memory is for this call
-        logits, call = self._engine.run(images.numpy(), torch.get_num_threads())
-        self._last.call, self._last.images = call, len(images)
+        self._last.call = self._engine.run(
+            images.data_ptr(), len(images), logits.data_ptr(), torch.get_num_threads()
+        )
         if not self._judged and len(images):
             self._judged = True
             self._warn_if_dense()
-        return torch.from_numpy(logits)
+        return logits
 
     __hash__ = None  # type: ignore[assignment]  # its layers can change
 
@@ -195,16 +195,19 @@ class EventNetwork:
         Raises:
             RunError: this thread has made no call yet.
         """
-        call, images = self._last_call("statistics")
-        return [
-            LayerStatistics(layer.name, dense_operations=dense * images, **counted)
-            for layer, dense, counted in zip(self.layers, self._dense, call.report(), strict=True)
-        ]
+        call, found = self._last_call("statistics"), []
+        for layer, did in zip(self.layers, call.layers(), strict=True):
+            weights = sum(weight.numel() for weight in layer.weights)
+            dense = call.images * did["height"] * did["width"] * weights
+            counted = {each.name: did[each.name] for each in _COUNTED}
+            found.append(LayerStatistics(name=layer.name, dense_operations=dense, **counted))
+        return found
 
-    def _last_call(self, what: str) -> tuple[Any, int]:
-        if getattr(self._last, "call", None) is None:
+    def _last_call(self, what: str) -> Call:
+        call: Call | None = getattr(self._last, "call", None)
+        if call is None:
             raise RunError(f"{what}: expected a call of the network by this thread first")
-        return self._last.call, self._last.images
+        return call
 
     def spikes(self) -> list[Tensor]:
         """Spikes of this thread's last call: of each layer with neurons, bool [T, B, C, H, W].
@@ -212,17 +215,12 @@ class EventNetwork:
         Raises:
             RunError: this thread has made no call yet.
         """
-        call, images = self._last_call("spikes")
-        found = []
-        for index, layer in enumerate(self.layers):
-            if layer.threshold is None:  # no neurons
-                continue
-            # little-endian words: byte k of a word holds channels 8k to 8k + 7
-            words = self._engine.bits(call, index + 1)
-            bits = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")
-            spikes = torch.from_numpy(bits[..., : len(layer.threshold)]).bool()
-            found.append(spikes.unflatten(0, (images, self.timesteps)).permute(1, 0, 4, 2, 3))
-        return found
+        call = self._last_call("spikes")
+        return [
+            torch.from_numpy(call.spikes(index)).bool().permute(1, 0, 4, 2, 3)
+            for index, layer in enumerate(self.layers)
+            if layer.kind == "neurons"
+        ]
 
     def density(self) -> float:
         """Additions of this thread's last call over the operations of a dense network.
@@ -268,14 +266,27 @@ class EventNetwork:
     def _made_of(
         cls, tensors: dict[str, Tensor], header: dict[str, Any], path: str | Path
     ) -> EventNetwork:
-        parts = read(tensors, header, path)
-        try:
-            return cls(*parts)
-        except UsageError as error:
-            raise RunError(f"{path}: damaged event network ({error})") from error
+        tensors, header = upgraded(tensors, header, path)
+        shape, engine = header.get("image_shape"), None
+        if shape is not None:
+            try:
+                engine = _engine_of(tensors, header)
+            except NoNetwork as error:
+                raise NoNetwork(error.reason, str(path)) from None
+        net = cls(*parse(tensors, header, path))
+        if engine is not None:
+            facts = engine.facts
+            net.image_shape = (facts.channels, facts.height, facts.width)
+            net._engine = engine
+        return net
 
     def _build(self, image_shape: tuple[int, int, int]) -> None:
-        self._engine, self._dense = build_engine(self.layers, image_shape, self.timesteps)
+        contents = write(self.layers, self.timesteps, self.precision, image_shape, {})
+        try:
+            self._engine = _engine_of(*contents)
+        except NoNetwork as error:
+            named = re.sub(r"^layers\.(\d+)", lambda at: self.layers[int(at[1])].name, error.reason)
+            raise UsageError(named) from None
         self.image_shape = image_shape
 
     def _warn_if_dense(self) -> None:
@@ -287,6 +298,20 @@ class EventNetwork:
                 RuntimeWarning,
                 stacklevel=3,
             )
+
+
+_COUNTED = [
+    each
+    for each in dataclasses.fields(LayerStatistics)
+    if each.name not in ("name", "dense_operations")
+]
+
+
+def _engine_of(tensors: dict[str, Tensor], header: dict[str, Any]) -> Engine:
+    """The engine of a file's contents, whose notes it does not need. Raises NoNetwork."""
+    if isinstance(header.get("notes"), dict):
+        header = {**header, "notes": {}}
+    return Engine(atomic_files.to_bytes(tensors, header))
 
 
 def _from_bytes(content: bytes) -> EventNetwork:

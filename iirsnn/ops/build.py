@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -96,7 +97,7 @@ def cuda_archs() -> str:
 def recipe(mode: str) -> dict[str, Any]:
     """Sources (absolute paths) and flags: keys sources, cxx, nvcc, cuda (bool), why (str)."""
     folder = source_dir()
-    sources = sorted(folder.rglob("*.cpp"))
+    sources = sorted({*folder.rglob("*.cpp")} - {*folder.glob("event/**/*.cpp")})
     cuda, why = want_cuda(mode)
     cxx = [*CXX_FLAGS, *_OPENMP, f"-DIIRSNN_FLAGS={','.join(CXX_FLAGS)}"]
     if cuda:
@@ -115,19 +116,15 @@ def recipe(mode: str) -> dict[str, Any]:
 
 # ---- The engine, which needs no torch ----
 
-#: Its library, which iirsnn.runtime loads; iirsnn._C holds the same objects.
+#: Its library, which iirsnn.runtime loads.
 ENGINE = "libiirsnn.so"
 
 
 def engine_sources() -> list[Path]:
-    """The sources of libiirsnn; csrc/CMakeLists.txt takes the same."""
+    """The sources of libiirsnn, as csrc/event/sources.txt lists them."""
     folder = source_dir()
-    found = [
-        *folder.glob("event/*.cpp"),
-        *folder.glob("event/file/*.cpp"),
-        *folder.glob("simd/*.cpp"),
-    ]
-    return sorted(path for path in found if path.name != "bind.cpp")
+    patterns = (folder / "event" / "sources.txt").read_text(encoding="utf-8").split()
+    return sorted(path for pattern in patterns for path in folder.glob(pattern))
 
 
 def compile_engine(folder: Path, version: str) -> list[str]:
@@ -239,6 +236,15 @@ def _compiled_file(plan: dict[str, Any], compiler: str) -> Path | None:
     """
     import torch
 
+    facts = [torch.__version__, torch.compiled_with_cxx11_abi(), sys.version]
+    return _kept_file(f"{_JIT_NAME}.so", compiler, [*facts, plan["cxx"], plan["nvcc"]])
+
+
+def _kept_file(name: str, compiler: str, facts: list[Any]) -> Path | None:
+    """Where what is compiled of csrc is kept: by a hash of it, the compiler, the machine, `facts`.
+
+    None for a user without a home.
+    """
     from .. import cache
 
     chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
@@ -246,14 +252,13 @@ def _compiled_file(plan: dict[str, Any], compiler: str) -> Path | None:
     if folder is None:
         return None
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    facts = [torch.__version__, torch.compiled_with_cxx11_abi(), sys.version, platform.machine()]
-    facts += [compiler, version, plan["cxx"], plan["nvcc"], os.environ.get("CXXFLAGS", "")]
+    facts = [*facts, platform.machine(), compiler, version, os.environ.get("CXXFLAGS", "")]
     digest = hashlib.sha256(repr(facts).encode())
     for source in sorted(source_dir().rglob("*")):
-        if source.suffix in (".h", ".cpp", ".cu"):
+        if source.suffix in (".h", ".cpp", ".cu", ".map", ".txt"):
             digest.update(source.relative_to(source_dir()).as_posix().encode() + b"\0")
             digest.update(source.read_bytes())
-    return folder / "kernels" / digest.hexdigest()[:16] / f"{_JIT_NAME}.so"
+    return folder / "kernels" / digest.hexdigest()[:16] / name
 
 
 @contextmanager
@@ -293,3 +298,36 @@ def _import(file: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def engine() -> Path:
+    """libiirsnn, compiled now or kept from before: where `iirsnn.runtime` is installed without it.
+
+    It takes no torch. IIRSNN_JIT=0 never compiles. Where it is kept: see `_kept_file`.
+
+    Raises:
+        RuntimeError: it cannot be compiled; the reason why.
+    """
+    missing, compiler = f"{ENGINE} is not compiled", _compiler()[0]
+    if os.environ.get("IIRSNN_JIT", "1") == "0":
+        raise RuntimeError(f"{missing} and IIRSNN_JIT=0")
+    if shutil.which(compiler) is None:
+        raise RuntimeError(f"{missing} and there is no C++ compiler ({compiler})")
+    version = importlib.metadata.version("iirsnn")
+    try:
+        file = _kept_file(ENGINE, compiler, [CXX_FLAGS, version])
+        if file is None:
+            raise OSError("there is no folder to compile in: set HOME or XDG_CACHE_HOME")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(file.parent):
+            if not file.is_file():
+                print(f"iirsnn: {missing}; compiling it, a minute", file=sys.stderr)
+                with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+                    made = Path(folder) / ENGINE
+                    link_engine(compile_engine(Path(folder), version), made)
+                    os.replace(made, file)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RuntimeError(
+            f"{missing} and compiling it now failed: {_first_line(error)}"
+        ) from error
+    return file

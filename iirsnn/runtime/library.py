@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_size_t, c_uint64, c_void_p
 from pathlib import Path
 
 from ..errors import RunError, UsageError
@@ -12,6 +12,14 @@ from ..errors import RunError, UsageError
 NAME = "libiirsnn.so"
 
 _BAD_ARGUMENT, _BAD_FILE, _NO_MEMORY = 1, 2, 3
+
+
+class NoNetwork(RunError):
+    """A file or bytes that hold no network; `reason`: what was expected, and what came."""
+
+    def __init__(self, reason: str, name: str = "network") -> None:
+        super().__init__(f"{name}: damaged event network ({reason})")
+        self.reason = reason
 
 
 class Facts(ctypes.Structure):
@@ -41,6 +49,7 @@ class Layer(ctypes.Structure):
 _FUNCTIONS = {
     "version": (c_char_p, []),
     "capability": (c_char_p, []),
+    "set_capability": (c_int, [c_char_p]),
     "message": (c_char_p, []),
     "load_file": (c_int, [c_char_p, POINTER(c_void_p)]),
     "load_memory": (c_int, [c_char_p, c_size_t, POINTER(c_void_p)]),
@@ -51,40 +60,67 @@ _FUNCTIONS = {
     "prepare": (c_int, [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
     "run": (c_int, [c_void_p, c_void_p, c_int64, c_int, c_void_p, POINTER(c_void_p)]),
     "layer_of": (c_int, [c_void_p, c_int64, POINTER(Layer)]),
+    "memory_of": (c_int, [c_void_p, POINTER(c_int64)]),
+    "spikes_of": (c_int, [c_void_p, c_int64, POINTER(POINTER(c_uint64))]),
     "free_call": (None, [c_void_p]),
 }
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The library beside this file.
+    """The library beside this file, or compiled at first use.
 
     Raises:
-        RunError: it is not there, or cannot be loaded.
+        RunError: it is not there and cannot be compiled, or cannot be loaded.
         UsageError: IIRSNN_CPU_CAPABILITY asks for what this processor lacks.
     """
-    path = Path(__file__).with_name(NAME)
-    if not path.exists():
-        raise RunError(f"the event engine needs {NAME}, which is not in {path.parent}")
+    path = _file()
     try:
         found = ctypes.CDLL(str(path))
-    except OSError as error:
+        for name, (result, arguments) in _FUNCTIONS.items():
+            function = getattr(found, f"iirsnn_{name}")
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:  # AttributeError: of another version
         raise RunError(f"the event engine cannot be loaded: {error}") from error
-    for name, (result, arguments) in _FUNCTIONS.items():
-        function = getattr(found, f"iirsnn_{name}")
-        function.restype, function.argtypes = result, arguments
     if found.iirsnn_capability() is None:
         raise UsageError(found.iirsnn_message().decode())
     return found
 
 
+def _file() -> Path:
+    beside = Path(__file__).with_name(NAME)
+    builder = Path(__file__).parents[1] / "ops" / "build.py"
+    if beside.exists():
+        return beside
+    if not builder.exists():  # the distribution iirsnn-runtime compiles nothing
+        raise RunError(f"the event engine needs {NAME}, which is not in {beside.parent}")
+    import importlib.util
+
+    # by its path: importing its package would need torch
+    spec = importlib.util.spec_from_file_location("iirsnn.ops.build", builder)
+    assert spec is not None
+    assert spec.loader is not None
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    try:
+        found: Path = build.engine()
+    except RuntimeError as error:
+        raise RunError(f"the event engine cannot be loaded: {error}") from error
+    return found
+
+
+def set_capability(name: str) -> None:
+    """Use the instruction set portable, avx2 or avx512; UsageError where there is none such."""
+    check(library().iirsnn_set_capability(name.encode()))
+
+
 def check(status: int) -> None:
-    """Raises what a status stands for: UsageError, RunError or MemoryError."""
+    """Raises what a status stands for: UsageError, NoNetwork, MemoryError or RunError."""
     if status == 0:
         return
     message = library().iirsnn_message().decode(errors="replace")
     if status == _BAD_ARGUMENT:
         raise UsageError(message)
-    if status == _NO_MEMORY:
-        raise MemoryError(message)
-    raise RunError(f"damaged event network ({message})" if status == _BAD_FILE else message)
+    if status == _BAD_FILE:
+        raise NoNetwork(message)
+    raise MemoryError(message) if status == _NO_MEMORY else RunError(message)

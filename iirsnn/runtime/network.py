@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import threading
-from ctypes import byref, c_void_p
+from ctypes import c_void_p
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import RunError, UsageError
-from .library import Facts, Layer, check, library
+from .engine import Call, Engine
+from .library import check, library
+
+if TYPE_CHECKING:  # the first answer does not wait for what only some programs need
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -63,28 +64,6 @@ class LayerStatistics:
     milliseconds: float
 
 
-class _Call:
-    """What a call did; freed with this."""
-
-    def __init__(self, handle: c_void_p, images: int, network: Network) -> None:
-        self.handle, self.images, self.network = handle, images, network
-
-    def __del__(self) -> None:
-        library().iirsnn_free_call(self.handle)
-
-    def layers(self) -> list[LayerStatistics]:
-        found = []
-        for index in range(self.network.layers):
-            given = Layer()
-            check(library().iirsnn_layer_of(self.handle, index, byref(given)))
-            values: dict[str, Any] = {name: getattr(given, name) for name, *_ in Layer._fields_}
-            shape = tuple(values.pop(name) for name in ("channels", "height", "width"))
-            for name in ("kind", "name"):
-                values[name] = values[name].decode()
-            found.append(LayerStatistics(shape=shape, **values))
-        return found
-
-
 class Network:
     """A deployed network; made by `load`.
 
@@ -103,29 +82,16 @@ class Network:
 
     def __init__(self, content: bytes | str | os.PathLike[str], threads: int = 0) -> None:
         """content: of a file, or the file's path."""
-        handle = c_void_p()
-        if isinstance(content, bytes):
-            check(library().iirsnn_load_memory(content, len(content), byref(handle)))
-        else:
-            path = os.fspath(content)
-            if not Path(path).is_file():
-                raise RunError(f"network {path}: no such file")
-            check(library().iirsnn_load_file(os.fsencode(path), byref(handle)))
-        self._handle = handle
-        facts = Facts()
-        check(library().iirsnn_describe(handle, byref(facts)))
+        self._engine = Engine(content)
+        facts = self._engine.facts
         self.image_shape: tuple[int, int, int] = (facts.channels, facts.height, facts.width)
         self.classes, self.timesteps, self.layers = facts.classes, facts.timesteps, facts.layers
         self.weight_bytes: int = facts.weight_bytes
+        handle = self._engine.handle
         names = [library().iirsnn_class_name(handle, index) for index in range(self.classes)]
         self.class_names = None if None in names else [name.decode() for name in names]
         self.threads = threads
         self._last = threading.local()
-
-    def __del__(self) -> None:
-        handle = getattr(self, "_handle", None)
-        if handle:
-            library().iirsnn_release(handle)
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.image_shape))
@@ -147,23 +113,12 @@ class Network:
         if images.shape[1:] != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
             raise UsageError(f"images: expected [B, {expected}], got {list(images.shape)}")
-        return self._run(np.ascontiguousarray(images, np.float32), self.threads)
-
-    def _run(self, images: NDArray[np.float32], threads: int) -> NDArray[np.float32]:
+        images = np.ascontiguousarray(images, np.float32)
         logits = np.empty((len(images), self.classes), np.float32)
-        call = c_void_p()
         self._last.call = None  # its memory is for this call
-        check(
-            library().iirsnn_run(
-                self._handle,
-                images.ctypes.data_as(c_void_p),
-                len(images),
-                threads,
-                logits.ctypes.data_as(c_void_p),
-                byref(call),
-            )
+        self._last.call = self._engine.run(
+            images.ctypes.data, len(images), logits.ctypes.data, self.threads
         )
-        self._last.call = _Call(call, len(images), self)
         return logits
 
     def prepare(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -179,7 +134,7 @@ class Network:
         pixels = np.ascontiguousarray(pixels)
         image = np.empty(self.image_shape, np.float32)
         at = (each.ctypes.data_as(c_void_p) for each in (pixels, image))
-        check(library().iirsnn_prepare(self._handle, next(at), *pixels.shape, next(at)))
+        check(library().iirsnn_prepare(self._engine.handle, next(at), *pixels.shape, next(at)))
         return image
 
     def classify(self, image: NDArray[np.uint8] | str | os.PathLike[str]) -> Classification:
@@ -213,7 +168,9 @@ class Network:
                 f"image files need Pillow, which is not installed ({error}); "
                 "expected a uint8 array [H, W, C] without it"
             ) from error
-        notes = library().iirsnn_image_notes(self._handle)
+        import json
+
+        notes = library().iirsnn_image_notes(self._engine.handle)
         try:
             return Preparation.from_json(notes and json.loads(notes), self.image_shape)
         except UsageError as error:
@@ -225,10 +182,22 @@ class Network:
         Raises:
             RunError: this thread has made no call yet.
         """
-        return self._call("statistics").layers()
+        found = []
+        for layer in self._last_call("statistics").layers():
+            channels, height, width = (layer.pop(key) for key in ("channels", "height", "width"))
+            found.append(LayerStatistics(shape=(channels, height, width), **layer))
+        return found
 
-    def _call(self, what: str) -> _Call:
-        call: _Call | None = getattr(self._last, "call", None)
+    def call_bytes(self) -> int:
+        """Of the memory, beside the weights, that this thread's last call worked in.
+
+        Raises:
+            RunError: this thread has made no call yet.
+        """
+        return self._last_call("call_bytes").memory()
+
+    def _last_call(self, what: str) -> Call:
+        call: Call | None = getattr(self._last, "call", None)
         if call is None:
             raise RunError(f"{what}: expected a call of the network by this thread first")
         return call

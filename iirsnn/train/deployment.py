@@ -70,6 +70,21 @@ def class_names(network: EventNetwork, classes: int) -> list[str]:
     return names
 
 
+def preparation(network: EventNetwork) -> Preparation:
+    """How image files become what the network takes.
+
+    Raises:
+        UsageError: the network's file does not say.
+    """
+    size = network.image_shape
+    if size is None:
+        raise UsageError("net: does not say the size of its images; expected a file of deploy")
+    try:
+        return Preparation.from_json(network.notes.get("images"), size)
+    except UsageError as error:
+        raise UsageError(f"net: {error}") from None
+
+
 def read_image(path: Path, network: EventNetwork) -> Tensor:
     """An image file as the network takes it, float32 [1, C, H, W].
 
@@ -77,11 +92,4 @@ def read_image(path: Path, network: EventNetwork) -> Tensor:
         RunError: no such file, or one that cannot be read.
         UsageError: the wrong size, or a network whose file does not say how images are made.
     """
-    size = network.image_shape
-    if size is None:
-        raise UsageError("net: does not say the size of its images; expected a file of deploy")
-    try:
-        preparation = Preparation.from_json(network.notes.get("images"), size)
-    except UsageError as error:
-        raise UsageError(f"net: {error}") from None
-    return torch.from_numpy(preparation.input(path))[None]
+    return torch.from_numpy(preparation(network).input(path))[None]

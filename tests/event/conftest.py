@@ -1,12 +1,11 @@
 """Fixtures of the engine's tests: one thread, and each instruction set of this processor."""
 
-import importlib
-
 import pytest
 import torch
 from torch import nn
 
 from iirsnn import FusedLIF, Readout
+from iirsnn.runtime.library import set_capability
 from tests.event.networks import LEVELS, images, integers, levels
 
 
@@ -23,10 +22,9 @@ def one_thread():
 def level(request):
     if request.param not in levels():
         pytest.skip(f"this processor has no {request.param}")
-    module = importlib.import_module("iirsnn._C")
-    module.set_cpu_capability(request.param)
+    set_capability(request.param)
     yield request.param
-    module.set_cpu_capability(levels()[-1])
+    set_capability(levels()[-1])
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Networks whose sums are exact in float32, and what PyTorch makes of them."""
 
 import functools
-import importlib
 
 import torch
 from torch import nn
@@ -9,6 +8,7 @@ from torch import nn
 from iirsnn import FusedLIF, Network
 from iirsnn.event.network import EventNetwork
 from iirsnn.models.resnet import Plan
+from iirsnn.runtime.library import library
 
 LEVELS = ("portable", "avx2", "avx512")
 
@@ -16,8 +16,7 @@ LEVELS = ("portable", "avx2", "avx512")
 @functools.cache
 def levels():
     """The instruction sets this processor has, best last; asked before any test changes them."""
-    module = importlib.import_module("iirsnn._C")
-    best = module.build_info()["cpu_capability"]
+    best = library().iirsnn_capability().decode()
     return LEVELS[: LEVELS.index(best) + 1]
 
 

@@ -44,10 +44,11 @@ def test_int8_files_are_small(small, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_files_of_format_2(tmp_path, precision):
-    """Written by the version before graphs, with what it gave for these images."""
-    net = EventNetwork.load(OLD / f"format2-{precision}.iirsnn")
-    known = json.loads((OLD / f"format2-{precision}.json").read_text())
+@pytest.mark.parametrize("version", [2, 3])
+def test_files_of_earlier_versions(tmp_path, version, precision):
+    """2: written by the version before graphs; with what it gave for these images."""
+    net = EventNetwork.load(OLD / f"format{version}-{precision}.iirsnn")
+    known = json.loads((OLD / f"format{version}-{precision}.json").read_text())
     assert net(torch.tensor(known["images"])).tolist() == known["logits"]
     assert [int(spikes.sum()) for spikes in net.spikes()] == known["spikes"]
     assert net.notes == {"classes": ["a", "b", "c"]}
@@ -142,9 +143,9 @@ WRONG = {
     "image": (of_header(image_shape=[1, 6]), "image_shape: expected 3 integers"),
     "image of nothing": (of_header(image_shape=[1, 0, 6]), "image_shape: expected an integer"),
     "image too large": (of_header(image_shape=[1, HUGE - 1, HUGE - 1]), "fewer than 2.31 values"),
-    "image too small": (of_header(image_shape=[1, 1, 1]), "expected a window that fits"),
-    "another image": (of_header(image_shape=[1, 8, 8]), "expected 160 features, got 90"),
-    "notes": (of_header(notes=[]), "notes: expected a dict"),
+    "image too small": (of_header(image_shape=[1, 1, 1]), "a kernel that fits the padded input"),
+    "another image": (of_header(image_shape=[1, 8, 8]), "expected 160 input features, got 90"),
+    "notes": (of_header(notes=[]), "notes: expected an object, got a list"),
     "no layers": (of_header(layers=[]), "layers: expected 1 to 65536, got 0"),
     "layers": (of_header(layers={}), "layers: expected a list"),
     "more": (of_header(colour="red"), "header: expected no colour"),
@@ -156,19 +157,20 @@ WRONG = {
     "early end": (entry(0, kind="readout"), "expected a readout or an output as the last layer"),
     "name": (entry(0, name=7), "layers.0.name: expected a str"),
     "reset": (entry(0, reset="never"), "layers.0.reset: expected one of soft"),
-    "v_reset": (entry(0, v_reset=NAN), "layers.0.v_reset: expected a finite number"),
+    "v_reset": (entry(0, v_reset=1e39), "layers.0.v_reset: expected a finite number"),
     "no inputs": (entry(0, inputs=[]), "layers.0.inputs: expected 1 to"),
     "pool": (entry(3, window=window(HUGE, 2)), "layers.3.window: expected an integer"),
     "stride": (entry(3, window=window(2, 2, HUGE, 2)), "layers.3.window: expected an integer"),
     "stride 0": (entry(3, window=window(2, 2, 0, 2)), "expected a positive kernel"),
-    "wide pool": (entry(3, window=window(9, 2)), "expected a window that fits 6, got 9"),
+    "wide pool": (entry(3, window=window(9, 2)), "a kernel that fits .* 6 x 6, got 9 x 2"),
     "no window": (lambda t, h: h["layers"][3].pop("window"), "layers.3: expected a window"),
     "later source": (given(1, 0, source=2), "layers.1.inputs.0.source: expected an integer"),
     "no source": (given(1, 0, source=-1), "layers.1.inputs.0.source: expected an integer"),
     "image again": (given(2, 1, source=0), "layers.2.inputs.1: expected weights for the image"),
     "groups": (given(1, 0, groups=5), "expected outputs in 5 groups, got 6"),
     "other groups": (given(1, 0, groups=3), "expected 6 channels, got 3 in 3 groups"),
-    "unit": (given(2, 1, unit=NAN), "unit: expected a finite number"),
+    "unit": (given(2, 1, unit=-1e39), "unit: expected a finite number"),
+    "NaN in the header": (given(2, 1, unit=NAN), "JSON: expected a value"),
     "times": (given(2, 1, times=0), "times: expected an integer from 1"),
     "many times": (given(2, 1, times=65535), "counts: expected at most"),
     "channels": (given(6, 0, channels=7), "expected some of 6 channels"),

@@ -1,7 +1,5 @@
 """Networks that are graphs: the spikes and logits of PyTorch, file and all."""
 
-import importlib
-
 import pytest
 import torch
 from torch import fx, nn
@@ -12,6 +10,7 @@ from iirsnn.event import EventNetwork
 from iirsnn.event.flips import trace_flips
 from iirsnn.models.graph import TIME_FUNCTIONS, GraphNetwork
 from iirsnn.nn import BatchNormLIF
+from iirsnn.runtime.library import set_capability
 from tests.event.graphs import (
     GRAPHS,
     Bottlenecks,
@@ -92,7 +91,6 @@ def test_any_batch_any_threads_any_precision(kind):
     generator = torch.Generator().manual_seed(3)
     for parameter in network.parameters():
         parameter.data *= torch.rand(parameter.shape, generator=generator) * 0.2 + 0.9
-    module = importlib.import_module("iirsnn._C")
     for precision in ("fp32", "bf16", "int8"):
         net = EventNetwork.from_model(network, precision=precision, image_shape=tuple(x.shape[1:]))
         together = net(x)
@@ -101,7 +99,7 @@ def test_any_batch_any_threads_any_precision(kind):
         torch.set_num_threads(3)
         assert torch.equal(net(x), together)
         for name in levels():
-            module.set_cpu_capability(name)
+            set_capability(name)
             assert torch.equal(net(x), together)
         kinds = {layer.name: {weight.dtype for weight in layer.weights} for layer in net.layers}
         assert kinds["stem"] == {torch.float32}

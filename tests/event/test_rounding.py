@@ -1,7 +1,5 @@
 """Real weights: the same bits on every instruction set, PyTorch's spikes within rounding."""
 
-import importlib
-
 import pytest
 import torch
 from torch import nn
@@ -11,6 +9,7 @@ from iirsnn.errors import UsageError
 from iirsnn.event.flips import trace_flips
 from iirsnn.event.network import EventNetwork
 from iirsnn.models import ModelConfig, build, resnet
+from iirsnn.runtime.library import set_capability
 from tests.event.networks import (
     PLAN,
     engine_spikes,
@@ -29,10 +28,9 @@ def test_instruction_sets_give_the_same_bits(precision, pool, timesteps):
     config = ModelConfig("vgg", layers=[48, "A", 100, 70, "A", 33], hidden=[90], pool=pool)
     network = convert(build(config, 10, (3, 16, 16)), calibration, 80.0, timesteps=timesteps)
     net = EventNetwork.from_model(network.eval(), timesteps, precision=precision)
-    module = importlib.import_module("iirsnn._C")
     results = []
     for name in levels():
-        module.set_cpu_capability(name)
+        set_capability(name)
         results.append((net(calibration[:20]), engine_spikes(net)))
     for logits, spikes in results[1:]:
         assert torch.equal(logits, results[0][0])

@@ -19,8 +19,6 @@ from iirsnn.event import EventNetwork
 from iirsnn.ops.reference import RESETS
 from tests.fuzz.settings import fuzzed
 
-pytest.importorskip("iirsnn._C", reason="the event engine needs iirsnn._C")
-
 CHANNELS = (1, 2, 3, 15, 16, 17, 33, 64, 65, 70, 130)
 LARGEST = 127 / 32  # of a filter's weights: int8 then holds multiples of 1/32 exactly
 

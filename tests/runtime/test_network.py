@@ -240,7 +240,7 @@ FILES = {
     "older": (lambda p: rewrite(p, lambda h: h.update(event_format=2)), "saves it anew"),
     "a checkpoint": (lambda p: rewrite(p, lambda h: h.pop("event_format")), "no event network"),
     "no shape": (lambda p: rewrite(p, lambda h: h.update(image_shape=None)), "expected a list"),
-    "no layers": (lambda p: rewrite(p, lambda h: h.update(layers=[])), "readout"),
+    "no layers": (lambda p: rewrite(p, lambda h: h.update(layers=[])), "expected 1 to 65536"),
 }
 
 
@@ -330,11 +330,12 @@ def test_a_fork_goes_on(tmp_path):
 def test_a_network_may_go_while_its_statistics_stay(digits):
     network = runtime.load(digits)
     network(images(4, 1, 8, 8).numpy())
-    call = network._call("test")
+    call = network._last.call
     network._last.call = None
     del network
     gc.collect()
-    assert call.layers()[0].kind == "neurons"
+    assert call.layers()[0]["kind"] == "neurons"
+    assert set(np.unique(call.spikes(0))) == {0, 1}
 
 
 def test_unloading_while_it_runs(tmp_path):

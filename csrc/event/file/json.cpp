@@ -175,12 +175,12 @@ void Json::expected(const char* what) const {
 }
 
 int64_t Json::integer(int64_t least, int64_t most) const {
-  if (kind_ != Kind::number || !whole_) expected("an integer");
-  if (integer_ < least || integer_ > most) {
-    throw std::invalid_argument("expected " + std::to_string(least) + " to " + std::to_string(most) + ", got " +
-                                std::to_string(integer_));
+  if (kind_ == Kind::number && whole_ && integer_ >= least && integer_ <= most) return integer_;
+  std::string wanted = "expected an integer";
+  if (most < std::numeric_limits<int64_t>::max()) {
+    wanted += " from " + std::to_string(least) + " to " + std::to_string(most);
   }
-  return integer_;
+  throw std::invalid_argument(wanted + ", got " + std::string(text_.substr(0, 60)));
 }
 double Json::number() const {
   if (kind_ != Kind::number) expected("a number");

@@ -1,21 +1,23 @@
 #include "event/file/network_file.h"
 
-#include <array>
+#include <algorithm>
 #include <charconv>
 #include <cmath>
-#include <cstdio>
 #include <cstring>
+#include <initializer_list>
+#include <optional>
+#include <set>
 #include <stdexcept>
 
 #include "event/file/json.h"
-#include "event/file/tensors.h"
 
 namespace iirsnn::event {
 namespace {
 
 constexpr int64_t kFileFormat = 2;  // of all files of iirsnn
-constexpr int64_t kFormat = 3, kMostOfWindow = 1 << 16, kMostValues = (int64_t(1) << 31) - 1,
-                  kMostCount = (1 << 16) - 1;
+constexpr int64_t kFormat = 3, kMostLayers = 1 << 16, kMostOfWindow = 1 << 16, kMostCount = (1 << 16) - 1,
+                  kMostTimesteps = kMostCount - 1, kMostValues = (int64_t(1) << 31) - 1,
+                  kMostOverTime = int64_t(1) << 34;
 
 // The checksum stands in the header, as eight hexadecimal digits, and counts as eight zeros there.
 void check_whole(std::string_view bytes) {
@@ -29,69 +31,154 @@ void check_whole(std::string_view bytes) {
   check(got == wanted, "its content is not what was written");
 }
 
-int64_t integer(const Json& of, std::string_view key, int64_t otherwise, int64_t least, int64_t most) {
-  const Json* found = of.find(key);
-  return found ? found->integer(least, most) : otherwise;
+// f(), whose errors then say where.
+template <typename F>
+auto in(const std::string& where, const F& f) -> decltype(f()) {
+  try {
+    return f();
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument(where + ": " + error.what());
+  }
 }
 
-float number(const Json& of, std::string_view key, float otherwise) {
+int64_t integer(const std::string& where, const Json& of, const char* key, int64_t least, int64_t most) {
+  return in(where + key, [&] { return of[key].integer(least, most); });
+}
+int64_t integer(const std::string& where, const Json& of, const char* key, int64_t otherwise, int64_t least,
+                int64_t most) {
+  return of.find(key) ? integer(where, of, key, least, most) : otherwise;
+}
+
+float number(const std::string& where, const Json& of, const char* key, float otherwise) {
   const Json* found = of.find(key);
   if (!found) return otherwise;
-  check(std::fabs(found->number()) <= 3e38, std::string(key) + ": expected a finite number");
-  return float(found->number());
+  return in(where + key, [&] {
+    check(std::fabs(found->number()) <= 3e38, "expected a finite number");
+    return float(found->number());
+  });
 }
 
-Window window(const Json& given) {
-  std::array<int64_t, 10> n{};
-  check(given.array().size() == n.size(), "window: expected 10 integers");
-  for (size_t i = 0; i < n.size(); ++i) n[i] = given.array()[i].integer(i < 6 ? 1 : 0, kMostOfWindow);
-  return {{n[0], n[1]}, {n[2], n[3]}, {n[4], n[5]}, {n[6], n[7]}, {n[8], n[9]}};
+const std::string& text(const std::string& where, const Json& of, const char* key) {
+  return in(where + key, [&]() -> const std::string& { return of[key].string(); });
+}
+
+const std::vector<Json>& list(const std::string& where, const Json& of, const char* key) {
+  return in(where + key, [&]() -> const std::vector<Json>& {
+    const std::vector<Json>& found = of[key].array();
+    check(!found.empty() && int64_t(found.size()) <= kMostLayers,
+          "expected 1 to " + std::to_string(kMostLayers) + ", got " + std::to_string(found.size()));
+    return found;
+  });
+}
+
+std::vector<int64_t> integers(const std::string& where, const Json& of, const char* key, size_t count, int64_t least,
+                              int64_t most) {
+  return in(where + key, [&] {
+    const std::vector<Json>& given = of[key].array();
+    check(given.size() == count,
+          "expected " + std::to_string(count) + " integers, got " + std::to_string(given.size()));
+    std::vector<int64_t> found;
+    for (const Json& value : given) found.push_back(value.integer(least, most));
+    return found;
+  });
+}
+
+std::optional<Window> window(const std::string& where, const Json& of) {
+  if (!of.find("window")) return {};
+  const std::vector<int64_t> n = integers(where, of, "window", 10, 0, kMostOfWindow);
+  check(*std::min_element(n.begin(), n.begin() + 6) > 0,
+        where + "window: expected a positive kernel, stride and dilation");
+  return Window{{n[0], n[1]}, {n[2], n[3]}, {n[4], n[5]}, {n[6], n[7]}, {n[8], n[9]}};
 }
 
 template <typename T>
-T choice(const std::string& name, const std::vector<std::pair<const char*, T>>& choices) {
+T choice(const std::string& where, const std::string& name, std::initializer_list<std::pair<const char*, T>> choices) {
   std::string known;
   for (const auto& [key, value] : choices) {
     if (name == key) return value;
     known += (known.empty() ? "" : ", ") + std::string(key);
   }
-  throw std::invalid_argument("expected one of " + known + ", got \"" + name + "\"");
+  throw std::invalid_argument(where + ": expected one of " + known + ", got \"" + name + "\"");
 }
+
+using Names = std::initializer_list<const char*>;
+
+// That an object has all of `needed`, and nothing but those and `more`.
+void check_keys(const std::string& where, const Json& of, Names needed, Names more = {}) {
+  const auto& all = in(where, [&]() -> decltype(of.object()) { return of.object(); });
+  for (const char* key : needed) check(of.find(key), where + ": expected a " + key);
+  const auto among = [](Names names, const std::string& key) {
+    return std::any_of(names.begin(), names.end(), [&](const char* name) { return key == name; });
+  };
+  for (const auto& [key, value] : all) check(among(needed, key) || among(more, key), where + ": expected no " + key);
+}
+
+std::string listed(const std::vector<int64_t>& sizes) {
+  std::string all = "[";
+  for (const int64_t size : sizes) all += (all.size() > 1 ? ", " : "") + std::to_string(size);
+  return all + "]";
+}
+
+std::string named(const Shape& shape) {
+  return std::to_string(shape.channels) + " x " + std::to_string(shape.height) + " x " + std::to_string(shape.width);
+}
+
+// Whether no number is infinite or NaN; whether no int8 is -128, which has no opposite.
+bool usable(const TensorView& tensor, Precision stored) {
+  bool bad = false;
+  for (int64_t i = 0, count = tensor.elements(); i < count; ++i) {
+    uint32_t bits = 0;
+    if (stored == Precision::fp32) {
+      std::memcpy(&bits, tensor.data + 4 * i, 4);
+      bad |= (bits & 0x7f800000u) == 0x7f800000u;
+    } else if (stored == Precision::bf16) {
+      std::memcpy(&bits, tensor.data + 2 * i, 2);
+      bad |= (bits & 0x7f80u) == 0x7f80u;
+    } else {
+      bad |= int8_t(tensor.data[i]) == -128;
+    }
+  }
+  return !bad;
+}
+
+enum class Kind { neurons, currents, readout, max_pool, average_pool, adaptive_pool, channels, sum, output };
+
+struct Input {
+  std::string where;  // in the header
+  int64_t source, groups, first, channels, times;
+  float unit;
+  std::optional<Window> window;
+  const TensorView* weight;
+  Precision stored = Precision::fp32;
+};
 
 class Reader {
  public:
-  explicit Reader(std::string_view bytes) : tensors_(bytes), header_(header(tensors_)) {}
+  explicit Reader(const Bytes& bytes) : bytes_(bytes), tensors_(bytes.view()), header_(header(tensors_)) {}
 
   NetworkFile read() {
+    check_keys("header", header_,
+               {"format", "event_format", "timesteps", "precision", "image_shape", "layers", "notes"});
     NetworkFile file;
-    file.timesteps = header_["timesteps"].integer(1, kMostCount);
-    const std::vector<Json>& sizes = header_["image_shape"].array();
-    check(sizes.size() == 3, "image_shape: expected three sizes, got " + std::to_string(sizes.size()));
-    const auto size = [&](int i) { return sizes[i].integer(1, kMostValues); };
-    file.engine = std::make_unique<Engine>(Shape{size(0), size(1), size(2)}, file.timesteps);
-    precision_ = precision(header_["precision"].string());
-    const std::vector<Json>& layers = header_["layers"].array();
+    file.timesteps = integer("", header_, "timesteps", 1, kMostTimesteps);
+    precision_ = choice<Precision>("precision", text("", header_, "precision"),
+                                   {{"fp32", Precision::fp32}, {"bf16", Precision::bf16}, {"int8", Precision::int8}});
+    const std::vector<int64_t> size = integers("", header_, "image_shape", 3, 1, kMostValues);
+    file.engine = std::make_unique<Engine>(Shape{size[0], size[1], size[2]}, file.timesteps);
+    const std::vector<Json>& layers = list("", header_, "layers");
     for (size_t i = 0; i < layers.size(); ++i) {
+      const std::string where = "layers." + std::to_string(i);
       at_ = i;
-      try {
-        file.layers.push_back({layers[i]["kind"].string(), layers[i]["name"].string()});
-        add(*file.engine, layers[i]);
-      } catch (const std::invalid_argument& error) {
-        throw std::invalid_argument("layers." + std::to_string(i) + ": " + error.what());
-      }
+      file.layers.push_back(add(*file.engine, layers[i], where, i + 1 == layers.size()));
+      const Shape out = file.engine->gives(i);
+      check(out.channels * out.height * out.width * file.timesteps < kMostOverTime,
+            where + ": expected fewer than 2^31 values, got " + named(out));
+      bytes_.forget();
     }
-    file.engine->outputs();  // a network has to end in them
-    check(used_ == tensors_.all().size(), "tensors: expected those of the layers alone");
-    const Json& notes = header_["notes"];
-    if (const Json* names = notes.find("class_names"); names && !names->null()) {
-      for (const Json& name : names->array()) file.class_names.push_back(name.string());
-      check(int64_t(file.class_names.size()) == file.engine->outputs(), "class_names: expected one an output");
+    for (const auto& [name, tensor] : tensors_.all()) {
+      check(used_.count(name), "tensors: expected those of the layers, got " + name + " as well");
     }
-    if (const Json* images = notes.find("images"); images && !images->null()) {
-      file.image_notes = images->text();
-      file.preparation = {channels(*images, "mean", size(0)), channels(*images, "std", size(0))};
-      for (const float value : file.preparation.std) check(value > 0, "std: expected numbers > 0");
-    }
+    notes(file, size[0]);
     return file;
   }
 
@@ -112,169 +199,233 @@ class Reader {
     return header;
   }
 
-  static std::vector<float> channels(const Json& of, std::string_view key, int64_t count) {
-    std::vector<float> values;
-    for (const Json& value : of[key].array()) values.push_back(float(value.number()));
-    check(int64_t(values.size()) == count, std::string(key) + ": expected one number a channel");
-    return values;
-  }
-
-  static Precision precision(const std::string& name) {
-    return choice<Precision>(name, {{"fp32", Precision::fp32}, {"bf16", Precision::bf16}, {"int8", Precision::int8}});
+  void notes(NetworkFile& file, int64_t image_channels) const {
+    const Json& notes = in("notes", [&]() -> const Json& { return header_["notes"].object(), header_["notes"]; });
+    if (const Json* names = notes.find("class_names"); names && !names->null()) {
+      for (const Json& name : names->array()) file.class_names.push_back(name.string());
+      check(int64_t(file.class_names.size()) == file.engine->outputs(), "class_names: expected one an output");
+    }
+    if (const Json* images = notes.find("images"); images && !images->null()) {
+      file.image_notes = images->text();
+      const auto channels = [&](const char* key) {
+        std::vector<float> values;
+        for (const Json& value : (*images)[key].array()) values.push_back(float(value.number()));
+        check(int64_t(values.size()) == image_channels, std::string(key) + ": expected one number a channel");
+        return values;
+      };
+      file.preparation = {channels("mean"), channels("std")};
+      for (const float value : file.preparation.std) check(value > 0, "std: expected numbers > 0");
+    }
   }
 
   // A tensor of the layer that is read; null where it has none of that name.
   const TensorView* tensor(const std::string& name) {
     const TensorView* found = tensors_.find(std::to_string(at_) + "." + name);
-    used_ += found != nullptr;
+    if (found) used_.insert(std::to_string(at_) + "." + name);
     return found;
   }
 
-  // float32 [outputs], finite; empty where the layer has none.
-  std::vector<float> vector(const std::string& name) {
+  Input input(const std::string& where, const Json& given, Kind kind, size_t index) {
+    check_keys(where, given, {"source"}, {"window", "groups", "unit", "first", "channels", "times"});
+    const std::string of = where + ".";
+    Input made{where,
+               integer(of, given, "source", 0, int64_t(at_)),
+               integer(of, given, "groups", 1, 1, kMostValues),
+               integer(of, given, "first", 0, 0, kMostValues),
+               integer(of, given, "channels", 0, 0, kMostValues),
+               integer(of, given, "times", 1, 1, kMostCount),
+               number(of, given, "unit", 1),
+               window(of, given),
+               tensor("weight." + std::to_string(index))};
+    const bool sums = kind <= Kind::readout;
+    check(sums || !made.weight, where + ": expected no weight where nothing is weighted");
+    check(made.weight || !made.window, where + ": expected a weight beside its window");
+    check(made.weight || made.source > 0, where + ": expected weights for the image");
+    check(kind != Kind::channels || made.channels > 0, where + ".channels: expected at least 1, got 0");
+    return made;
+  }
+
+  // float32 [outputs], finite; empty where the layer has none. Outputs < 0: any number of them.
+  std::vector<float> vector(const std::string& where, const char* name, bool wanted, int64_t outputs) {
     const TensorView* found = tensor(name);
+    check(wanted == (found != nullptr), where + ": expected " + (wanted ? "a " : "no ") + name + " of a " + kind_);
     if (!found) return {};
-    check(found->dtype == "F32" && found->shape.size() == 1, name + ": expected float32 [outputs]");
+    const std::string at = where + "." + name, got = (found->dtype == "F32" ? "float32" : found->dtype);
+    check(found->dtype == "F32" && found->shape.size() == 1 && found->shape[0] > 0 && found->shape[0] <= kMostValues &&
+              (outputs < 0 || found->shape[0] == outputs),
+          at + ": expected float32[" + (outputs < 0 ? "outputs" : std::to_string(outputs)) + "], got " + got +
+              listed(found->shape));
+    check(usable(*found, Precision::fp32), at + ": expected finite numbers, got inf or NaN");
     std::vector<float> values(found->shape[0]);
     std::memcpy(values.data(), found->data, found->bytes);
-    for (const float value : values) check(std::isfinite(value), name + ": expected finite numbers, got inf or NaN");
-    return values;
-  }
-  std::vector<float> vector(const std::string& name, int64_t outputs) {
-    std::vector<float> values = vector(name);
-    check(int64_t(values.size()) == outputs, name + ": expected float32 [" + std::to_string(outputs) + "], got " +
-                                                 std::to_string(values.size()) + " numbers");
     return values;
   }
 
-  Synapses synapses(const Engine& engine, const Json& input, const TensorView& weight, Precision& stored) {
-    stored =
-        choice<Precision>(weight.dtype, {{"F32", Precision::fp32}, {"BF16", Precision::bf16}, {"I8", Precision::int8}});
-    const StoredWeights numbers{weight.data, stored};
-    for (int64_t i = 0, count = weight.elements(); i < count; ++i) {
-      check(std::isfinite(numbers[i]) && numbers[i] != (stored == Precision::int8 ? -128 : INFINITY),
-            "weight: expected finite numbers, and integers from -127 to 127");
+  // The weights of a layer: of one type, which it may have, and of the shape that its window wants.
+  void check_weights(const std::string& where, std::vector<Input>& inputs, bool real, int64_t outputs) const {
+    const std::string* type = nullptr;
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      Input& each = inputs[i];
+      if (!each.weight) continue;
+      const TensorView& weight = *each.weight;
+      const bool same = !type || *type == weight.dtype;
+      type = &weight.dtype;
+      const char* const allowed = precision_ == Precision::bf16 ? "BF16" : precision_ == Precision::int8 ? "I8" : "F32";
+      check(same && (weight.dtype == "F32" || (!real && weight.dtype == allowed)),
+            where + ": expected weights of one type that the network has, got " + weight.dtype);
+      each.stored = weight.dtype == "F32" ? Precision::fp32 : precision_;
+      const std::string at = where + ".weight." + std::to_string(i);
+      std::vector<int64_t> shape{outputs, weight.shape.size() > 1 ? weight.shape[1] : 0};
+      std::string wanted = "[" + std::to_string(outputs) + ", channels";
+      if (each.window) {
+        for (const int64_t k : {each.window->kernel.y, each.window->kernel.x}) {
+          shape.push_back(k);
+          wanted += ", " + std::to_string(k);
+        }
+      }
+      check(weight.shape == shape && shape[1] > 0, at + ": expected " + wanted + "], got " + listed(weight.shape));
+      check(outputs % each.groups == 0,
+            at + ": expected outputs in " + std::to_string(each.groups) + " groups, got " + std::to_string(outputs));
+      check(usable(weight, each.stored),
+            at + (each.stored == Precision::int8 ? ": expected integers from -127 to 127, got -128"
+                                                 : ": expected finite numbers, got inf or NaN"));
     }
-    const int64_t source = input["source"].integer(0, int64_t(at_)),
-                  groups = integer(input, "groups", 1, 1, kMostValues);
-    const Shape in = engine.shape(source);
-    std::vector<int64_t> wanted{in.channels / groups, 0, 0};
+  }
+
+  static Synapses synapses(const Engine& engine, const Input& each) {
+    const Shape in = engine.shape(each.source);
+    const std::vector<int64_t>& shape = each.weight->shape;
     Window over;
-    const Json* given = input.find("window");
-    if (given) {
-      over = window(*given);
+    if (each.window) {
+      over = *each.window;
+      check(in.channels % each.groups == 0 && shape[1] == in.channels / each.groups,
+            each.where + ": expected " + std::to_string(in.channels) + " channels, got " + std::to_string(shape[1]) +
+                " in " + std::to_string(each.groups) + " groups");
     } else {
       over.kernel = {in.height, in.width};
+      const int64_t features = in.channels * in.height * in.width;
+      check(shape[1] == features && each.groups == 1,
+            each.where + ": expected " + std::to_string(features) + " input features, got " + std::to_string(shape[1]));
     }
-    const int64_t outputs = weight.shape.empty() ? 0 : weight.shape[0];
-    std::vector<int64_t> shape{outputs, in.channels / groups * in.height * in.width};
-    if (given) shape = {outputs, in.channels / groups, over.kernel.y, over.kernel.x};
-    check(outputs > 0 && weight.shape == shape && in.channels % groups == 0,
-          "weight: expected its shape to fit what it reads");
-    return {source, numbers, outputs, groups, over};
+    return {each.source, {each.weight->data, each.stored}, shape[0], each.groups, over};
   }
 
-  void add(Engine& engine, const Json& layer) {
-    enum Kind { neurons, currents, readout, max_pool, average_pool, adaptive_pool, channels, sum, output };
-    const Kind kind = choice<Kind>(layer["kind"].string(), {{"neurons", neurons},
-                                                            {"currents", currents},
-                                                            {"readout", readout},
-                                                            {"max_pool", max_pool},
-                                                            {"average_pool", average_pool},
-                                                            {"adaptive_pool", adaptive_pool},
-                                                            {"channels", channels},
-                                                            {"sum", sum},
-                                                            {"output", output}});
-    const std::vector<Json>& inputs = layer["inputs"].array();
-    const bool several = kind == neurons || kind == currents || kind == channels || kind == sum;
-    check(!inputs.empty() && (several || inputs.size() == 1),
-          "inputs: expected one, got " + std::to_string(inputs.size()));
-    const auto source = [&](const Json& input, int64_t least) { return input["source"].integer(least, int64_t(at_)); };
-    const auto of = [&](const Json& input) { return source(input, 1); };  // not the image
-    switch (kind) {
-      case max_pool:
-        engine.add_max_pool(of(inputs[0]), window(layer["window"]));
-        return;
-      case average_pool:
-        engine.add_average_pool(of(inputs[0]), window(layer["window"]));
-        return;
-      case adaptive_pool: {
-        const std::vector<Json>& size = layer["size"].array();
-        check(size.size() == 2, "size: expected rows and columns");
-        engine.add_adaptive_pool(of(inputs[0]), size[0].integer(1, kMostOfWindow), size[1].integer(1, kMostOfWindow));
-        return;
-      }
-      case channels: {
-        std::vector<Part> parts;
-        for (const Json& input : inputs) {
-          parts.push_back({of(input), integer(input, "first", 0, 0, kMostValues),
-                           integer(input, "channels", 0, 1, kMostValues), number(input, "unit", 1)});
-        }
-        engine.add_channels(parts);
-        return;
-      }
-      case sum: {
-        std::vector<Term> terms;
-        for (const Json& input : inputs) terms.push_back({of(input), integer(input, "times", 1, 1, kMostCount)});
-        engine.add_sum(terms);
-        return;
-      }
-      case output:
-        engine.add_output(of(inputs[0]), number(inputs[0], "unit", 1));
-        return;
-      default:
-        break;
+  LayerName add(Engine& engine, const Json& layer, const std::string& where, bool last) {
+    const std::string of = where + ".";
+    check_keys(where, layer, {"kind", "name", "inputs"}, {"window", "size", "reset", "v_reset"});
+    kind_ = text(of, layer, "kind");
+    const Kind kind = choice<Kind>(of + "kind", kind_,
+                                   {{"neurons", Kind::neurons},
+                                    {"currents", Kind::currents},
+                                    {"readout", Kind::readout},
+                                    {"max_pool", Kind::max_pool},
+                                    {"average_pool", Kind::average_pool},
+                                    {"adaptive_pool", Kind::adaptive_pool},
+                                    {"channels", Kind::channels},
+                                    {"sum", Kind::sum},
+                                    {"output", Kind::output}});
+    const LayerName name{kind_, text(of, layer, "name")};
+    check((kind == Kind::readout || kind == Kind::output) == last,
+          where + ": expected a readout or an output as the last layer, and only there");
+    const Reset reset = choice<Reset>(
+        of + "reset", layer.find("reset") ? text(of, layer, "reset") : "soft",
+        {{"soft", Reset::soft}, {"hard", Reset::hard}, {"none", Reset::none}, {"soft_delayed", Reset::soft_delayed}});
+    const float v_reset = number(of, layer, "v_reset", 0);
+
+    const std::vector<Json>& given = list(of, layer, "inputs");
+    const bool several = kind == Kind::neurons || kind == Kind::currents || kind == Kind::channels || kind == Kind::sum;
+    check(several || given.size() == 1,
+          where + ": expected one input of a " + kind_ + ", got " + std::to_string(given.size()));
+    std::vector<Input> inputs;
+    bool real = false, integers_there = false, weighted = false;
+    for (size_t i = 0; i < given.size(); ++i) {
+      inputs.push_back(input(of + "inputs." + std::to_string(i), given[i], kind, i));
+      real |= engine.real(inputs[i].source);
+      weighted |= inputs[i].weight != nullptr;
+      integers_there |= inputs[i].weight && inputs[i].weight->dtype == "I8";
     }
-    std::vector<Synapses> weighted;
-    std::vector<Skip> skips;
-    Precision precision = Precision::fp32;
-    for (size_t i = 0; i < inputs.size(); ++i) {
-      const TensorView* weight = tensor("weight." + std::to_string(i));
-      if (!weight) {
-        skips.push_back({of(inputs[i]), number(inputs[i], "unit", 1)});
-        continue;
-      }
-      Precision stored;
-      weighted.push_back(synapses(engine, inputs[i], *weight, stored));
-      check(weighted.size() == 1 || stored == precision, "weight: expected all of a layer to have one type");
-      check(stored == Precision::fp32 || stored == precision_, "weight: expected the network's precision or float32");
-      check(weighted.back().outputs == weighted[0].outputs, "weight: expected one number of outputs");
-      precision = stored;
-    }
-    const std::vector<float> bias = vector("bias");
+
+    const auto wanted = [&](const char* key, bool there) {
+      check((layer.find(key) != nullptr) == there,
+            where + ": expected " + (there ? "a " : "no ") + key + " of a " + kind_);
+    };
+    wanted("window", kind == Kind::max_pool || kind == Kind::average_pool);
+    wanted("size", kind == Kind::adaptive_pool);
+    const bool sums = kind <= Kind::readout, fires = kind == Kind::neurons;
+    check(kind != Kind::readout || weighted, where + ": expected a weight of a readout");
+    const std::vector<float> bias = vector(where, "bias", sums, -1);
     const int64_t outputs = int64_t(bias.size());
-    check(outputs > 0 && outputs == (weighted.empty() ? engine.shape(skips[0].source).channels : weighted[0].outputs),
-          "bias: expected float32 [outputs]");
-    const std::vector<float> scale = vector("scale", is_integer(precision) ? outputs : 0);
-    const LayerParameters parameters{precision, bias.data(), is_integer(precision) ? scale.data() : nullptr};
-    if (kind == readout) {
-      check(weighted.size() == 1, "readout: expected a weight");
-      engine.add_readout(weighted[0], parameters);
-    } else if (kind == currents) {
-      engine.add_currents(weighted, skips, parameters);
-    } else {
-      const std::vector<float> threshold = vector("threshold", outputs), leak = vector("leak", outputs);
-      for (const float value : threshold) check(value > 0, "threshold: expected numbers > 0");
-      const Json* given = layer.find("reset");
-      const Reset reset =
-          choice<Reset>(given ? given->string() : "soft",
-                        {{"soft", Reset(0)}, {"hard", Reset(1)}, {"none", Reset(2)}, {"soft_delayed", Reset(3)}});
-      engine.add_neurons(weighted, skips, parameters,
-                         {threshold.data(), leak.data(), reset, number(layer, "v_reset", 0)});
+    const std::vector<float> threshold = vector(where, "threshold", fires, outputs),
+                             leak = vector(where, "leak", fires, outputs),
+                             scale = vector(where, "scale", integers_there, outputs);
+    for (const float value : threshold) check(value > 0, where + ".threshold: expected numbers > 0");
+    check_weights(where, inputs, real, outputs);
+
+    const std::optional<Window> over = window(of, layer);
+    const std::vector<int64_t> size =
+        layer.find("size") ? integers(of, layer, "size", 2, 1, kMostOfWindow) : std::vector<int64_t>{};
+    try {
+      if (kind == Kind::max_pool) {
+        engine.add_max_pool(inputs[0].source, *over);
+      } else if (kind == Kind::average_pool) {
+        engine.add_average_pool(inputs[0].source, *over);
+      } else if (kind == Kind::adaptive_pool) {
+        engine.add_adaptive_pool(inputs[0].source, size[0], size[1]);
+      } else if (kind == Kind::channels) {
+        std::vector<Part> parts;
+        for (const Input& each : inputs) parts.push_back({each.source, each.first, each.channels, each.unit});
+        engine.add_channels(parts);
+      } else if (kind == Kind::sum) {
+        std::vector<Term> terms;
+        for (const Input& each : inputs) terms.push_back({each.source, each.times});
+        engine.add_sum(terms);
+      } else if (kind == Kind::output) {
+        engine.add_output(inputs[0].source, inputs[0].unit);
+      } else {
+        std::vector<Synapses> synapses;
+        std::vector<Skip> skips;
+        Precision stored = Precision::fp32;
+        for (const Input& each : inputs) {
+          if (each.weight) {
+            synapses.push_back(Reader::synapses(engine, each));
+            stored = each.stored;
+          } else {
+            skips.push_back({each.source, each.unit});
+            const int64_t channels = engine.shape(each.source).channels;
+            check(channels == outputs,
+                  each.where + ": expected " + std::to_string(outputs) + " channels, got " + std::to_string(channels));
+          }
+        }
+        const LayerParameters parameters{stored, bias.data(), scale.empty() ? nullptr : scale.data()};
+        if (kind == Kind::readout) {
+          engine.add_readout(synapses[0], parameters);
+        } else if (kind == Kind::currents) {
+          engine.add_currents(synapses, skips, parameters);
+        } else {
+          engine.add_neurons(synapses, skips, parameters, {threshold.data(), leak.data(), reset, v_reset});
+        }
+      }
+    } catch (const std::invalid_argument& error) {
+      throw std::invalid_argument(where + ": cannot follow " + named(engine.shape(inputs[0].source)) + " (" +
+                                  error.what() + ")");
     }
+    return name;
   }
 
+  const Bytes& bytes_;
   Tensors tensors_;
   Json header_;
   Precision precision_ = Precision::fp32;
-  size_t at_ = 0;    // layer
-  size_t used_ = 0;  // tensors
+  size_t at_ = 0;               // layer
+  std::string kind_;            // of it
+  std::set<std::string> used_;  // names of tensors
 };
 
 }  // namespace
 
-NetworkFile read_network(std::string_view bytes) {
-  check_whole(bytes);
+NetworkFile read_network(const Bytes& bytes) {
+  check_whole(bytes.view());
+  bytes.forget();
   return Reader(bytes).read();
 }
 

@@ -3,10 +3,10 @@
 
 #include <memory>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "event/engine.h"
+#include "event/file/tensors.h"
 
 namespace iirsnn::event {
 
@@ -30,6 +30,6 @@ struct NetworkFile {
 
 // Takes what it needs from the bytes. std::invalid_argument: what was expected of them, and what came: every value is
 // checked for its type and range, and the checksum over all of the file first of all.
-NetworkFile read_network(std::string_view bytes);
+NetworkFile read_network(const Bytes& bytes);
 
 }  // namespace iirsnn::event

@@ -5,6 +5,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <new>
 #include <stdexcept>
 
 #include "event/file/json.h"
@@ -89,7 +90,10 @@ Bytes Bytes::borrowed(const void* data, int64_t size) {
 }
 
 Bytes Bytes::of_file(const std::string& path) {
-  const auto failed = [&]() { throw std::runtime_error(path + ": " + std::strerror(errno)); };
+  const auto failed = [] {
+    if (errno == ENOMEM) throw std::bad_alloc();
+    throw std::invalid_argument(std::strerror(errno));
+  };
   Bytes bytes;
 #if IIRSNN_MAPS_FILES
   const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
@@ -97,7 +101,7 @@ Bytes Bytes::of_file(const std::string& path) {
   struct stat facts;
   if (fstat(file, &facts) != 0 || !S_ISREG(facts.st_mode) || facts.st_size == 0) {
     close(file);
-    throw std::runtime_error(path + ": expected a file that is not empty");
+    throw std::invalid_argument("expected a file that is not empty");
   }
   bytes.size_ = facts.st_size;
   void* const data = mmap(nullptr, bytes.size_, PROT_READ, MAP_PRIVATE, file, 0);
@@ -117,6 +121,12 @@ Bytes Bytes::of_file(const std::string& path) {
   bytes.owner_ = content;
 #endif
   return bytes;
+}
+
+void Bytes::forget() const {
+#if IIRSNN_MAPS_FILES
+  if (owner_) madvise(const_cast<char*>(data_), size_, MADV_DONTNEED);
+#endif
 }
 
 Tensors::Tensors(std::string_view bytes) {

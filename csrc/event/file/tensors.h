@@ -22,9 +22,11 @@ struct TensorView {
 // The bytes of a file: mapped where the system can, else read.
 class Bytes {
  public:
-  static Bytes of_file(const std::string& path);          // std::runtime_error: why it cannot be read
+  static Bytes of_file(const std::string& path);          // std::invalid_argument: why it cannot be read
   static Bytes borrowed(const void* data, int64_t size);  // has to outlive this
   std::string_view view() const { return {data_, size_t(size_)}; }
+  void forget()
+      const;  // what was read of a mapped file takes no memory of this process any more, until it is read again
 
  private:
   const char* data_ = nullptr;
