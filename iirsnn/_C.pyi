@@ -16,7 +16,7 @@ def lif_call(
     v_reset: float,
     detach_reset: bool,
     surrogate: str,
-    surrogate_scale: float,
+    surrogate_scale: float | None,
     return_v: bool,
     /,
 ) -> Tensor | tuple[Tensor, Tensor] | None: ...

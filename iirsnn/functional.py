@@ -15,7 +15,6 @@ from .ops.reference import RESETS, acc_dtype
 from .ops.surrogates import SURROGATES
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_COMPILED = ("auto", "cpu", "cuda")
 _SCALES = {name: scale for name, (_, scale) in SURROGATES.items()}
 
 
@@ -144,16 +143,14 @@ def short_way(
     On small tensors a call is all that there is to pay for, so this is one call into C++. What is
     wrong is left to `lif`, which says so.
     """
-    if torch.compiler.is_compiling() or backend not in _COMPILED:
+    if torch.compiler.is_compiling():
         return None
-    call, scale = direct(), surrogate_scale
-    if call is None or reset not in RESETS or surrogate not in _SCALES:
+    call = direct()
+    if call is None:
         return None
-    if scale is None:
-        scale = _SCALES[surrogate]
-    if not (0 < scale < math.inf and -math.inf < v_reset < math.inf):
-        return None
-    how = reset, v_reset, detach_reset, surrogate, scale, return_v
+    if surrogate_scale is None:
+        surrogate_scale = _SCALES.get(surrogate)
+    how = reset, v_reset, detach_reset, surrogate, surrogate_scale, return_v
     return call(backend, x, threshold, leak, v0, *how)
 
 

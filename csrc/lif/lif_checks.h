@@ -1,6 +1,8 @@
 // Names, layouts and checks that the ops on torch's tensors share.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
+#include <ATen/core/DimVector.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_strided.h>
 
@@ -10,10 +12,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <optional>
-#include <string>
+#include <string_view>
 #include <utility>
-#include <vector>
 
 #include "lif/lif.h"
 
@@ -24,22 +26,27 @@ using OptionalTensor = std::optional<Tensor>;
 
 // ---- Names ----
 
-inline Reset parse_reset(const std::string& name) {
-  if (name == "soft") return Reset::soft;
-  if (name == "hard") return Reset::hard;
-  if (name == "none") return Reset::none;
-  TORCH_CHECK_VALUE(name == "soft_delayed", "reset: expected soft, hard, none or soft_delayed, got '", name, "'");
-  return Reset::soft_delayed;
+constexpr const char* kResets[] = {"soft", "hard", "none", "soft_delayed"};
+constexpr const char* kSurrogates[] = {"triangle", "atan", "sigmoid", "fast_sigmoid", "boxcar"};
+static_assert(int(Reset::soft_delayed) == 3 && int(Surrogate::boxcar) == 4);
+
+// Where the name stands, or their number.
+template <size_t kCount>
+size_t place(const char* const (&names)[kCount], std::string_view name) {
+  return std::find(names, names + kCount, name) - names;
 }
 
-inline Surrogate parse_surrogate(const std::string& name) {
-  if (name == "triangle") return Surrogate::triangle;
-  if (name == "atan") return Surrogate::atan;
-  if (name == "sigmoid") return Surrogate::sigmoid;
-  if (name == "fast_sigmoid") return Surrogate::fast_sigmoid;
-  TORCH_CHECK_VALUE(name == "boxcar", "surrogate: expected triangle, atan, sigmoid, fast_sigmoid or boxcar, got '",
-                    name, "'");
-  return Surrogate::boxcar;
+inline Reset parse_reset(std::string_view name) {
+  const size_t found = place(kResets, name);
+  TORCH_CHECK_VALUE(found < std::size(kResets), "reset: expected soft, hard, none or soft_delayed, got '", name, "'");
+  return Reset(found);
+}
+
+inline Surrogate parse_surrogate(std::string_view name) {
+  const size_t found = place(kSurrogates, name);
+  TORCH_CHECK_VALUE(found < std::size(kSurrogates),
+                    "surrogate: expected triangle, atan, sigmoid, fast_sigmoid or boxcar, got '", name, "'");
+  return Surrogate(found);
 }
 
 inline DType parse_dtype(const char* argument, at::ScalarType dtype) {
@@ -61,8 +68,8 @@ inline at::ScalarType acc_type(const Tensor& x) { return x.scalar_type() == at::
 
 // ---- Layout: neurons lie in memory as those of x[0] do, timesteps one after the other ----
 
-inline std::vector<int64_t> spike_strides(const Tensor& x, int64_t neurons) {
-  std::vector<int64_t> strides = x.strides().vec();
+inline at::DimVector spike_strides(const Tensor& x, int64_t neurons) {
+  at::DimVector strides(x.strides());
   strides[0] = neurons;
   return strides;
 }
@@ -80,8 +87,17 @@ inline Tensor with_huge_pages(Tensor t) {
   return t;
 }
 
+// Where x is. The dispatcher, which a CPU does not need here, costs small tensors more than the kernel does.
+inline Tensor empty_beside(const Tensor& x, at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype) {
+  if (x.is_cpu()) return at::detail::empty_strided_cpu(sizes, strides, dtype);
+  return at::empty_strided(sizes, strides, x.options().dtype(dtype));
+}
+inline Tensor empty_beside(const Tensor& x, int64_t size, at::ScalarType dtype) {
+  return empty_beside(x, {size}, {1}, dtype);
+}
+
 inline Tensor empty_spikes(const Tensor& x, int64_t neurons) {
-  return with_huge_pages(at::empty_strided(x.sizes(), spike_strides(x, neurons), x.options()));
+  return with_huge_pages(empty_beside(x, x.sizes(), spike_strides(x, neurons), x.scalar_type()));
 }
 
 // t, or one copy of it, with the given strides; the stride of a dimension of one element says nothing.

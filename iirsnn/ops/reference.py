@@ -121,7 +121,9 @@ def lif_forward(
             v = h
         spikes.append(s.to(x.dtype))
     assert v is not None  # T >= 1
-    return torch.stack(spikes), v if return_v else x.new_empty(0, dtype=acc)
+    # one timestep stays where it is, in the layout of x: what reads it next may be a convolution
+    s = torch.stack(spikes) if len(spikes) > 1 else spikes[0].unsqueeze(0)
+    return s, v if return_v else x.new_empty(0, dtype=acc)
 
 
 def pack(s: Tensor) -> Tensor:

@@ -151,13 +151,57 @@ def test_kernels_that_are_compiled_at_first_use_have_the_twins_autograd(tmp_path
 
 
 def test_transforms_of_functorch():
-    """A gradient raises, as forward mode does; a batch runs one by one."""
-    x = torch.rand(4, 3, 2)
-    with pytest.raises(RuntimeError, match=r"autograd::Function"):
-        torch.func.grad(lambda x: lif(x).sum())(x[0])
-    with pytest.raises(RuntimeError, match=r"autograd::Function|forward AD|jvp"):
+    """A gradient is that of autograd, forward mode raises, a batch runs one by one."""
+    x = torch.rand(4, 3, 2, requires_grad=True)
+    (wanted,) = torch.autograd.grad(lif(x[0], 0.7, 0.9).sum(), x)
+    assert torch.equal(torch.func.grad(lambda x: lif(x, 0.7, 0.9).sum())(x[0]), wanted[0])
+    with pytest.raises(NotImplementedError, match="expected a backward pass through lif"):
         torch.func.jvp(lif, (x[0],), (x[0],))
     assert torch.equal(torch.vmap(lif)(x), torch.stack([lif(t) for t in x]))
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_compiled_autograd(learned):
+    """A graph of gradients that is compiled as a whole has the gradients of one that is not."""
+    from torch._dynamo import compiled_autograd
+
+    x = torch.randn(3, 2, 5, requires_grad=True)
+    threshold, v0 = torch.full((1,), 0.6, requires_grad=learned), torch.rand(2, 5)
+    leaves = [x, threshold] if learned else [x]
+
+    def gradients():
+        s, v = lif(x * 2, threshold, 0.9, v0, return_v=True)
+        (s * x + v).sum().backward()
+        return [(leaf.grad, setattr(leaf, "grad", None))[0] for leaf in leaves]
+
+    wanted = gradients()
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        found = gradients()
+    for got, grad in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, grad, rtol=0, atol=0)
+
+
+def test_a_graph_is_used_once_and_what_it_keeps_is_let_go():
+    x = torch.rand(3, 4, requires_grad=True)
+    s = lif(x)
+    s.sum().backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        s.sum().backward()
+    s = lif(x * 1)
+    assert s.grad_fn.name() == "LifGradient"
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y = x * 1
+        s = lif(y)
+        y.add_(1)
+        s.sum().backward()
+
+
+def test_the_membrane_that_nobody_asked_for_has_no_gradient():
+    x = torch.rand(3, 4, requires_grad=True)
+    one = torch.ones(1)
+    how = "soft", 0.0, True, "triangle", 0.3
+    assert not torch.ops.iirsnn.lif_forward(x, one, one, None, *how, False)[1].requires_grad
+    assert torch.ops.iirsnn.lif_forward(x, one, one, None, *how, True)[1].requires_grad
 
 
 def test_the_short_way_is_not_taken_where_nothing_is_compiled(monkeypatch):

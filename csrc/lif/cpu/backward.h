@@ -3,6 +3,8 @@
 // kSegment is kept and the others are computed once more. A row is one call: its loop has nothing else in registers.
 #pragma once
 
+#include <optional>
+
 #include "lif/cpu/rows.h"
 #include "lif/cpu/slopes.h"
 #include "lif/cpu/sums.h"
@@ -238,12 +240,33 @@ auto single_row(Surrogate surrogate) {
   }
 }
 
+// Pointers to the first neuron of a block, at t = 0.
+template <typename scalar_t>
+struct BackwardBlock {
+  using acc_t = typename Convert<scalar_t>::acc_t;
+  int64_t timesteps;
+  const scalar_t *x, *grad_s;
+  scalar_t* grad_x;
+  int64_t x_stride, grad_s_stride, grad_x_stride;
+  const scalar_t* next;  // x of the block after
+  const acc_t* v0;       // or null
+  const acc_t* grad_v;   // or null
+  acc_t* grad_v0;        // or null
+};
+
+// See through_time.h; of the instruction set in force, null where there is none for so many timesteps.
+template <typename scalar_t>
+using ThroughTimeLoop = void (*)(const BackwardBlock<scalar_t>*, const BackwardRow<scalar_t>*);
+template <typename scalar_t>
+ThroughTimeLoop<scalar_t> through_time(int64_t timesteps);
+
 // The loops over rows, of the instruction set in force.
 template <typename scalar_t>
 struct RowLoops {
   using Loop = void (*)(const BackwardRow<scalar_t>*);
   Loop charge, step, first_spike;
   Loop single;                                         // null: not in one step
+  ThroughTimeLoop<scalar_t> through_time;              // of blocks of wide channels, or null
   SlopeRow<typename Convert<scalar_t>::acc_t> slopes;  // null: triangle, which `step` computes itself
   SlopeRow<typename Convert<scalar_t>::acc_t> first_slopes;
 };
@@ -264,10 +287,15 @@ RowLoops<scalar_t> row_loops(const LifBackward& args) {
   loops.first_spike = owed ? version<FirstSpikeRow<scalar_t>>() : nullptr;
   loops.first_slopes = slope_row<acc_t>(args.surrogate);
   loops.slopes = args.surrogate == Surrogate::triangle ? nullptr : loops.first_slopes;
+  const bool plain = args.reset == Reset::soft && args.detach_reset && !args.v0 && !args.grad_v && !loops.slopes;
+  if constexpr (!kNormalised && !std::is_same_v<acc_t, double>) {
+    if (plain) loops.through_time = through_time<scalar_t>(args.shape.timesteps);
+  }
   return loops;
 }
 
-// Scratch memory of a thread, in rows of a block; a cache line more, or they would share sets of the L1 cache.
+// Scratch memory of a thread, in rows of a block; a cache line more, or they would share sets of the L1 cache. There is
+// none before a row is asked for: most calls need none.
 template <typename acc_t>
 class BackwardScratch {
  public:
@@ -275,37 +303,27 @@ class BackwardScratch {
   explicit BackwardScratch(const LifShape& shape)
       : stride_(block_neurons(shape) + kCacheLine / int64_t(sizeof(acc_t))),
         segments_((shape.timesteps - 1) / kSegment),
-        memory_((kRows + segments_ + std::min<int64_t>(shape.timesteps, kSegment)) * stride_) {
-    std::fill_n(row(kZeros), stride_, acc_t(0));
-  }
-  acc_t* operator[](Row k) const { return row(k); }
-  acc_t* checkpoint(int64_t segment) const { return row(kRows + segment); }
-  acc_t* membranes(int t) const { return row(kRows + segments_ + t); }
+        rows_(kRows + segments_ + std::min<int64_t>(shape.timesteps, kSegment)) {}
+  acc_t* operator[](Row k) { return row(k); }
+  acc_t* checkpoint(int64_t segment) { return row(kRows + segment); }
+  acc_t* membranes(int t) { return row(kRows + segments_ + t); }
 
  private:
-  acc_t* row(int64_t k) const { return memory_.get() + k * stride_; }
-  const int64_t stride_, segments_;
-  const Buffer<acc_t> memory_;
-};
-
-// Pointers to the first neuron of a block, at t = 0.
-template <typename scalar_t>
-struct BackwardBlock {
-  using acc_t = typename Convert<scalar_t>::acc_t;
-  int64_t timesteps;
-  const scalar_t *x, *grad_s;
-  scalar_t* grad_x;
-  int64_t x_stride, grad_s_stride, grad_x_stride;
-  const scalar_t* next;  // x of the block after
-  const acc_t* v0;       // or null
-  const acc_t* grad_v;   // or null
-  acc_t* grad_v0;        // or null
+  acc_t* row(int64_t k) {
+    if (!memory_) {
+      memory_.emplace(rows_ * stride_);
+      std::fill_n(row(kZeros), stride_, acc_t(0));
+    }
+    return memory_->get() + k * stride_;
+  }
+  const int64_t stride_, segments_, rows_;
+  std::optional<Buffer<acc_t>> memory_;
 };
 
 // row: all that holds for the whole block.
 template <typename scalar_t, typename acc_t = typename Convert<scalar_t>::acc_t>
-void backward_block(const BackwardBlock<scalar_t>& b, const RowLoops<scalar_t>& loops,
-                    const BackwardScratch<acc_t>& scratch, BackwardRow<scalar_t>& row) {
+void backward_block(const BackwardBlock<scalar_t>& b, const RowLoops<scalar_t>& loops, BackwardScratch<acc_t>& scratch,
+                    BackwardRow<scalar_t>& row) {
   using Rows = BackwardScratch<acc_t>;
   if (loops.single) {
     row.x = b.x;
@@ -313,6 +331,12 @@ void backward_block(const BackwardBlock<scalar_t>& b, const RowLoops<scalar_t>& 
     row.grad_x = b.grad_x;
     return loops.single(&row);
   }
+  const auto of_several = [&] {
+    const Piece<acc_t>* piece = row.parameters.pieces;
+    while (!piece->several && piece->end < row.n) ++piece;
+    return piece->several;
+  };
+  if (loops.through_time && !of_several()) return loops.through_time(&b, &row);
   acc_t* const slopes = scratch[Rows::kSlopes];
   row.slopes = loops.slopes ? slopes : nullptr;
   const int64_t last = (b.timesteps - 1) / kSegment;
@@ -370,7 +394,7 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
   const RowLoops<x_t> loops = row_loops<x_t, kNormalised>(args);
   const bool some_staged = std::is_same_v<scalar_t, Half> || last_chunk == chunks_of(shape);
   const Buffer<x_t> copies(some_staged ? 3 * steps * kStride : 0);
-  const BackwardScratch<acc_t> scratch(shape);
+  BackwardScratch<acc_t> scratch(shape);
   ChannelSums<acc_t> channel_sums(shape, !sums ? 0 : loops.single && !kNormalised ? 1 : kSums<kNormalised>);
   BackwardRow<x_t> row{};
   row.v_reset = acc_t(args.v_reset);

@@ -3,12 +3,14 @@
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/ops/full.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <cmath>
+#include <cstring>
 #include <optional>
-#include <string>
+#include <utility>
 
 #include "lif/lif_checks.h"
 #include "lif/torch/lif_ops.h"
@@ -18,8 +20,8 @@ namespace {
 
 namespace py = pybind11;
 
-const Tensor* plain_tensor(py::handle value) {
-  return THPVariable_CheckExact(value.ptr()) ? &THPVariable_Unpack(value.ptr()) : nullptr;
+const Tensor* plain_tensor(PyObject* value) {
+  return THPVariable_CheckExact(value) ? &THPVariable_Unpack(value) : nullptr;
 }
 
 // Timesteps without holes that do not overlap, as the kernels read them.
@@ -31,59 +33,97 @@ bool is_dense(const Tensor& x) {
 }
 
 // threshold or leak as the op takes it; undefined where it needs more than this.
-Tensor parameter(py::handle value, const Tensor& x, bool positive) {
-  if (PyFloat_CheckExact(value.ptr())) {
-    const double number = PyFloat_AS_DOUBLE(value.ptr());
+Tensor parameter(PyObject* value, const Tensor& x, bool positive) {
+  if (PyFloat_CheckExact(value)) {
+    const double number = PyFloat_AS_DOUBLE(value);
     if (!std::isfinite(number) || (positive && number <= 0)) return {};
-    return at::full({1}, number, x.options().dtype(acc_type(x)));
+    if (!x.is_cpu()) return at::full({1}, number, x.options().dtype(acc_type(x)));
+    Tensor one = empty_beside(x, 1, acc_type(x));
+    if (acc_type(x) == at::kDouble) {
+      *one.mutable_data_ptr<double>() = number;
+    } else {
+      *one.mutable_data_ptr<float>() = float(number);
+    }
+    return one;
   }
   const Tensor* tensor = plain_tensor(value);
   if (tensor == nullptr || tensor->dim() != 1 || tensor->scalar_type() != acc_type(x)) return {};
   return *tensor;
 }
 
-// (s, v) of a call that needs no conversion; None where it does, or where something is wrong: iirsnn.functional.lif
-// then takes the long way, which says what.
-py::object lif_call(const std::string& backend, py::handle x_object, py::handle threshold_object,
-                    py::handle leak_object, py::handle v0_object, const std::string& reset, double v_reset,
-                    bool detach_reset, const std::string& surrogate, double surrogate_scale, bool return_v) {
-  const Tensor* x_pointer = plain_tensor(x_object);
-  if (x_pointer == nullptr || at::impl::torch_function_mode_enabled()) return py::none();
-  const Tensor& x = *x_pointer;
+bool takes(const char* backend, const Tensor& x) {
 #if defined(IIRSNN_WITH_CUDA)
-  const bool here = (x.is_cpu() && backend != "cuda") || (x.is_cuda() && backend != "cpu");
-#else
-  const bool here = x.is_cpu() && backend != "cuda";
+  if (x.is_cuda()) return strcmp(backend, "auto") == 0 || strcmp(backend, "cuda") == 0;
 #endif
+  return x.is_cpu() && (strcmp(backend, "auto") == 0 || strcmp(backend, "cpu") == 0);
+}
+
+// A word of ASCII; null for anything else.
+const char* word(PyObject* value) { return PyUnicode_CheckExact(value) ? PyUnicode_AsUTF8(value) : nullptr; }
+
+// NaN where it is none.
+double number(PyObject* value) {
+  if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
+  const double whole = PyLong_CheckExact(value) ? PyLong_AsDouble(value) : NAN;
+  return PyErr_Occurred() ? NAN : whole;
+}
+
+// (s, v) or s of a call that needs no conversion; None where it does, or where something is wrong:
+// iirsnn.functional.lif then takes the long way, which says what. Arguments are read by hand: binding them as C++
+// types would cost as much as all the rest.
+PyObject* lif_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  enum { kBackend, kX, kThreshold, kLeak, kV0, kReset, kVReset, kDetach, kSurrogate, kScale, kReturnV, kCount };
+  TORCH_CHECK_TYPE(count == kCount, "lif_call: expected ", int(kCount), " arguments, got ", count);
+  const auto leave = [] { Py_RETURN_NONE; };
+  const Tensor* x_pointer = plain_tensor(arguments[kX]);
+  if (x_pointer == nullptr || at::impl::torch_function_mode_enabled()) return leave();
+  const Tensor& x = *x_pointer;
+  const char *backend = word(arguments[kBackend]), *reset = word(arguments[kReset]);
+  const char* surrogate = word(arguments[kSurrogate]);
+  const double v_reset = number(arguments[kVReset]), scale = number(arguments[kScale]);
+  PyErr_Clear();
+  if (!backend || !reset || !surrogate) return leave();
+  if (place(kResets, reset) == std::size(kResets) || place(kSurrogates, surrogate) == std::size(kSurrogates)) {
+    return leave();
+  }
+  if (!std::isfinite(v_reset) || !std::isfinite(scale) || scale <= 0) return leave();
+  const bool detach_reset = PyObject_IsTrue(arguments[kDetach]), return_v = PyObject_IsTrue(arguments[kReturnV]);
   const at::ScalarType dtype = x.scalar_type();
-  const bool known = dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
-  if (!here || !known || x.dim() < 1 || x.size(0) == 0 || !is_dense(x)) return py::none();
-  const Tensor threshold = parameter(threshold_object, x, true), leak = parameter(leak_object, x, false);
-  if (!threshold.defined() || !leak.defined() || threshold.numel() != leak.numel()) return py::none();
-  for (const Tensor& value : {threshold, leak}) {
-    const bool channels = x.dim() >= 3 && value.numel() == x.size(2);
-    if (value.device() != x.device() || (value.numel() != 1 && !channels)) return py::none();
+  const bool float_type = dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
+  if (!takes(backend, x) || !float_type || x.dim() < 1 || x.size(0) == 0 || !is_dense(x)) return leave();
+  const Tensor threshold = parameter(arguments[kThreshold], x, true), leak = parameter(arguments[kLeak], x, false);
+  if (!threshold.defined() || !leak.defined() || threshold.numel() != leak.numel()) return leave();
+  for (const Tensor* value : {&threshold, &leak}) {
+    const bool channels = x.dim() >= 3 && value->numel() == x.size(2);
+    if (value->device() != x.device() || (value->numel() != 1 && !channels)) return leave();
   }
   OptionalTensor v0;
-  if (!v0_object.is_none()) {
-    const Tensor* given = plain_tensor(v0_object);
+  if (arguments[kV0] != Py_None) {
+    const Tensor* given = plain_tensor(arguments[kV0]);
     if (given == nullptr || given->scalar_type() != acc_type(x) || given->sizes() != x.sizes().slice(1) ||
         given->device() != x.device()) {
-      return py::none();
+      return leave();
     }
     v0 = *given;
   }
-  const auto [s, v] = [&] {
+  auto [s, v] = [&] {
     const py::gil_scoped_release no_gil;
-    return lif_forward_op().call(x, threshold, leak, v0, reset, v_reset, detach_reset, surrogate, surrogate_scale,
-                                 return_v);
+    return lif_forward_op().call(x, threshold, leak, v0, reset, v_reset, detach_reset, surrogate, scale, return_v);
   }();
-  const auto object = [](const Tensor& t) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(t)); };
-  return return_v ? py::make_tuple(object(s), object(v)) : object(s);
+  if (!return_v) return THPVariable_Wrap(std::move(s));
+  return py::make_tuple(py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(s))),
+                        py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(v))))
+      .release()
+      .ptr();
+  END_HANDLE_TH_ERRORS
 }
+
+PyMethodDef method{"lif_call", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&lif_call)), METH_FASTCALL,
+                   "The shortest way to lif_forward: see iirsnn.functional.short_way."};
 
 }  // namespace
 
-void bind_lif_call(py::module_& m) { m.def("lif_call", torch::wrap_pybind_function(&lif_call)); }
+void bind_lif_call(py::module_& m) { m.add_object("lif_call", PyCFunction_New(&method, nullptr)); }
 
 }  // namespace iirsnn

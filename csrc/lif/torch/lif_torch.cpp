@@ -1,7 +1,6 @@
 // Checks, allocation and dispatch of the iirsnn ops. Their schemas are defined in iirsnn/ops/lif.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 #include <torch/library.h>
 
@@ -27,9 +26,8 @@ namespace {
 // ---- Membranes ----
 
 Tensor empty_membrane(const Tensor& x, bool wanted) {
-  const auto options = x.options().dtype(acc_type(x));
-  if (!wanted) return at::empty({0}, options);
-  return at::empty_strided(x.sizes().slice(1), x.strides().slice(1), options);
+  if (!wanted) return empty_beside(x, 0, acc_type(x));
+  return empty_beside(x, x.sizes().slice(1), x.strides().slice(1), acc_type(x));
 }
 
 OptionalTensor check_membrane(const char* name, const OptionalTensor& v, const Tensor& x) {
@@ -94,7 +92,8 @@ std::tuple<Tensor, Tensor> lif_packed(const Tensor& x, const Tensor& threshold, 
   args.v_reset = v_reset;
   const auto [threshold_c, leak_c] = check_parameters(threshold, leak, x, args.shape);
   const OptionalTensor v0_like = check_membrane("v0", v0, x);
-  Tensor bits = at::empty({x.size(0), packed_bytes(args.shape.neurons)}, x.options().dtype(at::kByte));
+  const int64_t bytes = packed_bytes(args.shape.neurons);
+  Tensor bits = empty_beside(x, {x.size(0), bytes}, {bytes, 1}, at::kByte);
   Tensor v = empty_membrane(x, return_v);
   if (args.shape.neurons == 0) return {bits, v};
   args.x = x.const_data_ptr();
@@ -125,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lif_backward(const Tensor& grad_s, co
 
   const int64_t channels = need_parameter_grads ? args.shape.channels : 0;
   Tensor grad_x = empty_spikes(x, args.shape.neurons), grad_v0 = empty_membrane(x, v0.has_value());
-  Tensor grad_threshold = at::empty({channels}, threshold.options()), grad_leak = at::empty({channels}, leak.options());
+  Tensor grad_threshold = empty_beside(x, channels, acc_type(x)), grad_leak = empty_beside(x, channels, acc_type(x));
   if (args.shape.neurons == 0) return {grad_x, grad_threshold.zero_(), grad_leak.zero_(), grad_v0};
 
   args.grad_s = grad_s_like.const_data_ptr();
@@ -141,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lif_backward(const Tensor& grad_s, co
   args.grad_v0 = v0 ? grad_v0.mutable_data_ptr() : nullptr;
 
   const auto workspace = [&](int64_t bytes) {
-    Tensor memory = at::empty({bytes}, x.options().dtype(at::kByte));
+    Tensor memory = empty_beside(x, bytes, at::kByte);
     args.workspace = memory.mutable_data_ptr();
     return memory;
   };
