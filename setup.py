@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,11 +17,6 @@ def load_build():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def version():
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    return re.search(r'^version = "(.*)"', text, re.MULTILINE)[1]
 
 
 def pure(reason):
@@ -47,13 +41,13 @@ def extension():
     if shutil.which(compiler) is None:
         return pure(f"there is no C++ compiler ({compiler})")
     build = load_build()
-    plan = build.recipe(build.cuda_mode())
+    # a wheel may go to another machine; what is compiled in place stays on this one
+    plan = build.recipe(build.cuda_mode(), whole="bdist_wheel" in sys.argv)
     print(f"iirsnn: CUDA {'on' if plan['cuda'] else 'off'} ({plan['why']})", file=sys.stderr)
     kind = cpp_extension.CUDAExtension if plan["cuda"] else cpp_extension.CppExtension
-    engine = {str(path) for path in build.engine_sources()}
     module = kind(
         "iirsnn._C",
-        [os.path.relpath(path, ROOT) for path in plan["sources"] if path not in engine],
+        [os.path.relpath(path, ROOT) for path in plan["sources"]],
         extra_compile_args={"cxx": plan["cxx"], "nvcc": plan["nvcc"]},
         include_dirs=[str(ROOT / "csrc")],
     )
@@ -71,10 +65,11 @@ def extension():
 
         def run(self):
             try:
-                objects = build.compile_engine(Path(self.build_temp) / "engine", version())
+                folder = Path(self.build_temp, "kernels")
+                kernels = build.compile_objects(build.kernel_sources(), folder, plan["kernels"])
                 package = Path(self.get_ext_fullpath(module.name)).parent
-                build.link_engine(objects, package / "runtime" / build.ENGINE)
-                module.extra_objects = objects
+                build.link_engine(kernels, package / "runtime" / build.ENGINE)
+                module.extra_objects = [str(path) for path in kernels.values()]
                 super().run()
             except Exception as error:  # whatever a compiler, ninja or torch's check of them does
                 if "build_ext" in sys.argv:  # who asks for the kernels alone gets no less
