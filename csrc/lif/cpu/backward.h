@@ -65,8 +65,13 @@ IIRSNN_INLINE void for_each_part(const Row& b, int begin, int end, Ahead ahead, 
   for (int i = begin; i < end; i += V::kSize) {
     ahead(i);
     if constexpr (kSeveral) load_sums<kCount>(b, i, sums);
-    IIRSNN_REGISTERS
-    for (int part = 0; part < Part::kCount; ++part) f(i + part * Part::P::kSize, part, sums);
+    if constexpr (Part::kUnrolled) {
+      IIRSNN_REGISTERS
+      for (int part = 0; part < Part::kCount; ++part) f(i + part * Part::P::kSize, part, sums);
+    } else {
+      IIRSNN_ROLLED
+      for (int part = 0; part < Part::kCount; ++part) f(i + part * Part::P::kSize, part, sums);
+    }
     if constexpr (kSeveral) store_sums<kCount>(b, i, sums);
   }
   if constexpr (!kSeveral) store_sums<kCount>(b, begin, sums);
@@ -226,15 +231,15 @@ template <typename scalar_t, bool kNormalised>
 auto single_row(Surrogate surrogate) {
   switch (surrogate) {
     case Surrogate::triangle:
-      return version<SingleRow<scalar_t, Surrogate::triangle, kNormalised>>();
+      return row_version<SingleRow<scalar_t, Surrogate::triangle, kNormalised>, scalar_t>();
     case Surrogate::atan:
-      return version<SingleRow<scalar_t, Surrogate::atan, kNormalised>>();
+      return row_version<SingleRow<scalar_t, Surrogate::atan, kNormalised>, scalar_t>();
     case Surrogate::sigmoid:
-      return version<SingleRow<scalar_t, Surrogate::sigmoid, kNormalised>>();
+      return row_version<SingleRow<scalar_t, Surrogate::sigmoid, kNormalised>, scalar_t>();
     case Surrogate::fast_sigmoid:
-      return version<SingleRow<scalar_t, Surrogate::fast_sigmoid, kNormalised>>();
+      return row_version<SingleRow<scalar_t, Surrogate::fast_sigmoid, kNormalised>, scalar_t>();
     default:
-      return version<SingleRow<scalar_t, Surrogate::boxcar, kNormalised>>();
+      return row_version<SingleRow<scalar_t, Surrogate::boxcar, kNormalised>, scalar_t>();
   }
 }
 
@@ -257,11 +262,11 @@ RowLoops<scalar_t> row_loops(const LifBackward& args) {
   }
   with_reset(args.reset, [&](auto reset) {
     constexpr Reset kReset = decltype(reset)::value;
-    loops.charge = version<ChargeRow<scalar_t, kReset, kNormalised>>();
-    loops.step = version<StepRow<scalar_t, kReset, kNormalised>>();
+    loops.charge = row_version<ChargeRow<scalar_t, kReset, kNormalised>, scalar_t>();
+    loops.step = row_version<StepRow<scalar_t, kReset, kNormalised>, scalar_t>();
   });
   const bool owed = args.reset == Reset::soft_delayed && args.v0 && !args.detach_reset;
-  loops.first_spike = owed ? version<FirstSpikeRow<scalar_t>>() : nullptr;
+  loops.first_spike = owed ? row_version<FirstSpikeRow<scalar_t>, scalar_t>() : nullptr;
   loops.first_slopes = slope_row<acc_t>(args.surrogate);
   loops.slopes = args.surrogate == Surrogate::triangle ? nullptr : loops.first_slopes;
   return loops;

@@ -25,15 +25,15 @@ template <typename acc_t>
 SlopeRow<acc_t> slope_row(Surrogate surrogate) {
   switch (surrogate) {
     case Surrogate::triangle:
-      return version<Slopes<acc_t, Surrogate::triangle>>();
+      return row_version<Slopes<acc_t, Surrogate::triangle>, acc_t>();
     case Surrogate::atan:
-      return version<Slopes<acc_t, Surrogate::atan>>();
+      return row_version<Slopes<acc_t, Surrogate::atan>, acc_t>();
     case Surrogate::sigmoid:
-      return version<Slopes<acc_t, Surrogate::sigmoid>>();
+      return row_version<Slopes<acc_t, Surrogate::sigmoid>, acc_t>();
     case Surrogate::fast_sigmoid:
-      return version<Slopes<acc_t, Surrogate::fast_sigmoid>>();
+      return row_version<Slopes<acc_t, Surrogate::fast_sigmoid>, acc_t>();
     default:
-      return version<Slopes<acc_t, Surrogate::boxcar>>();
+      return row_version<Slopes<acc_t, Surrogate::boxcar>, acc_t>();
   }
 }
 

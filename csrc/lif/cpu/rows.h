@@ -13,9 +13,21 @@ struct Parts {
   using V = Lanes<acc_t, kBytes>;
   using P = Lanes<acc_t, kBytes, sizeof(scalar_t) == 2 ? 2 * kBytes : kBytes>;
   static constexpr int kCount = V::kRegisters / P::kRegisters;
+  // Whether all parts of a vector of sums have registers; else one part is compiled, not eight.
+  static constexpr bool kUnrolled = kRegisterCount<kBytes> * kBytes > 2 * kVectorBytes;
   // What goes through all timesteps in registers: a vector, or as much of it as four of them hold.
   using Held = Lanes<acc_t, kBytes, std::min(4 * kBytes, kVectorBytes)>;
 };
+
+// The loop over rows in force. float64 is there to check gradients by: it has one version, half the code of all three.
+template <typename Loop, typename scalar_t>
+auto row_version() {
+  if constexpr (std::is_same_v<scalar_t, double>) {
+    return &Versions<Loop, decltype(Loop::template run<16>)>::portable;
+  } else {
+    return version<Loop>();
+  }
+}
 
 // The parameters of a part: loaded for each, or where its piece is of one channel held in registers.
 template <typename P, bool kOfSeveral, typename acc_t>
