@@ -49,10 +49,8 @@ IIRSNN_INLINE void store_sums(const Row& b, int i, const V* sums) {
 }
 template <typename V, typename P>
 IIRSNN_INLINE void add_part(V& sum, int part, const P& value) {
-  IIRSNN_REGISTERS
-  for (int k = 0; k < P::kRegisters; ++k) {
-    sum.r[part * P::kRegisters + k] = sum.r[part * P::kRegisters + k] + value.r[k];
-  }
+  constexpr int kRegisters = P::kRegisters;
+  IIRSNN_EACH_REGISTER(kRegisters, sum.r[part * kRegisters + k] = sum.r[part * kRegisters + k] + value.r[k])
 }
 
 // f(j, part, sums) for each part of a piece's vectors, from neuron j on; ahead(i) before each vector. kSums are summed,
