@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -65,18 +66,28 @@ def extension():
 
         def run(self):
             try:
-                folder = Path(self.build_temp, "kernels")
-                kernels = build.compile_objects(build.kernel_sources(), folder, plan["kernels"])
-                package = Path(self.get_ext_fullpath(module.name)).parent
-                build.link_engine(kernels, package / "runtime" / build.ENGINE)
-                module.extra_objects = [str(path) for path in kernels.values()]
-                super().run()
+                with ThreadPoolExecutor(1) as pool:
+                    folder = Path(self.build_temp, "kernels")
+                    sources, command = build.kernel_sources(), plan["kernels"]
+                    self.kernels = pool.submit(build.compile_objects, sources, folder, command)
+                    super().run()
+                    package = Path(self.get_ext_fullpath(module.name)).parent
+                    build.link_engine(self.kernels.result(), package / "runtime" / build.ENGINE)
             except Exception as error:  # whatever a compiler, ninja or torch's check of them does
                 if "build_ext" in sys.argv:  # who asks for the kernels alone gets no less
                     raise
                 first, *_ = str(error).strip().splitlines() or [type(error).__name__]
                 pure(f"the C++ kernels do not compile ({first})")
                 self.extensions = []
+
+        def build_extensions(self):  # what needs torch, while the kernels are compiled
+            link = self.compiler.link_shared_object
+
+            def link_both(objects, *rest, **options):
+                return link([*objects, *map(str, self.kernels.result().values())], *rest, **options)
+
+            self.compiler.link_shared_object = link_both
+            super().build_extensions()
 
     return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 

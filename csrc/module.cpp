@@ -1,4 +1,4 @@
-// The Python module: facts of the build. Importing it registers the ops.
+// The Python module in one source, as torch_ops.cpp: facts of the build. Importing it registers the ops.
 
 // Before any header: one of the flags ends in "errno", which <cerrno> makes a macro of.
 #define IIRSNN_STRING(...) #__VA_ARGS__
@@ -8,8 +8,8 @@ static const char kFlags[] = IIRSNN_EXPANDED(IIRSNN_FLAGS);
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
-#include "event/bind.h"
-#include "lif/torch/lif_call.h"
+#include "event/bind.cpp"
+#include "lif/torch/lif_call.cpp"
 #include "simd/capability.h"
 
 #if defined(__clang__)

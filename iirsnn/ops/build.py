@@ -101,13 +101,12 @@ def recipe(mode: str, whole: bool = False) -> dict[str, Any]:
     Sources (absolute paths) are those that torch's tools compile, by the flags cxx and nvcc;
     kernels is the `kernel_command` of the others.
     """
-    folder = source_dir()
-    sources = sorted({*folder.rglob("*.cpp")} - {*kernel_sources()})
+    sources = _glue_sources()
     cuda, why = want_cuda(mode)
     cxx = [*CXX_FLAGS, *_OPENMP, f"-DIIRSNN_FLAGS={','.join(CXX_FLAGS)}"]
     if cuda:
         os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs()
-        sources += sorted(folder.rglob("*.cu"))
+        sources += sorted(source_dir().rglob("*.cu"))
         archs = os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", ",").replace(" ", ",")
         cxx += ["-DIIRSNN_WITH_CUDA", f"-DIIRSNN_CUDA_ARCHS={archs}"]
     return {
@@ -134,9 +133,17 @@ _CAPABILITIES = {
 
 def kernel_sources() -> list[Path]:
     """The sources that need neither torch nor Python, those that take longest first."""
-    foreign = re.compile(r"/torch/|_torch\.cpp$|/bind\.cpp$|/module\.cpp$")
-    found = [path for path in source_dir().rglob("*.cpp") if not foreign.search(path.as_posix())]
-    return sorted(found, key=lambda path: ("backward" not in path.name, "cpu" not in path.parts, path))
+    others = re.compile(r"/torch/|_torch\.cpp$|/bind\.cpp$")  # which those of the glue include
+    found = [path for path in source_dir().rglob("*.cpp") if not others.search(path.as_posix())]
+    first = ("backward", "spike_", "tiles", "streams")
+    return sorted(
+        {*found} - {*_glue_sources()},
+        key=lambda path: (not any(part in path.name for part in first), path),
+    )
+
+
+def _glue_sources() -> list[Path]:
+    return [source_dir() / name for name in ("module.cpp", "torch_ops.cpp")]
 
 
 def engine_sources() -> list[Path]:

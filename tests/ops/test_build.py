@@ -126,8 +126,10 @@ def test_the_architecture_list_is_respected(monkeypatch):
 def test_a_cpu_build_has_no_cuda_in_it():
     recipe = build.recipe("0")
     names = {Path(source).name for source in recipe["sources"]}
-    assert {"bind.cpp", "lif_torch.cpp", "module.cpp"} <= names
-    assert {"lif_cpu.cpp", "capability.cpp"} <= {path.name for path in build.kernel_sources()} - names
+    assert names == {"module.cpp", "torch_ops.cpp"}
+    kernels = {path.name for path in build.kernel_sources()}
+    assert {"lif_cpu.cpp", "capability.cpp", "engine.cpp"} <= kernels
+    assert not kernels & {*names, "bind.cpp", "lif_torch.cpp", "spike_torch.cpp"}
     assert not any(name.endswith(".cu") for name in names)
     assert not any("CUDA" in flag for flag in recipe["cxx"])
 

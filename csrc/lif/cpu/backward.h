@@ -229,15 +229,15 @@ template <typename scalar_t, bool kNormalised>
 auto single_row(Surrogate surrogate) {
   switch (surrogate) {
     case Surrogate::triangle:
-      return row_version<SingleRow<scalar_t, Surrogate::triangle, kNormalised>, scalar_t>();
+      return version<SingleRow<scalar_t, Surrogate::triangle, kNormalised>>();
     case Surrogate::atan:
-      return row_version<SingleRow<scalar_t, Surrogate::atan, kNormalised>, scalar_t>();
+      return version<SingleRow<scalar_t, Surrogate::atan, kNormalised>>();
     case Surrogate::sigmoid:
-      return row_version<SingleRow<scalar_t, Surrogate::sigmoid, kNormalised>, scalar_t>();
+      return version<SingleRow<scalar_t, Surrogate::sigmoid, kNormalised>>();
     case Surrogate::fast_sigmoid:
-      return row_version<SingleRow<scalar_t, Surrogate::fast_sigmoid, kNormalised>, scalar_t>();
+      return version<SingleRow<scalar_t, Surrogate::fast_sigmoid, kNormalised>>();
     default:
-      return row_version<SingleRow<scalar_t, Surrogate::boxcar, kNormalised>, scalar_t>();
+      return version<SingleRow<scalar_t, Surrogate::boxcar, kNormalised>>();
   }
 }
 
@@ -260,11 +260,11 @@ RowLoops<scalar_t> row_loops(const LifBackward& args) {
   }
   with_reset(args.reset, [&](auto reset) {
     constexpr Reset kReset = decltype(reset)::value;
-    loops.charge = row_version<ChargeRow<scalar_t, kReset, kNormalised>, scalar_t>();
-    loops.step = row_version<StepRow<scalar_t, kReset, kNormalised>, scalar_t>();
+    loops.charge = version<ChargeRow<scalar_t, kReset, kNormalised>>();
+    loops.step = version<StepRow<scalar_t, kReset, kNormalised>>();
   });
   const bool owed = args.reset == Reset::soft_delayed && args.v0 && !args.detach_reset;
-  loops.first_spike = owed ? row_version<FirstSpikeRow<scalar_t>, scalar_t>() : nullptr;
+  loops.first_spike = owed ? version<FirstSpikeRow<scalar_t>>() : nullptr;
   loops.first_slopes = slope_row<acc_t>(args.surrogate);
   loops.slopes = args.surrogate == Surrogate::triangle ? nullptr : loops.first_slopes;
   return loops;

@@ -66,7 +66,7 @@ void forward_blocks(const LifForward& args, Channels<typename Convert<scalar_t>:
   const LifShape& shape = args.shape;
   const int64_t steps = shape.timesteps;
   const auto kernel = with_reset(
-      args.reset, [](auto reset) { return row_version<ForwardRows<x_t, decltype(reset)::value, kNormalised>, x_t>(); });
+      args.reset, [](auto reset) { return version<ForwardRows<x_t, decltype(reset)::value, kNormalised>>(); });
   const bool some_staged = std::is_same_v<scalar_t, Half> || last_chunk == chunks_of(shape);
   const Buffer<x_t> x_rows(some_staged ? steps * kStride : 0), s_rows(some_staged || args.bits ? steps * kStride : 0);
   const Buffer<acc_t> membranes(some_staged ? 2 * kRow<acc_t> : 0);

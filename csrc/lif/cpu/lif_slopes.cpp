@@ -25,15 +25,15 @@ template <typename acc_t>
 SlopeRow<acc_t> slope_row(Surrogate surrogate) {
   switch (surrogate) {
     case Surrogate::triangle:
-      return row_version<Slopes<acc_t, Surrogate::triangle>, acc_t>();
+      return version<Slopes<acc_t, Surrogate::triangle>>();
     case Surrogate::atan:
-      return row_version<Slopes<acc_t, Surrogate::atan>, acc_t>();
+      return version<Slopes<acc_t, Surrogate::atan>>();
     case Surrogate::sigmoid:
-      return row_version<Slopes<acc_t, Surrogate::sigmoid>, acc_t>();
+      return version<Slopes<acc_t, Surrogate::sigmoid>>();
     case Surrogate::fast_sigmoid:
-      return row_version<Slopes<acc_t, Surrogate::fast_sigmoid>, acc_t>();
+      return version<Slopes<acc_t, Surrogate::fast_sigmoid>>();
     default:
-      return row_version<Slopes<acc_t, Surrogate::boxcar>, acc_t>();
+      return version<Slopes<acc_t, Surrogate::boxcar>>();
   }
 }
 

@@ -19,16 +19,6 @@ struct Parts {
   using Held = Lanes<acc_t, kBytes, std::min(4 * kBytes, kVectorBytes)>;
 };
 
-// The loop over rows in force. float64 is there to check gradients by: it has one version, half the code of all three.
-template <typename Loop, typename scalar_t>
-auto row_version() {
-  if constexpr (std::is_same_v<scalar_t, double>) {
-    return &Versions<Loop, decltype(Loop::template run<16>)>::portable;
-  } else {
-    return version<Loop>();
-  }
-}
-
 // The parameters of a part: loaded for each, or where its piece is of one channel held in registers.
 template <typename P, bool kOfSeveral, typename acc_t>
 class PartParameters {
