@@ -173,7 +173,7 @@ def kernel_flags(highest: str) -> list[str]:
     """How a kernel is compiled, up to a capability."""
     limit = {"portable": ["-DIIRSNN_PORTABLE_ONLY"], "avx2": ["-DIIRSNN_NO_AVX512"]}.get(highest, [])
     flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wno-psabi", *_WARNINGS]
-    return [*CXX_FLAGS, *flags, *limit, f'-DIIRSNN_VERSION="{_version()}"', f"-I{source_dir()}"]
+    return [*CXX_FLAGS, *flags, *limit, f'-DIIRSNN_VERSION="{_version()}"']
 
 
 def kernel_command(whole: bool = False) -> list[str]:
@@ -197,7 +197,8 @@ def compile_objects(sources: list[Path], folder: Path, command: list[str]) -> di
         if made.exists() and _newest(made.with_suffix(".d")) < made.stat().st_mtime:
             return made
         part = made.with_suffix(f".{os.getpid()}.o")
-        files = ["-MMD", "-MF", str(made.with_suffix(".d")), "-c", str(source), "-o", str(part)]
+        files = [f"-I{source_dir()}", "-c", str(source), "-o", str(part)]
+        files += ["-MMD", "-MF", str(made.with_suffix(".d"))]
         with made.with_suffix(".log").open("w+") as log:
             try:
                 subprocess.run([*command, *files], check=True, stderr=log)
