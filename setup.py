@@ -2,9 +2,9 @@
 
 import importlib.util
 import os
-import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -18,11 +18,6 @@ def load_build():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def version():
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    return re.search(r'^version = "(.*)"', text, re.MULTILINE)[1]
 
 
 def pure(reason):
@@ -47,7 +42,8 @@ def extension():
     if shutil.which(compiler) is None:
         return pure(f"there is no C++ compiler ({compiler})")
     build = load_build()
-    plan = build.recipe(build.cuda_mode())
+    # a wheel may go to another machine; what is compiled in place stays on this one
+    plan = build.recipe(build.cuda_mode(), whole="bdist_wheel" in sys.argv)
     print(f"iirsnn: CUDA {'on' if plan['cuda'] else 'off'} ({plan['why']})", file=sys.stderr)
     kind = cpp_extension.CUDAExtension if plan["cuda"] else cpp_extension.CppExtension
     module = kind(
@@ -70,16 +66,30 @@ def extension():
 
         def run(self):
             try:
-                objects = build.compile_engine(Path(self.build_temp) / "engine", version())
-                package = Path(self.get_ext_fullpath(module.name)).parent
-                build.link_engine(objects, package / "runtime" / build.ENGINE)
-                super().run()
+                with ThreadPoolExecutor(1) as pool:
+                    folder = Path(self.build_temp, "kernels")
+                    sources, command = build.kernel_sources(), plan["kernels"]
+                    self.kernels = pool.submit(build.compile_objects, sources, folder, command)
+                    super().run()
+                    package = Path(self.get_ext_fullpath(module.name)).parent
+                    build.link_engine(self.kernels.result(), package / "runtime" / build.ENGINE)
             except Exception as error:  # whatever a compiler, ninja or torch's check of them does
                 if "build_ext" in sys.argv:  # who asks for the kernels alone gets no less
                     raise
                 first, *_ = str(error).strip().splitlines() or [type(error).__name__]
                 pure(f"the C++ kernels do not compile ({first})")
                 self.extensions = []
+
+        def build_extensions(self):  # what needs torch, while the kernels are compiled
+            link = self.compiler.link_shared_object
+
+            def link_both(objects, *rest, **options):
+                kernels = self.kernels.result()
+                more = [str(kernels[source]) for source in build.extension_sources()]
+                return link([*objects, *more], *rest, **options)
+
+            self.compiler.link_shared_object = link_both
+            super().build_extensions()
 
     return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 

@@ -1,4 +1,4 @@
-// The Python module: facts of the build. Importing it registers the ops.
+// The Python module in one source, as torch_ops.cpp: facts of the build. Importing it registers the ops.
 
 // Before any header: one of the flags ends in "errno", which <cerrno> makes a macro of.
 #define IIRSNN_STRING(...) #__VA_ARGS__
@@ -8,7 +8,7 @@ static const char kFlags[] = IIRSNN_EXPANDED(IIRSNN_FLAGS);
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
-#include "lif/torch/lif_call.h"
+#include "lif/torch/lif_call.cpp"
 #include "simd/capability.h"
 
 #if defined(__clang__)
@@ -38,9 +38,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         info["cuda_archs"] = "";
 #endif
         info["cpu_capability"] = iirsnn::cpu_capability();
+        info["compiled_capability"] = iirsnn::compiled_capability();
         return info;
       },
-      "What was compiled: compiler, torch, flags, cuda (bool), cuda_archs; and the cpu_capability in force.");
+      "What was compiled: compiler, torch, flags, cuda (bool), cuda_archs, compiled_capability (the highest); and the "
+      "cpu_capability in force.");
   m.def("set_cpu_capability", &iirsnn::set_cpu_capability, pybind11::arg("name"),
         "Use the CPU kernels for portable, avx2 or avx512; ValueError where the processor lacks it.");
   iirsnn::bind_lif_call(m);

@@ -1,11 +1,14 @@
 #include "simd/capability.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
-#if defined(__x86_64__) && !defined(IIRSNN_PORTABLE_ONLY)
+#include "simd/versions.h"
+
+#if defined(IIRSNN_AVX2)
 #include <cpuid.h>
 #endif
 
@@ -14,15 +17,23 @@ namespace {
 
 const char* const kNames[] = {"portable", "avx2", "avx512"};
 
-#if defined(__x86_64__) && !defined(IIRSNN_PORTABLE_ONLY)
+#if defined(IIRSNN_AVX512)
+constexpr Capability kCompiled = kAvx512;
+#elif defined(IIRSNN_AVX2)
+constexpr Capability kCompiled = kAvx2;
+#else
+constexpr Capability kCompiled = kPortable;
+#endif
+
+#if defined(IIRSNN_AVX2)
 bool has_f16c() {  // __builtin_cpu_supports of clang does not know it
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
 #endif
 
-Capability best_capability() {
-#if defined(__x86_64__) && !defined(IIRSNN_PORTABLE_ONLY)
+Capability processor_capability() {
+#if defined(IIRSNN_AVX2)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && has_f16c();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -31,13 +42,16 @@ Capability best_capability() {
   return kPortable;
 }
 
+Capability best_capability() { return std::min(processor_capability(), kCompiled); }
+
 Capability parse(const std::string& name, const char* from) {
   const Capability best = best_capability();
   for (int level = kPortable; level <= best; ++level) {
     if (name == kNames[level]) return Capability(level);
   }
+  const char* const limit = best < processor_capability() ? " as compiled" : " on this processor";
   throw std::invalid_argument(std::string(from) + ": expected portable, avx2 or avx512, at most " + kNames[best] +
-                              " on this processor, got '" + name + "'");
+                              limit + ", got '" + name + "'");
 }
 
 std::atomic<Capability>& chosen() {
@@ -52,6 +66,7 @@ std::atomic<Capability>& chosen() {
 
 Capability capability() { return chosen().load(std::memory_order_relaxed); }
 const char* cpu_capability() { return kNames[capability()]; }
+const char* compiled_capability() { return kNames[kCompiled]; }
 void set_cpu_capability(const char* name) { chosen() = parse(name, "cpu capability"); }
 
 }  // namespace iirsnn

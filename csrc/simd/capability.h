@@ -5,12 +5,13 @@ namespace iirsnn {
 
 enum Capability { kPortable, kAvx2, kAvx512 };
 
-// The best that this processor runs, or what IIRSNN_CPU_CAPABILITY or set_cpu_capability asked for. The variable is
-// read by the first call, which throws std::invalid_argument where it asks for what this processor lacks: make that
-// call outside any parallel region (Python makes it, by build_info, when it loads the extension).
+// The best of what was compiled that this processor runs, or what IIRSNN_CPU_CAPABILITY or set_cpu_capability asked
+// for. The variable is read by the first call, which throws std::invalid_argument where it asks for more than there is:
+// make that call outside any parallel region (Python makes it, by build_info, when it loads the extension).
 Capability capability();
 
 const char* cpu_capability();               // "portable", "avx2" or "avx512"
+const char* compiled_capability();          // the highest that was compiled, with all before it
 void set_cpu_capability(const char* name);  // throws std::invalid_argument likewise
 
 }  // namespace iirsnn

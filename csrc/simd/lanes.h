@@ -9,6 +9,22 @@ namespace iirsnn {
 
 constexpr int kVectorBytes = 128;
 
+// A statement for each register k, a constant, of `of`: no loop, so that compilers see numbers and not memory from the
+// start, which takes them half the time.
+#define IIRSNN_AT_REGISTER(index, of, ...) \
+  if constexpr (index < of) {              \
+    constexpr int k = index;               \
+    __VA_ARGS__;                           \
+  }
+#define IIRSNN_EACH_REGISTER(of, ...)                                           \
+  {                                                                             \
+    static_assert(of <= 8, "Lanes are no more than 128 bytes");                 \
+    IIRSNN_AT_REGISTER(0, of, __VA_ARGS__) IIRSNN_AT_REGISTER(1, of, __VA_ARGS__) \
+    IIRSNN_AT_REGISTER(2, of, __VA_ARGS__) IIRSNN_AT_REGISTER(3, of, __VA_ARGS__) \
+    IIRSNN_AT_REGISTER(4, of, __VA_ARGS__) IIRSNN_AT_REGISTER(5, of, __VA_ARGS__) \
+    IIRSNN_AT_REGISTER(6, of, __VA_ARGS__) IIRSNN_AT_REGISTER(7, of, __VA_ARGS__) \
+  }
+
 // What a comparison of two Lanes gives: all bits of a lane, or none.
 template <typename number_t, int kBytes, int kTotal>
 struct Mask {
@@ -26,13 +42,11 @@ struct Lanes {
   // Register by register: GCC moves a whole, even of one, through memory in halves.
   IIRSNN_INLINE Lanes(const Lanes& other) { *this = other; }
   IIRSNN_INLINE Lanes& operator=(const Lanes& other) {
-    IIRSNN_REGISTERS
-    for (int k = 0; k < kRegisters; ++k) r[k] = other.r[k];
+    IIRSNN_EACH_REGISTER(kRegisters, r[k] = other.r[k])
     return *this;
   }
   IIRSNN_INLINE Lanes(number_t number) {
-    IIRSNN_REGISTERS
-    for (int k = 0; k < kRegisters; ++k) r[k] = spread<kBytes>(number);
+    IIRSNN_EACH_REGISTER(kRegisters, r[k] = spread<kBytes>(number))
   }
 };
 
@@ -41,8 +55,7 @@ struct Lanes {
   IIRSNN_INLINE Lanes<number_t, kBytes, kTotal> operator op(const Lanes<number_t, kBytes, kTotal>& a,     \
                                                             const Lanes<number_t, kBytes, kTotal>& b) {   \
     Lanes<number_t, kBytes, kTotal> result;                                                               \
-    IIRSNN_REGISTERS                                                                                      \
-    for (int k = 0; k < Lanes<number_t, kBytes, kTotal>::kRegisters; ++k) result.r[k] = a.r[k] op b.r[k]; \
+    IIRSNN_EACH_REGISTER((kTotal / kBytes), result.r[k] = a.r[k] op b.r[k]) \
     return result;                                                                                        \
   }
 IIRSNN_LANES_OPERATOR(+)
@@ -58,8 +71,7 @@ IIRSNN_LANES_OPERATOR(|)
   IIRSNN_INLINE Mask<number_t, kBytes, kTotal> operator op(const Lanes<number_t, kBytes, kTotal>& a,      \
                                                            const Lanes<number_t, kBytes, kTotal>& b) {    \
     Mask<number_t, kBytes, kTotal> result;                                                                \
-    IIRSNN_REGISTERS                                                                                      \
-    for (int k = 0; k < Lanes<number_t, kBytes, kTotal>::kRegisters; ++k) result.r[k] = a.r[k] op b.r[k]; \
+    IIRSNN_EACH_REGISTER((kTotal / kBytes), result.r[k] = a.r[k] op b.r[k]) \
     return result;                                                                                        \
   }
 IIRSNN_LANES_COMPARISON(>)
@@ -71,24 +83,21 @@ IIRSNN_LANES_COMPARISON(==)
 template <typename number_t, int kBytes, int kTotal>
 IIRSNN_INLINE Lanes<number_t, kBytes, kTotal> operator-(const Lanes<number_t, kBytes, kTotal>& a) {
   Lanes<number_t, kBytes, kTotal> result;
-  IIRSNN_REGISTERS
-  for (int k = 0; k < Lanes<number_t, kBytes, kTotal>::kRegisters; ++k) result.r[k] = -a.r[k];
+  IIRSNN_EACH_REGISTER((kTotal / kBytes), result.r[k] = -a.r[k])
   return result;
 }
 
 template <typename number_t, int kBytes, int kTotal>
 IIRSNN_INLINE Lanes<number_t, kBytes, kTotal> operator<<(const Lanes<number_t, kBytes, kTotal>& a, int bits) {
   Lanes<number_t, kBytes, kTotal> result;
-  IIRSNN_REGISTERS
-  for (int k = 0; k < Lanes<number_t, kBytes, kTotal>::kRegisters; ++k) result.r[k] = a.r[k] << bits;
+  IIRSNN_EACH_REGISTER((kTotal / kBytes), result.r[k] = a.r[k] << bits)
   return result;
 }
 
 template <typename number_t, int kBytes, int kTotal>
 IIRSNN_INLINE Lanes<number_t, kBytes, kTotal> operator>>(const Lanes<number_t, kBytes, kTotal>& a, int bits) {
   Lanes<number_t, kBytes, kTotal> result;
-  IIRSNN_REGISTERS
-  for (int k = 0; k < Lanes<number_t, kBytes, kTotal>::kRegisters; ++k) result.r[k] = a.r[k] >> bits;
+  IIRSNN_EACH_REGISTER((kTotal / kBytes), result.r[k] = a.r[k] >> bits)
   return result;
 }
 
@@ -98,8 +107,7 @@ IIRSNN_INLINE Lanes<number_t, kBytes, kTotal> select(const Mask<mask_t, kBytes, 
                                                      const Lanes<number_t, kBytes, kTotal>& a,
                                                      const Lanes<number_t, kBytes, kTotal>& b) {
   Lanes<number_t, kBytes, kTotal> result;
-  IIRSNN_REGISTERS
-  for (int k = 0; k < Lanes<number_t, kBytes, kTotal>::kRegisters; ++k) result.r[k] = mask.r[k] ? a.r[k] : b.r[k];
+  IIRSNN_EACH_REGISTER((kTotal / kBytes), result.r[k] = mask.r[k] ? a.r[k] : b.r[k])
   return result;
 }
 
@@ -113,8 +121,7 @@ struct Number<Lanes<number_t, kBytes, kTotal>> {
 template <typename to_t, typename number_t, int kBytes, int kTotal>
 IIRSNN_INLINE to_t bit_cast(const Lanes<number_t, kBytes, kTotal>& a) {
   to_t result;
-  IIRSNN_REGISTERS
-  for (int k = 0; k < to_t::kRegisters; ++k) result.r[k] = (typename to_t::Register)(a.r[k]);
+  IIRSNN_EACH_REGISTER(to_t::kRegisters, result.r[k] = (typename to_t::Register)(a.r[k]))
   return result;
 }
 
@@ -153,17 +160,14 @@ struct Memory<Lanes<number_t, kBytes, kTotal>> {
 
   static IIRSNN_INLINE V load(const number_t* from) {
     V value;
-    IIRSNN_REGISTERS
-    for (int k = 0; k < V::kRegisters; ++k) memcpy(&value.r[k], from + k * kLanes, kBytes);
+    IIRSNN_EACH_REGISTER(V::kRegisters, memcpy(&value.r[k], from + k * kLanes, kBytes))
     return value;
   }
   static IIRSNN_INLINE void store(number_t* to, const V& value, bool past_caches = false) {
     if (__builtin_expect(past_caches, false)) {
-      IIRSNN_REGISTERS
-      for (int k = 0; k < V::kRegisters; ++k) stream(to + k * kLanes, value.r[k]);
+      IIRSNN_EACH_REGISTER(V::kRegisters, stream(to + k * kLanes, value.r[k]))
     } else {
-      IIRSNN_REGISTERS
-      for (int k = 0; k < V::kRegisters; ++k) memcpy(to + k * kLanes, &value.r[k], kBytes);
+      IIRSNN_EACH_REGISTER(V::kRegisters, memcpy(to + k * kLanes, &value.r[k], kBytes))
     }
   }
   static IIRSNN_INLINE void store_spike(number_t* to, const V& s, bool past_caches = false) {
@@ -173,26 +177,21 @@ struct Memory<Lanes<number_t, kBytes, kTotal>> {
   // A register of halves is two of floats.
   static IIRSNN_INLINE V load(const BFloat16* from) {
     Bits bits;
-    IIRSNN_REGISTERS
-    for (int k = 0; k < V::kRegisters; k += 2) {
+    IIRSNN_EACH_REGISTER(V::kRegisters / 2, {
       Halves halves;
-      memcpy(&halves, from + k * kLanes, kBytes);
-      widen(halves, bits.r[k], bits.r[k + 1], std::make_integer_sequence<int, 2 * kLanes>());
-    }
+      memcpy(&halves, from + 2 * k * kLanes, kBytes);
+      widen(halves, bits.r[2 * k], bits.r[2 * k + 1], std::make_integer_sequence<int, 2 * kLanes>());
+    })
     return bit_cast<V>(bits);
   }
   static IIRSNN_INLINE void store_high(BFloat16* to, const Bits& bits, bool past_caches) {
     Halves halves[V::kRegisters / 2];
-    IIRSNN_REGISTERS
-    for (int k = 0; k < V::kRegisters; k += 2) {
-      narrow(bits.r[k], bits.r[k + 1], halves[k / 2], std::make_integer_sequence<int, 2 * kLanes>());
-    }
+    constexpr auto kBoth = std::make_integer_sequence<int, 2 * kLanes>();
+    IIRSNN_EACH_REGISTER(V::kRegisters / 2, narrow(bits.r[2 * k], bits.r[2 * k + 1], halves[k], kBoth))
     if (__builtin_expect(past_caches, false)) {
-      IIRSNN_REGISTERS
-      for (int k = 0; k < V::kRegisters; k += 2) stream(to + k * kLanes, halves[k / 2]);
+      IIRSNN_EACH_REGISTER(V::kRegisters / 2, stream(to + 2 * k * kLanes, halves[k]))
     } else {
-      IIRSNN_REGISTERS
-      for (int k = 0; k < V::kRegisters; k += 2) memcpy(to + k * kLanes, &halves[k / 2], kBytes);
+      IIRSNN_EACH_REGISTER(V::kRegisters / 2, memcpy(to + 2 * k * kLanes, &halves[k], kBytes))
     }
   }
   static IIRSNN_INLINE void store(BFloat16* to, const V& value,

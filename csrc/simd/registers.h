@@ -15,11 +15,13 @@
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors pass between inlined functions only
 #endif
 
-// For loops over registers: unrolled early, so that an array of many registers stays in registers.
+// For loops over registers: unrolled early, so that an array of many registers stays in registers. IIRSNN_ROLLED: never.
 #if defined(__clang__)
 #define IIRSNN_REGISTERS _Pragma("unroll")
+#define IIRSNN_ROLLED _Pragma("nounroll")
 #else
 #define IIRSNN_REGISTERS _Pragma("GCC unroll 16")
+#define IIRSNN_ROLLED _Pragma("GCC unroll 1")
 #endif
 
 // A lambda that is inlined into the loop that it is written in, so that it has its instruction set.

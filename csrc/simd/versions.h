@@ -1,4 +1,5 @@
-// Which instruction set runs, and functions compiled for each: the portable one alone with -DIIRSNN_PORTABLE_ONLY.
+// Which instruction set runs, and functions compiled for each: the portable one alone with -DIIRSNN_PORTABLE_ONLY, all
+// but AVX-512 with -DIIRSNN_NO_AVX512.
 #pragma once
 
 #include <type_traits>
@@ -16,7 +17,9 @@
 
 #if defined(__x86_64__) && !defined(IIRSNN_PORTABLE_ONLY)
 #define IIRSNN_AVX2 __attribute__((target("avx2,f16c,bmi")))
+#if !defined(IIRSNN_NO_AVX512)
 #define IIRSNN_AVX512 __attribute__((target("bmi,avx512f,avx512bw,avx512vl,avx512dq" IIRSNN_WIDE)))
+#endif
 #endif
 
 #if defined(__aarch64__) && !defined(__clang__)  // GCC would load whole rows ahead and spill the sums meanwhile
@@ -34,15 +37,18 @@ struct Versions;
 template <typename Loop, typename... Args>
 struct Versions<Loop, void(Args...)> {
   IIRSNN_PORTABLE static void portable(Args... args) { Loop::template run<16>(args...); }
-#if defined(__x86_64__) && !defined(IIRSNN_PORTABLE_ONLY)
+#if defined(IIRSNN_AVX2)
   IIRSNN_AVX2 static void avx2(Args... args) { Loop::template run<32>(args...); }
+#endif
+#if defined(IIRSNN_AVX512)
   IIRSNN_AVX512 static void avx512(Args... args) { Loop::template run<64>(args...); }
 #endif
   static auto pick() {
-#if defined(__x86_64__) && !defined(IIRSNN_PORTABLE_ONLY)
-    const Capability level = capability();
-    if (level == kAvx512) return &avx512;
-    if (level == kAvx2) return &avx2;
+#if defined(IIRSNN_AVX512)
+    if (capability() == kAvx512) return &avx512;
+#endif
+#if defined(IIRSNN_AVX2)
+    if (capability() == kAvx2) return &avx2;
 #endif
     return &portable;
   }

@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -94,30 +95,60 @@ def cuda_archs() -> str:
     return ";".join([*archs[:-1], archs[-1] + "+PTX"])
 
 
-def recipe(mode: str) -> dict[str, Any]:
-    """Sources (absolute paths) and flags: keys sources, cxx, nvcc, cuda (bool), why (str)."""
-    folder = source_dir()
-    sources = sorted({*folder.rglob("*.cpp")} - {*folder.glob("event/**/*.cpp")})
+def recipe(mode: str, whole: bool = False) -> dict[str, Any]:
+    """How it is compiled: keys sources, cxx, nvcc, kernels, cuda (bool), why (str).
+
+    Sources (absolute paths) are those that torch's tools compile, by the flags cxx and nvcc;
+    kernels is the `kernel_command` of the others.
+    """
+    sources = _glue_sources()
     cuda, why = want_cuda(mode)
     cxx = [*CXX_FLAGS, *_OPENMP, f"-DIIRSNN_FLAGS={','.join(CXX_FLAGS)}"]
     if cuda:
         os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs()
-        sources += sorted(folder.rglob("*.cu"))
+        sources += sorted(source_dir().rglob("*.cu"))
         archs = os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", ",").replace(" ", ",")
         cxx += ["-DIIRSNN_WITH_CUDA", f"-DIIRSNN_CUDA_ARCHS={archs}"]
     return {
         "sources": [str(path) for path in sources],
         "cxx": cxx,
         "nvcc": _NVCC_FLAGS if cuda else [],
+        "kernels": kernel_command(whole),
         "cuda": cuda,
         "why": why,
     }
 
 
-# ---- The engine, which needs no torch ----
+# ---- The kernels, which need no torch ----
 
-#: Its library, which iirsnn.runtime loads.
+#: The library of the engine, which iirsnn.runtime loads.
 ENGINE = "libiirsnn.so"
+_WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-missing-field-initializers"]
+#: By the macros that a compiler for this processor defines; more than portable on x86-64 alone.
+_CAPABILITIES = {
+    "avx512": {"__AVX512F__", "__AVX512BW__", "__AVX512VL__", "__AVX512DQ__"},
+    "avx2": {"__AVX2__", "__F16C__", "__BMI__"},
+}
+
+
+def kernel_sources() -> list[Path]:
+    """The sources that need neither torch nor Python, those that take longest first."""
+    others = re.compile(r"/torch/|_torch\.cpp$")  # which those of the glue include
+    found = [path for path in source_dir().rglob("*.cpp") if not others.search(path.as_posix())]
+    first = ("backward", "through_time", "spike_", "tiles", "streams")
+    return sorted(
+        {*found} - {*_glue_sources()},
+        key=lambda path: (not any(part in path.name for part in first), path),
+    )
+
+
+def extension_sources() -> list[Path]:
+    """Those of them that iirsnn._C is made of: all but the engine's."""
+    return [path for path in kernel_sources() if source_dir() / "event" not in path.parents]
+
+
+def _glue_sources() -> list[Path]:
+    return [source_dir() / name for name in ("module.cpp", "torch_ops.cpp")]
 
 
 def engine_sources() -> list[Path]:
@@ -127,41 +158,100 @@ def engine_sources() -> list[Path]:
     return sorted(path for pattern in patterns for path in folder.glob(pattern))
 
 
-def compile_engine(folder: Path, version: str) -> list[str]:
-    """The objects of its sources, compiled where they are older than what they are made of.
+def highest_capability(whole: bool) -> str:
+    """What the kernels are compiled up to: portable, avx2 or avx512; each includes those before.
+
+    IIRSNN_CAPABILITIES: native, what this processor has, or all; by default all where `whole`.
+    """
+    asked = os.environ.get("IIRSNN_CAPABILITIES") or ("all" if whole else "native")
+    if asked not in ("native", "all"):
+        raise RuntimeError(f"IIRSNN_CAPABILITIES: expected native or all, got {asked!r}")
+    if asked == "native":
+        command = [*_compiler(), "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
+        macros = set(subprocess.run(command, capture_output=True, text=True).stdout.split())
+        if "__x86_64__" in macros:
+            found = [name for name, needs in _CAPABILITIES.items() if needs <= macros]
+            return [*found, "portable"][0]
+    return "avx512"
+
+
+def kernel_flags(highest: str) -> list[str]:
+    """How a kernel is compiled, up to a capability."""
+    limit = {"portable": ["-DIIRSNN_PORTABLE_ONLY"], "avx2": ["-DIIRSNN_NO_AVX512"]}.get(
+        highest, []
+    )
+    flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wno-psabi", *_WARNINGS]
+    return [*CXX_FLAGS, *flags, *limits.get(highest, []), f'-DIIRSNN_VERSION="{_version()}"']
+
+
+def kernel_command(whole: bool = False) -> list[str]:
+    """The compiler and its flags, for this machine or for the whole world."""
+    return [*_compiler(), *kernel_flags(highest_capability(whole))]
+
+
+def compile_objects(sources: list[Path], folder: Path, command: list[str]) -> dict[Path, Path]:
+    """The object of each source, compiled where it is older than what it is made of.
+
+    Those of each command lie in a folder of their own, with what the compiler said (.log).
 
     Raises:
         subprocess.CalledProcessError: a source does not compile.
     """
-    csrc = source_dir()
+    folder /= hashlib.sha256(repr(command).encode()).hexdigest()[:8]
     folder.mkdir(parents=True, exist_ok=True)
-    newest = max(path.stat().st_mtime for path in csrc.rglob("*.h"))
-    flags = [*CXX_FLAGS, "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wno-psabi"]
-    flags += [f'-DIIRSNN_VERSION="{version}"', f"-I{csrc}"]
 
-    def compiled(source: Path) -> str:
+    def compiled(source: Path) -> Path:
         made = folder / f"{source.parent.name}-{source.stem}.o"
-        if not made.exists() or made.stat().st_mtime < max(newest, source.stat().st_mtime):
-            subprocess.run([*_compiler(), *flags, "-c", str(source), "-o", str(made)], check=True)
-        return str(made)
+        if made.exists() and _newest(made.with_suffix(".d")) < made.stat().st_mtime:
+            return made
+        part = made.with_suffix(f".{os.getpid()}.o")
+        files = [f"-I{source_dir()}", "-c", str(source), "-o", str(part)]
+        files += ["-MMD", "-MF", str(made.with_suffix(".d"))]
+        with made.with_suffix(".log").open("w+") as log:
+            try:
+                subprocess.run([*command, *files], check=True, stderr=log)
+            except subprocess.CalledProcessError:
+                log.seek(0)
+                sys.stderr.write(log.read())
+                raise
+        os.replace(part, made)
+        return made
 
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(compiled, engine_sources()))
+        return dict(zip(sources, pool.map(compiled, sources), strict=True))
 
 
-def link_engine(objects: list[str], file: Path) -> None:
-    """Make the library of the objects."""
+def _newest(dependencies: Path) -> float:
+    """When the newest file of a compiler's list of them was changed; never, where one is gone."""
+    try:
+        names = dependencies.read_text().replace("\\\n", " ").partition(":")[2].split()
+        return max(os.stat(name).st_mtime for name in names)
+    except OSError:
+        return float("inf")
+
+
+def link_engine(objects: dict[Path, Path], file: Path) -> None:
+    """Make the library of its objects."""
     file.parent.mkdir(parents=True, exist_ok=True)
     hidden = f"-Wl,--version-script={source_dir() / 'event' / 'exports.map'}"
     flags = ["-shared", "-pthread", "-s"]
     if sys.platform.startswith("linux"):
         flags.append(hidden)
-    subprocess.run([*_compiler(), *flags, *objects, "-o", str(file)], check=True)
+    parts = [str(objects[source]) for source in engine_sources()]
+    subprocess.run([*_compiler(), *flags, *parts, "-o", str(file)], check=True)
 
 
 def _compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX") or "c++")
+
+
+def _version() -> str:
+    """Of a checkout, or of what is installed."""
+    project = source_dir().parent / "pyproject.toml"
+    if not project.is_file():
+        return importlib.metadata.version("iirsnn")
+    return re.findall(r'^version = "(.*)"', project.read_text(encoding="utf-8"), re.MULTILINE)[0]
 
 
 # ---- At first use ----
@@ -237,7 +327,8 @@ def _compiled_file(plan: dict[str, Any], compiler: str) -> Path | None:
     import torch
 
     facts = [torch.__version__, torch.compiled_with_cxx11_abi(), sys.version]
-    return _kept_file(f"{_JIT_NAME}.so", compiler, [*facts, plan["cxx"], plan["nvcc"]])
+    facts += [plan["cxx"], plan["nvcc"], plan["kernels"]]
+    return _kept_file(f"{_JIT_NAME}.so", compiler, facts)
 
 
 def _kept_file(name: str, compiler: str, facts: list[Any]) -> Path | None:
@@ -277,11 +368,13 @@ def _compile(plan: dict[str, Any], file: Path) -> ModuleType:
     from torch.utils import cpp_extension
 
     with tempfile.TemporaryDirectory(dir=file.parent, ignore_cleanup_errors=True) as folder:
+        kernels = compile_objects(extension_sources(), Path(folder), plan["kernels"])
         module: ModuleType = cpp_extension.load(
             name=_JIT_NAME,
             sources=plan["sources"],
             extra_cflags=plan["cxx"],
             extra_cuda_cflags=plan["nvcc"],
+            extra_ldflags=[str(path) for path in kernels.values()],
             extra_include_paths=[str(source_dir())],
             with_cuda=plan["cuda"],
             build_directory=folder,
@@ -313,9 +406,9 @@ def engine() -> Path:
         raise RuntimeError(f"{missing} and IIRSNN_JIT=0")
     if shutil.which(compiler) is None:
         raise RuntimeError(f"{missing} and there is no C++ compiler ({compiler})")
-    version = importlib.metadata.version("iirsnn")
     try:
-        file = _kept_file(ENGINE, compiler, [CXX_FLAGS, version])
+        command = kernel_command()
+        file = _kept_file(ENGINE, compiler, command)
         if file is None:
             raise OSError("there is no folder to compile in: set HOME or XDG_CACHE_HOME")
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -324,7 +417,7 @@ def engine() -> Path:
                 print(f"iirsnn: {missing}; compiling it, a minute", file=sys.stderr)
                 with tempfile.TemporaryDirectory(dir=file.parent) as folder:
                     made = Path(folder) / ENGINE
-                    link_engine(compile_engine(Path(folder), version), made)
+                    link_engine(compile_objects(engine_sources(), Path(folder), command), made)
                     os.replace(made, file)
     except (OSError, subprocess.CalledProcessError) as error:
         raise RuntimeError(

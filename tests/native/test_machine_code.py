@@ -1,6 +1,6 @@
 """The machine code of the inner loops: arithmetic of full width, and nothing spilled.
 
-Read from the objects that test_native.py links, so it is the code that users get.
+Read from the objects of the package, so it is the code that users get.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import cache
 
 import pytest
 
-from tests.native.toolchain import ARM, CSRC, HOST, compile_object, sources
+from tests.native.toolchain import ARM, CSRC, HOST, kernels
 
 INSTRUCTION = re.compile(r"\s*([0-9a-f]+):\s+(.+)")
 # Loops end in a conditional branch; blocks moved out of the way come back by others.
@@ -22,11 +22,9 @@ BRANCH = re.compile(r"(?:b\.\w+|cbn?z|tbn?z|j(?!mp)\w+)\s+(?:.*,\s*)?([0-9a-f]+)
 @cache
 def functions(toolchain, folder: str) -> dict[str, list[tuple[int, str]]]:
     """Address and text of each instruction, by the function's name."""
-    toolchain.require()
     found = {}
-    for source in sources():
+    for source, path in kernels(toolchain).items():
         if CSRC / folder in source.parents:
-            path = compile_object(toolchain, source)
             command = [toolchain.objdump, "-dC", "--no-show-raw-insn", path]
             listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             for name, code in re.findall(r"^[0-9a-f]+ <(.+)>:\n((?:.+\n)*)", listing, re.MULTILINE):

@@ -1,29 +1,28 @@
 """Compiles csrc, but for what needs torch or Python, and the driver here, by any compiler.
 
-Objects lie in build/native, named by a hash of all that they are made of, and are made once.
+This processor's kernels are the objects of the package: what its build left is not compiled again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from iirsnn.ops.build import CXX_FLAGS
+from iirsnn.ops import build as package
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "native"
-FOREIGN = re.compile(r"#include <(torch|ATen|c10|pybind11|Python)\b")
+PACKAGE = ROOT / "build" / f"objects-{sys.implementation.cache_tag}" / "kernels"  # as in setup.py
 
 
 @dataclass(frozen=True)
@@ -62,63 +61,34 @@ ARM = Toolchain(
 )
 
 
-def includes(path: Path, seen: set[Path] | None = None) -> set[Path]:
-    """The file and all files of this project that it includes."""
-    seen = set() if seen is None else seen
-    if path not in seen:
-        seen.add(path)
-        for name in re.findall(r'#include "(.+?)"', path.read_text()):
-            found = [folder / name for folder in (path.parent, CSRC) if (folder / name).is_file()]
-            includes(found[0], seen)
-    return seen
-
-
-def sources() -> list[Path]:
-    """The driver's, and those of csrc that need neither torch nor Python; the largest first."""
-    kernels = [
-        path
-        for path in CSRC.rglob("*.cpp")
-        if not any(FOREIGN.search(file.read_text()) for file in includes(path))
-    ]
-    return sorted(
-        [*kernels, *HERE.glob("*.cpp")], key=lambda path: (-path.stat().st_size, path.name)
-    )
+def compile_all(sources: list[Path], folder: Path, command: list[str]) -> dict[Path, Path]:
+    """The object of each source; no compiler may warn."""
+    objects = package.compile_objects(sources, folder, command)
+    for path in objects.values():
+        said = path.with_suffix(".log").read_text()
+        assert "warning:" not in said, said
+    return objects
 
 
 @cache
-def version(compiler: str) -> str:
-    command = [compiler, "--version"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def compile_object(toolchain: Toolchain, source: Path) -> Path:
-    """The object of one source, by the package's own flags."""
-    flags = ["-std=c++17", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-    flags += ["-Wno-missing-field-initializers", "-Wno-psabi", *CXX_FLAGS]
-    content = b"".join(path.read_bytes() for path in sorted(includes(source)))
-    content += f"{flags} {version(toolchain.compiler)}".encode()
-    target = BUILD / f"{source.stem}-{hashlib.sha256(content).hexdigest()[:16]}.o"
-    if not target.is_file():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(f".{os.getpid()}.part.o")
-        cached = [shutil.which("ccache")] if shutil.which("ccache") else []
-        command = [*cached, toolchain.compiler, *flags, "-I", CSRC, "-c", source, "-o", part]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert "warning:" not in done.stderr, done.stderr
-        os.replace(part, target)
-    return target
+def kernels(toolchain: Toolchain) -> dict[Path, Path]:
+    """The objects of csrc by their sources."""
+    toolchain.require()
+    if toolchain == HOST:
+        return compile_all(package.kernel_sources(), PACKAGE, package.kernel_command())
+    command = [toolchain.compiler, *package.kernel_flags("avx512")]
+    return compile_all(package.kernel_sources(), BUILD, command)
 
 
 def build(toolchain: Toolchain) -> Path:
-    """The driver; about two minutes of compiling for each instruction set, the first time."""
-    toolchain.require()
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda source: compile_object(toolchain, source), sources()))
-    names = " ".join(path.name for path in objects)
-    target = BUILD / f"driver-{hashlib.sha256(names.encode()).hexdigest()[:16]}"
+    """The driver, linked with the kernels."""
+    parts = [*kernels(toolchain).values()]
+    command = [toolchain.compiler, *package.kernel_flags("avx512")]
+    parts += compile_all(sorted(HERE.glob("*.cpp")), BUILD, command).values()
+    content = "".join(f"{path} {path.stat().st_mtime_ns}" for path in parts)
+    target = BUILD / f"driver-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
     if not target.is_file():
         part = target.with_suffix(f".{os.getpid()}.part")
-        subprocess.run([toolchain.compiler, *objects, *toolchain.link, "-o", part], check=True)
+        subprocess.run([toolchain.compiler, *parts, *toolchain.link, "-o", part], check=True)
         os.replace(part, target)
     return target

@@ -126,7 +126,10 @@ def test_the_architecture_list_is_respected(monkeypatch):
 def test_a_cpu_build_has_no_cuda_in_it():
     recipe = build.recipe("0")
     names = {Path(source).name for source in recipe["sources"]}
-    assert {"lif_cpu.cpp", "lif_torch.cpp", "module.cpp"} <= names
+    assert names == {"module.cpp", "torch_ops.cpp"}
+    kernels = {path.name for path in build.kernel_sources()}
+    assert {"lif_cpu.cpp", "capability.cpp", "engine.cpp"} <= kernels
+    assert not kernels & {*names, "lif_torch.cpp", "spike_torch.cpp"}
     assert not any(name.endswith(".cu") for name in names)
     assert not any("CUDA" in flag for flag in recipe["cxx"])
 
@@ -154,8 +157,10 @@ def not_compiled(monkeypatch, tmp_path):
 
 @pytest.fixture
 def compiler(monkeypatch):
-    """Stands for torch's: the calls to it; what it makes is an empty file."""
+    """Stands for ours and for torch's, which is called so; what it makes is an empty file."""
     calls = []
+    kernel = Path("kernel.o")
+    monkeypatch.setattr(build, "compile_objects", lambda *_: {Path("a.cpp"): kernel})
 
     def load(**how):
         calls.append(how)
@@ -176,6 +181,7 @@ def test_compiling_at_first_use_takes_the_same_recipe(not_compiled, compiler, tm
     recipe = build.recipe("0")
     assert compiler[0]["sources"] == recipe["sources"]
     assert compiler[0]["extra_cflags"] == recipe["cxx"]
+    assert compiler[0]["extra_ldflags"] == ["kernel.o"]
     assert not compiler[0]["with_cuda"]
     lock, made = sorted(kept(tmp_path), key=lambda path: path.suffix)
     assert (lock.name, made.name) == ("lock", "iirsnn_C.so")
@@ -289,6 +295,7 @@ def test_first_use_that_fails_to_compile_gives_the_reason(not_compiled, monkeypa
     def load(**how):
         raise RuntimeError("Error building extension\nlong log")
 
+    monkeypatch.setattr(build, "compile_objects", lambda *_: {})
     monkeypatch.setattr(cpp_extension, "load", load)
     assert build.load().endswith("compiling it now failed: Error building extension")
     assert [path.name for path in kept(tmp_path)] == ["lock"]

@@ -51,10 +51,8 @@ IIRSNN_INLINE void store_sums(const Row& b, int i, const V* sums) {
 }
 template <typename V, typename P>
 IIRSNN_INLINE void add_part(V& sum, int part, const P& value) {
-  IIRSNN_REGISTERS
-  for (int k = 0; k < P::kRegisters; ++k) {
-    sum.r[part * P::kRegisters + k] = sum.r[part * P::kRegisters + k] + value.r[k];
-  }
+  constexpr int kRegisters = P::kRegisters;
+  IIRSNN_EACH_REGISTER(kRegisters, sum.r[part * kRegisters + k] = sum.r[part * kRegisters + k] + value.r[k])
 }
 
 // f(j, part, sums) for each part of a piece's vectors, from neuron j on; ahead(i) before each vector. kSums are summed,
@@ -67,8 +65,13 @@ IIRSNN_INLINE void for_each_part(const Row& b, int begin, int end, Ahead ahead, 
   for (int i = begin; i < end; i += V::kSize) {
     ahead(i);
     if constexpr (kSeveral) load_sums<kCount>(b, i, sums);
-    IIRSNN_REGISTERS
-    for (int part = 0; part < Part::kCount; ++part) f(i + part * Part::P::kSize, part, sums);
+    if constexpr (Part::kUnrolled) {
+      IIRSNN_REGISTERS
+      for (int part = 0; part < Part::kCount; ++part) f(i + part * Part::P::kSize, part, sums);
+    } else {
+      IIRSNN_ROLLED
+      for (int part = 0; part < Part::kCount; ++part) f(i + part * Part::P::kSize, part, sums);
+    }
     if constexpr (kSeveral) store_sums<kCount>(b, i, sums);
   }
   if constexpr (!kSeveral) store_sums<kCount>(b, begin, sums);

@@ -2,7 +2,7 @@
 // of the loops.
 #include "lif/cpu/rows.h"
 
-#if defined(__x86_64__) && !defined(IIRSNN_PORTABLE_ONLY)
+#if defined(IIRSNN_AVX2)
 #include <immintrin.h>
 #endif
 
@@ -25,7 +25,7 @@ struct StoreRow {
   }
 };
 
-#if defined(__x86_64__) && !defined(IIRSNN_PORTABLE_ONLY)
+#if defined(IIRSNN_AVX2)
 IIRSNN_AVX2 void load_f16c(const Half* from, float* to, int n) {
   int i = 0;
   for (; i + 8 <= n; i += 8) {
@@ -46,13 +46,13 @@ IIRSNN_AVX2 void store_f16c(const float* from, Half* to, int n) {
 }  // namespace
 
 void copy_row(const Half* from, float* to, int n) {
-#if defined(__x86_64__) && !defined(IIRSNN_PORTABLE_ONLY)
+#if defined(IIRSNN_AVX2)
   if (capability() >= kAvx2) return load_f16c(from, to, n);
 #endif
   run<LoadRow>(from, to, n);
 }
 void copy_row(const float* from, Half* to, int n) {
-#if defined(__x86_64__) && !defined(IIRSNN_PORTABLE_ONLY)
+#if defined(IIRSNN_AVX2)
   if (capability() >= kAvx2) return store_f16c(from, to, n);
 #endif
   run<StoreRow>(from, to, n);

@@ -13,6 +13,8 @@ struct Parts {
   using V = Lanes<acc_t, kBytes>;
   using P = Lanes<acc_t, kBytes, sizeof(scalar_t) == 2 ? 2 * kBytes : kBytes>;
   static constexpr int kCount = V::kRegisters / P::kRegisters;
+  // Whether all parts of a vector of sums have registers; else one part is compiled, not eight.
+  static constexpr bool kUnrolled = kRegisterCount<kBytes> * kBytes > 2 * kVectorBytes;
   // What goes through all timesteps in registers: a vector, or as much of it as four of them hold.
   using Held = Lanes<acc_t, kBytes, std::min(4 * kBytes, kVectorBytes)>;
 };
