@@ -177,9 +177,7 @@ def highest_capability(whole: bool) -> str:
 
 def kernel_flags(highest: str) -> list[str]:
     """How a kernel is compiled, up to a capability."""
-    limit = {"portable": ["-DIIRSNN_PORTABLE_ONLY"], "avx2": ["-DIIRSNN_NO_AVX512"]}.get(
-        highest, []
-    )
+    limits = {"portable": ["-DIIRSNN_PORTABLE_ONLY"], "avx2": ["-DIIRSNN_NO_AVX512"]}
     flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wno-psabi", *_WARNINGS]
     return [*CXX_FLAGS, *flags, *limits.get(highest, []), f'-DIIRSNN_VERSION="{_version()}"']
 

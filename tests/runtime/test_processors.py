@@ -11,7 +11,7 @@ from PIL import Image
 from iirsnn import runtime
 from iirsnn.ops import build
 from tests.event.networks import levels
-from tests.native.toolchain import ARM, HOST, compile_object
+from tests.native.toolchain import ARM, HOST, kernels
 from tests.runtime.test_network import CLASSES, NETWORKS, saved
 
 HERE = Path(__file__).resolve().parent
@@ -24,10 +24,11 @@ def program(toolchain, compiler, source, folder):
     toolchain.require()
     c = folder / f"{source.stem}.o"
     subprocess.run([compiler, *FLAGS, "-c", source, "-o", c], check=True)
-    objects = [compile_object(toolchain, path) for path in build.engine_sources()]
-    made = folder / source.stem
-    subprocess.run([toolchain.compiler, c, *objects, *toolchain.link, "-o", made], check=True)
-    return made
+    made = kernels(toolchain)
+    objects = [made[source] for source in build.engine_sources()]
+    linked = folder / source.stem
+    subprocess.run([toolchain.compiler, c, *objects, *toolchain.link, "-o", linked], check=True)
+    return linked
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,6 @@ def runtimes(net, x):
     return b"".join(parts)
 
 
-@pytest.mark.slow  # compiles the engine once more
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_by_c_alone(tmp_path, host, name, precision):
