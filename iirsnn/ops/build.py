@@ -130,6 +130,8 @@ _CAPABILITIES = {
     "avx2": {"__AVX2__", "__F16C__", "__BMI__"},
 }
 
+_LIMITS = {"portable": ["-DIIRSNN_PORTABLE_ONLY"], "avx2": ["-DIIRSNN_NO_AVX512"], "avx512": []}
+
 
 def kernel_sources() -> list[Path]:
     """The sources that need neither torch nor Python, those that take longest first."""
@@ -171,9 +173,8 @@ def highest_capability(whole: bool) -> str:
 
 def kernel_flags(highest: str) -> list[str]:
     """How a kernel is compiled, up to a capability."""
-    limit = {"portable": ["-DIIRSNN_PORTABLE_ONLY"], "avx2": ["-DIIRSNN_NO_AVX512"]}.get(highest, [])
     flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wno-psabi", *_WARNINGS]
-    return [*CXX_FLAGS, *flags, *limit, f'-DIIRSNN_VERSION="{_version()}"']
+    return [*CXX_FLAGS, *flags, *_LIMITS[highest], f'-DIIRSNN_VERSION="{_version()}"']
 
 
 def kernel_command(whole: bool = False) -> list[str]:

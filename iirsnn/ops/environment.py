@@ -40,7 +40,8 @@ def env_report() -> str:
     if module is not None:
         info = module.build_info()
         rows["compiled with"] = f"{info['compiler']} {info['flags'].replace(',', ' ')}"
-        rows["cpu capability"] = f"{info['cpu_capability']} (compiled up to {info['compiled_capability']})"
+        highest = info["compiled_capability"]
+        rows["cpu capability"] = f"{info['cpu_capability']} (compiled up to {highest})"
         rows["cuda archs"] = info["cuda_archs"] or "none"
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
