@@ -244,7 +244,9 @@ def _version() -> str:
     project = source_dir().parent / "pyproject.toml"
     if not project.is_file():
         return importlib.metadata.version("iirsnn")
-    return re.findall(r'^version = "(.*)"', project.read_text(encoding="utf-8"), re.MULTILINE)[0]
+    text = project.read_text(encoding="utf-8")
+    found: list[str] = re.findall(r'^version = "(.*)"', text, re.MULTILINE)
+    return found[0]
 
 
 # ---- At first use ----
