@@ -10,7 +10,7 @@ namespace iirsnn {
 constexpr int kVectorBytes = 128;
 
 // A statement for each register k, a constant, of up to 8: without a loop compilers see numbers and not memory from the
-// start, which takes them a third of the time.
+// start: bfloat16 in backward, two registers a part, compiles in a third of the time.
 #define IIRSNN_AT_REGISTER(index, count, ...) \
   if constexpr (index < count) {              \
     constexpr int k = index;                  \
