@@ -15,7 +15,8 @@
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors pass between inlined functions only
 #endif
 
-// For loops over registers: unrolled early, so that an array of many registers stays in registers. IIRSNN_ROLLED: never.
+// For loops over registers: unrolled early, so that an array of many registers stays in registers; and for
+// those that must not be unrolled.
 #if defined(__clang__)
 #define IIRSNN_REGISTERS _Pragma("unroll")
 #define IIRSNN_ROLLED _Pragma("nounroll")

@@ -130,6 +130,8 @@ _CAPABILITIES = {
     "avx2": {"__AVX2__", "__F16C__", "__BMI__"},
 }
 
+_LIMITS = {"portable": ["-DIIRSNN_PORTABLE_ONLY"], "avx2": ["-DIIRSNN_NO_AVX512"], "avx512": []}
+
 
 def kernel_sources() -> list[Path]:
     """The sources that need neither torch nor Python, those that take longest first."""
@@ -177,9 +179,14 @@ def highest_capability(whole: bool) -> str:
 
 def kernel_flags(highest: str) -> list[str]:
     """How a kernel is compiled, up to a capability."""
+<<<<<<< HEAD
     limits = {"portable": ["-DIIRSNN_PORTABLE_ONLY"], "avx2": ["-DIIRSNN_NO_AVX512"]}
     flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wno-psabi", *_WARNINGS]
     return [*CXX_FLAGS, *flags, *limits.get(highest, []), f'-DIIRSNN_VERSION="{_version()}"']
+=======
+    flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wno-psabi", *_WARNINGS]
+    return [*CXX_FLAGS, *flags, *_LIMITS[highest], f'-DIIRSNN_VERSION="{_version()}"']
+>>>>>>> compile
 
 
 def kernel_command(whole: bool = False) -> list[str]:
@@ -249,7 +256,9 @@ def _version() -> str:
     project = source_dir().parent / "pyproject.toml"
     if not project.is_file():
         return importlib.metadata.version("iirsnn")
-    return re.findall(r'^version = "(.*)"', project.read_text(encoding="utf-8"), re.MULTILINE)[0]
+    text = project.read_text(encoding="utf-8")
+    found: list[str] = re.findall(r'^version = "(.*)"', text, re.MULTILINE)
+    return found[0]
 
 
 # ---- At first use ----

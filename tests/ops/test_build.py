@@ -34,7 +34,8 @@ def test_build_info_tells_the_build():
     assert info["flags"].split(",") == build.CXX_FLAGS
     assert "-ffp-contract=off" in info["flags"]
     assert "fast-math" not in info["flags"]
-    assert info["cpu_capability"] in ("portable", "avx2", "avx512")
+    levels = ("portable", "avx2", "avx512")
+    assert levels.index(info["cpu_capability"]) <= levels.index(info["compiled_capability"])
     assert bool(info["cuda_archs"]) == info["cuda"]
 
 
@@ -71,6 +72,43 @@ def test_the_instruction_set_can_be_chosen_from_outside(name):
 def test_an_unknown_instruction_set_is_refused():
     with pytest.raises(ValueError, match=r"cpu capability: expected .* got 'mmx'"):
         importlib.import_module("iirsnn._C").set_cpu_capability("mmx")
+
+
+def test_what_stays_on_this_machine_is_compiled_for_it_and_what_may_leave_it_for_all(monkeypatch):
+    monkeypatch.delenv("IIRSNN_CAPABILITIES", raising=False)
+    macros = ["__x86_64__", "__AVX2__", "__F16C__", "__BMI__"]
+    monkeypatch.setattr(
+        build.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=" ".join(macros))
+    )
+    assert build.highest_capability(whole=False) == "avx2"
+    assert build.highest_capability(whole=True) == "avx512"
+    macros.remove("__F16C__")
+    assert build.highest_capability(whole=False) == "portable"
+    monkeypatch.setenv("IIRSNN_CAPABILITIES", "all")
+    assert build.highest_capability(whole=False) == "avx512"
+    monkeypatch.setenv("IIRSNN_CAPABILITIES", "avx2")
+    with pytest.raises(RuntimeError, match="IIRSNN_CAPABILITIES: expected native or all, got 'av"):
+        build.highest_capability(whole=False)
+
+
+def test_only_what_changed_is_compiled_again(tmp_path):
+    source, header = tmp_path / "one.cpp", tmp_path / "one.h"
+    source.write_text('#include "one.h"\nint one = ONE;\n')
+    header.write_text("#define ONE 1\n")
+
+    def made():
+        (path,) = build.compile_objects([source], tmp_path / "made", ["c++"]).values()
+        return path.stat().st_mtime_ns
+
+    first = made()
+    assert made() == first
+    later = first / 1e9 + 5
+    os.utime(header, (later, later))
+    assert made() != first
+    header.write_text("#error no\n")
+    os.utime(header, (later + 5, later + 5))
+    with pytest.raises(subprocess.CalledProcessError):
+        made()
 
 
 def test_cuda_is_decided_by_toolkit_and_torch(monkeypatch):
