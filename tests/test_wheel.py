@@ -128,7 +128,7 @@ def test_the_sdist_holds_every_source(packages):
 
 
 def test_an_installed_sdist_runs(packages, tmp_path):
-    """Pure Python first, as where there is no compiler; then the engine and the extension."""
+    """Pure Python first, as where there is no compiler; then with the library and the extension."""
     python = installed(packages[0], tmp_path / "venv")
     code = f"BACKENDS, CSRC = ['reference'], {sources()}\n{RUN}"
     said = check(python, code, tmp_path)

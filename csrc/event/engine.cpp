@@ -378,7 +378,12 @@ void Engine::finish() {
   const auto weights = std::make_shared<Memory>(size);
   for (Step& step : network_->steps) {
     for (Connection& c : step.connections) {
-      std::memcpy(weights->data() + c.start, c.weights->data(), c.bytes);
+      constexpr int64_t kPart = 4 << 20;  // so that no layer is in memory twice
+      for (int64_t at = 0; at < c.bytes; at += kPart) {
+        const int64_t size = std::min(kPart, c.bytes - at);
+        std::memcpy(weights->data() + c.start + at, c.weights->data() + at, size);
+        c.weights->forget(at, size);
+      }
       c.weights = weights;
     }
   }

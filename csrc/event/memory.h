@@ -58,6 +58,13 @@ class Memory {
     std::free(data_);
   }
 
+  // Gives `bytes` back to the system where it can, from a multiple of a huge page on: they are zeros again.
+  void forget(int64_t from, int64_t bytes) {
+#if defined(__linux__)
+    if (map_) madvise(data_ + from, bytes, MADV_DONTNEED);
+#endif
+  }
+
   char* data() const { return data_; }
   int64_t size() const { return bytes_; }
 
