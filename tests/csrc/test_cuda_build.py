@@ -1,4 +1,4 @@
-"""The machine code of lif_cuda.cu: wide accesses, and nothing spilled. Needs nvcc, not a GPU.
+"""The machine code of csrc/lif/cuda: wide accesses, and nothing spilled. Needs nvcc, not a GPU.
 
 IIRSNN_TEST_EVERY_KERNEL=1 looks at all kernels on all architectures, which takes minutes. Without
 it: the kernels of T = 1 and, in packets with the soft reset, those of any T and, on sm_90, of T = 5
@@ -12,6 +12,7 @@ import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -24,7 +25,7 @@ RESETS = "soft", "hard", "none", "soft_delayed"
 
 @dataclass
 class Kernel:
-    """name: lif_cuda.cu's, without _kernel. packet: neurons a thread moves at once, 1 or 16 bytes.
+    """name: without _kernel. packet: neurons a thread moves at once, 1 or 16 bytes.
 
     timesteps: 0 for any, or when the kernel has none. usage: what ptxas -v says. code: SASS.
     """
@@ -66,12 +67,16 @@ def wanted(kernel: Kernel, arch: int) -> bool:
 
 def inspect(arch: int, folder) -> list[Kernel]:
     """Compile for one architecture from the PTX for it, sm_120 from that for sm_100."""
-    compute = min(arch, 100)
     unrolled = 8 if EVERY or arch == 90 else 0
-    head, entries = split(compile_kernels(compute, unrolled)[0].read_text())
+    files, _ = compile_kernels(min(arch, 100), unrolled)
+    return [kernel for file in files for kernel in inspect_file(arch, file, folder)]
+
+
+def inspect_file(arch: int, file: Path, folder) -> list[Kernel]:
+    head, entries = split(file.read_text())
     kernels = {name: Kernel.of(name) for name in entries}
     kernels = {name: kernel for name, kernel in kernels.items() if wanted(kernel, arch)}
-    source, binary = folder / f"{arch}.ptx", folder / f"{arch}.cubin"
+    source, binary = folder / f"{file.stem}-{arch}.ptx", folder / f"{file.stem}-{arch}.cubin"
     source.write_text(head + "".join(entries[name] for name in kernels))
     command = [toolkit() / "bin" / "ptxas", f"-arch=sm_{arch}", "-v", source, "-o", binary]
     told = subprocess.run(command, check=True, capture_output=True, text=True).stderr

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -25,3 +26,18 @@ def ptxrun_module(name: str):
 @pytest.fixture(scope="session")
 def cudarun():
     return ptxrun_module("cudarun")
+
+
+# The largest T with kernels of its own: all of them for sm_90, T = 1 and any for the others.
+UNROLLED = {90: 8, 80: 0, 100: 0}
+
+
+@pytest.fixture(scope="session")
+def all_launchers():
+    """The launchers of csrc/lif/cuda for each architecture of UNROLLED."""
+    from tests.ptx.cuda_launchers import Launchers, build
+
+    rt = ptxrun_module("ptxcudart")
+    with ThreadPoolExecutor(2) as pool:
+        built = pool.map(lambda arch: build(arch, UNROLLED[arch], rt.library_dir()), UNROLLED)
+        return {arch: Launchers(rt, library) for arch, library in zip(UNROLLED, built, strict=True)}

@@ -1,4 +1,4 @@
-"""lif_cuda.cu on the CPU: its own launchers, their launches executed from PTX and counted."""
+"""csrc/lif/cuda on the CPU: its own launchers, their launches executed from PTX and counted."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-// The launchers of lif_cuda.cu for ctypes: what they throw comes back as text, null is success.
+// The launchers of csrc/lif/cuda for ctypes: what they throw comes back as text, null is success.
 #include <exception>
 #include <string>
 
+#include "lif/cuda/bn_lif_cuda.h"
 #include "lif/cuda/lif_cuda.h"
 
 namespace {
@@ -34,6 +35,28 @@ const char* backward(const iirsnn::LifBackward* args) {
 
 const char* unpack(const uint8_t* bits, void* s, int dtype, int64_t timesteps, int64_t neurons) {
   return caught([&] { iirsnn::unpack_spikes_cuda(bits, s, iirsnn::DType(dtype), timesteps, neurons, nullptr); });
+}
+
+int64_t bn_counters(const iirsnn::LifShape* shape) { return iirsnn::bn_lif_counters_cuda(*shape); }
+
+int64_t bn_moments_workspace(const iirsnn::LifShape* shape) { return iirsnn::bn_lif_moments_workspace_cuda(*shape); }
+
+int64_t bn_workspace(const iirsnn::LifShape* shape) { return iirsnn::bn_lif_workspace_cuda(*shape); }
+
+const char* bn_moments(const iirsnn::BnLifMoments* args) {
+  return caught([&] { iirsnn::bn_lif_moments_cuda(*args, nullptr); });
+}
+
+const char* bn_fire(const iirsnn::BnLifCuda* args) {
+  return caught([&] { iirsnn::bn_lif_fire_cuda(*args, nullptr); });
+}
+
+const char* bn_sums(const iirsnn::BnLifCuda* args) {
+  return caught([&] { iirsnn::bn_lif_sums_cuda(*args, nullptr); });
+}
+
+const char* bn_grad_x(const iirsnn::BnLifCuda* args) {
+  return caught([&] { iirsnn::bn_lif_grad_x_cuda(*args, nullptr); });
 }
 
 }  // extern "C"

@@ -5,7 +5,6 @@ The emulator checks every access against the bounds and alignment of its array, 
 
 import math
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,11 +14,7 @@ from iirsnn.ops.reference import RESETS, lif_forward
 from iirsnn.ops.surrogates import SURROGATES
 from tests import lif_cases
 from tests.lif_cases import CASES, FEW, Case, inputs, options
-from tests.ptx.conftest import ptxrun_module
-from tests.ptx.cuda_launchers import Launchers, build
 
-# The largest T with kernels of its own: all of them for sm_90, T = 1 and any for the others.
-UNROLLED = {90: 8, 80: 0, 100: 0}
 ARCHITECTURES = [(90, case) for case in CASES] + [(a, case) for a in (80, 100) for case in FEW]
 EVERY = os.environ.get("IIRSNN_TEST_EVERY_KERNEL") == "1"  # every reset at every T: minutes
 HALVES = (torch.float16, torch.bfloat16)
@@ -31,14 +26,6 @@ EVERY_T = [
     if EVERY or i == 0 or k % 2 == i - 1
     for reset in (RESETS if EVERY else (RESETS[(i + k) % 4],))
 ]
-
-
-@pytest.fixture(scope="session")
-def all_launchers():
-    rt = ptxrun_module("ptxcudart")
-    with ThreadPoolExecutor(2) as pool:
-        built = pool.map(lambda arch: build(arch, UNROLLED[arch], rt.library_dir()), UNROLLED)
-        return {arch: Launchers(rt, library) for arch, library in zip(UNROLLED, built, strict=True)}
 
 
 @pytest.fixture

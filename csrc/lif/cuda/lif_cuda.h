@@ -1,5 +1,20 @@
-// Launchers in lif_cuda.cu. They launch on the current device and `stream` (a cudaStream_t), allocate nothing, never
-// synchronise, and throw std::runtime_error when a launch fails. dtype: all of DType.
+// LIF forward and backward on CUDA: one launch over all timesteps.
+//
+// Moved per neuron, in elements of x (v0, v and their gradients only when given or asked for, one acc each):
+//   forward   T = 1: 1 read, 1 written     T: T read, T written       packed: T / 8 bytes written instead
+//   backward  T = 1: 2 read, 1 written     T <= 8: 2T read, T written
+//             T > 8: the T - 8 or more timesteps before the last segment are read once more, and each segment but the
+//             first and the last leaves one membrane (acc) in the workspace. Storing them all in forward would cost
+//             every forward, also those without a backward; recomputing from t = 0 would read x T / 8 times.
+// A current or gradient that is the same at every timestep (stride 0) is read once.
+//
+// A thread owns the neurons of one 16-byte packet and keeps their membranes in registers; it asks for all packets of a
+// segment before it needs the first. What hides the latency of memory is bytes in flight, not threads: 32 KiB or more
+// on each multiprocessor, T (forward) or 2T (backward) packets a thread. 128 threads a block, because the largest
+// backward takes 217 registers a thread and small blocks waste the fewest of the 64 K. Not yet measured on a device.
+//
+// The launchers launch on the current device and `stream` (a cudaStream_t), allocate nothing, never synchronise, and
+// throw std::runtime_error when a launch fails. dtype: all of DType.
 #pragma once
 
 #include "lif/lif.h"
