@@ -163,14 +163,15 @@ def normalised(x: Tensor, mean: Tensor, rstd: Tensor, weight: Any, bias: Any) ->
 
 
 def check_bn_forward(case: BnCase, ops: BnImplementation) -> None:
-    """Statistics are float64's, rounded; spikes those of the reference on the current they give."""
+    """Statistics are near float64's; spikes those of the reference on the current they give."""
     a = bn_inputs(case)
     on = a.to(ops.device)
     s, mean, var, rstd = (
         t.cpu() for t in ops.forward(on.x, *on.parameters, EPS, *bn_options(case))
     )
     for got, wanted in zip((mean, var), statistics(a.x), strict=True):
-        torch.testing.assert_close(got.double(), wanted, rtol=2.0**-23, atol=2.0**-26)
+        # sums are float32 in a thread: what they lose is a share of the deviation, 2
+        torch.testing.assert_close(got.double(), wanted, rtol=2.0**-22, atol=2.0**-24)
     torch.testing.assert_close(rstd.double(), (var.double() + EPS).rsqrt(), rtol=2.0**-22, atol=0)
     sums, *again = (t.cpu() for t in ops.moments(on.x, EPS))
     assert all(torch.equal(p, q) for p, q in zip(again, (mean, var, rstd), strict=True))
@@ -275,7 +276,7 @@ def check_bn_far_mean(ops: BnImplementation) -> None:
     how = ("soft", 0.0, True, "triangle", 0.3)
     _, mean, var, _ = ops.forward(x.to(ops.device), None, None, one, one, EPS, *how)
     for got, wanted in zip((mean, var), statistics(x), strict=True):
-        torch.testing.assert_close(got.cpu().double(), wanted, rtol=2.0**-23, atol=0)
+        torch.testing.assert_close(got.cpu().double(), wanted, rtol=2.0**-22, atol=0)
 
 
 def check_bn_nan(ops: BnImplementation) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -34,10 +33,14 @@ UNROLLED = {90: 8, 80: 0, 100: 0}
 
 @pytest.fixture(scope="session")
 def all_launchers():
-    """The launchers of csrc/lif/cuda for each architecture of UNROLLED."""
+    """{architecture: the launchers of csrc/lif/cuda}, compiled where a test asks for them."""
     from tests.ptx.cuda_launchers import Launchers, build
 
     rt = ptxrun_module("ptxcudart")
-    with ThreadPoolExecutor(2) as pool:
-        built = pool.map(lambda arch: build(arch, UNROLLED[arch], rt.library_dir()), UNROLLED)
-        return {arch: Launchers(rt, library) for arch, library in zip(UNROLLED, built, strict=True)}
+
+    class Compiled(dict):
+        def __missing__(self, arch):
+            self[arch] = Launchers(rt, build(arch, UNROLLED[arch], rt.library_dir()))
+            return self[arch]
+
+    return Compiled()

@@ -29,6 +29,8 @@ const char* forward(const iirsnn::LifForward* args) {
 
 int64_t workspace(const iirsnn::LifBackward* args) { return iirsnn::lif_backward_workspace_cuda(*args); }
 
+int64_t counters(const iirsnn::LifBackward* args) { return iirsnn::lif_backward_counters_cuda(*args); }
+
 const char* backward(const iirsnn::LifBackward* args) {
   return caught([&] { iirsnn::lif_backward_cuda(*args, nullptr); });
 }

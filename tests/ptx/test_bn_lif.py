@@ -1,5 +1,7 @@
 """BatchNorm and LIF in one, in CUDA and in Triton, executed from PTX on the CPU; bytes counted."""
 
+import functools
+
 import iirsnn.kernels  # noqa: F401  (registers the ops)
 import pytest
 import torch
@@ -17,6 +19,7 @@ from tests.bn_lif_cases import (
     bn_options,
 )
 from tests.ptx.bn_launchers import BnLaunchers
+from tests.ptx.conftest import UNROLLED
 
 ARCHITECTURES = [(90, case) for case in BN_CASES] + [(a, c) for a in (80, 100) for c in BN_FEW]
 TRITON = BnImplementation.of("triton_")
@@ -24,12 +27,17 @@ TRITON = BnImplementation.of("triton_")
 
 @pytest.fixture(scope="session")
 def all_bn(all_launchers):
-    return {arch: BnLaunchers(launchers) for arch, launchers in all_launchers.items()}
+    """{architecture: a function that returns its BnLaunchers}"""
+
+    def of(arch):
+        return functools.cache(lambda: BnLaunchers(all_launchers[arch]))
+
+    return {arch: of(arch) for arch in UNROLLED}
 
 
 @pytest.fixture
 def bn(all_bn):
-    yield (sm_90 := all_bn[90])
+    yield (sm_90 := all_bn[90]())
     sm_90.launchers.take()
 
 
@@ -40,14 +48,14 @@ def named(architectures):
 
 @named(ARCHITECTURES)
 def test_forward(all_bn, arch, case):
-    bn_lif_cases.check_bn_forward(case, all_bn[arch].ops)
-    all_bn[arch].launchers.take()
+    bn_lif_cases.check_bn_forward(case, all_bn[arch]().ops)
+    all_bn[arch]().launchers.take()
 
 
 @named(ARCHITECTURES)
 def test_backward(all_bn, arch, case):
-    bn_lif_cases.check_bn_backward(case, all_bn[arch].ops)
-    all_bn[arch].launchers.take()
+    bn_lif_cases.check_bn_backward(case, all_bn[arch]().ops)
+    all_bn[arch]().launchers.take()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-// One timestep of a thread's neurons, backward.
+// What the backward kernels share.
 #pragma once
 
-#include "lif/cuda/sums.h"
+#include "lif/cuda/packets.h"
 
 namespace iirsnn::cuda {
 
@@ -11,6 +11,10 @@ struct BackwardOptions {
   Surrogate surrogate;
   bool detach_reset;
 };
+
+// Neurons that go through their timesteps together. A packet holds up to eight: their membranes of a whole segment
+// would take more registers than the packets themselves.
+constexpr int kPart = 2;
 
 // ds/dh of a thread's neurons. The branches are the same for every thread of the grid.
 template <int kSize, typename acc_t>
@@ -48,20 +52,15 @@ __device__ __forceinline__ void spike_slopes(acc_t (&slopes)[kSize], const acc_t
   for (int k = 0; k < kSize; ++k) slopes[k] = mul(slopes[k], neurons[k].inverse_threshold);
 }
 
-// One timestep of a thread's neurons: grad_s becomes grad_x.
-template <Reset kReset, typename scalar_t, int kSize, typename acc_t>
-__device__ __forceinline__ void backward_neurons(Packet<scalar_t, kSize>& grad, const acc_t (&h)[kSize],
-                                                 const acc_t (&v)[kSize], const Neuron<acc_t> (&neurons)[kSize],
-                                                 const BackwardOptions<acc_t>& options, Carry<acc_t> (&carry)[kSize],
-                                                 Partial<acc_t> (&sums)[kSize]) {
-  acc_t slopes[kSize];
-  spike_slopes(slopes, h, neurons, options.surrogate, options.scale);
+// Packets of up to kSegment timesteps, from t0 on. With a stride of 0 all are one.
+template <typename scalar_t, int kSize>
+__device__ __forceinline__ void load_segment(Packet<scalar_t, kSize> (&packets)[kSegment], const scalar_t* from,
+                                             int64_t stride_t, int64_t t0, int64_t timesteps) {
+  packets[0] = load<kSize>(from + t0 * stride_t);
 #pragma unroll
-  for (int k = 0; k < kSize; ++k) {
-    const StepGrad<acc_t> step = backward_step<kReset>(acc_t(widen(grad.get(k))), h[k], v[k], slopes[k], neurons[k],
-                                                       options.detach_reset, carry[k]);
-    sums[k] = sums[k] + Partial<acc_t>{step.threshold, step.leak};
-    grad.set(k, narrow<scalar_t>(step.x));
+  for (int j = 1; j < kSegment; ++j) {
+    packets[j] = packets[0];
+    if (stride_t != 0 && t0 + j < timesteps) packets[j] = load<kSize>(from + (t0 + j) * stride_t);
   }
 }
 

@@ -1,8 +1,5 @@
 // BatchNorm and LIF in one: spikes from the statistics, and the two passes backward. What they move stands in
 // bn_lif_cuda.h.
-//
-// A packet of 16-bit numbers goes through its recurrence two neurons at a time: so few membranes are held that 128
-// registers are enough for all packets of 8 timesteps.
 #include "lif/cuda/backward.h"
 #include "lif/cuda/bn_lif_cuda.h"
 #include "lif/cuda/walk.h"
@@ -11,7 +8,6 @@ namespace iirsnn::cuda {
 namespace {
 
 constexpr int kAtOnce = 4;  // packets at T = 1, backward half as many of x and of grad_s
-constexpr int kPart = 2;    // neurons that go through their timesteps together
 enum { kThresholdSum, kLeakSum, kGradSum, kDotSum, kSums };
 
 // What the kernels read of a channel. A pointer that is null gives what it would for a BatchNorm that is not affine.
@@ -48,25 +44,14 @@ __device__ __forceinline__ void load_channels(Channel (&channels)[Place<kSize, k
                                               const ChannelInputs& in, const Walk& walk,
                                               const Place<kSize, kColumns>& place) {
 #pragma unroll
-  for (int c = 0; c < place.kChannels; ++c) channels[c] = channel_of<kPass>(in, place.channel + c, walk.channels);
+  for (int c = 0; c < Place<kSize, kColumns>::kChannels; ++c)
+    channels[c] = channel_of<kPass>(in, place.channel + c, walk.channels);
 }
 
 // What a BatchNorm of the dtype of x would write.
 template <typename scalar_t>
 __device__ __forceinline__ float normalised(scalar_t x, const Channel& c) {
   return widen(narrow<scalar_t>(add(mul(widen(x), c.gain), c.shift)));
-}
-
-// Packets of up to kSegment timesteps, from t0 on. With a stride of 0 all are one.
-template <typename scalar_t, int kSize>
-__device__ __forceinline__ void load_segment(Packet<scalar_t, kSize> (&packets)[kSegment], const scalar_t* from,
-                                             int64_t stride_t, int64_t t0, int64_t timesteps) {
-  packets[0] = load<kSize>(from + t0 * stride_t);
-#pragma unroll
-  for (int j = 1; j < kSegment; ++j) {
-    packets[j] = packets[0];
-    if (stride_t != 0 && t0 + j < timesteps) packets[j] = load<kSize>(from + (t0 + j) * stride_t);
-  }
 }
 
 // ---- spikes
@@ -76,7 +61,7 @@ __global__ void __launch_bounds__(kWalkThreads)
     single_fire_kernel(const scalar_t* __restrict__ x, scalar_t* __restrict__ s,
                        const __grid_constant__ ChannelInputs inputs, const __grid_constant__ Walk walk) {
   const Place<kSize, kColumns> place(walk);
-  Channel channels[place.kChannels];
+  Channel channels[Place<kSize, kColumns>::kChannels];
   load_channels<Pass::fire>(channels, inputs, walk, place);
   for (int64_t first = place.first; first < place.end; first += kAtOnce * place.step) {
     Packet<scalar_t, kSize> packets[kAtOnce];
@@ -104,7 +89,7 @@ __global__ void __launch_bounds__(kWalkThreads)
     fire_kernel(const scalar_t* __restrict__ x, int64_t x_stride_t, scalar_t* __restrict__ s, int64_t timesteps,
                 int64_t neurons, const __grid_constant__ ChannelInputs inputs, const __grid_constant__ Walk walk) {
   const Place<kSize, kColumns> place(walk);
-  Channel channels[place.kChannels];
+  Channel channels[Place<kSize, kColumns>::kChannels];
   load_channels<Pass::fire>(channels, inputs, walk, place);
   for (int64_t i = place.first; i < place.end; i += place.step) {
     const int64_t n = place.at(walk, i);
@@ -155,8 +140,8 @@ template <int kSize, bool kColumns>
 __device__ __forceinline__ void finish_sums(const float (&sums)[kSums * Place<kSize, kColumns>::kChannels],
                                             const SumsOut& out, const ChannelInputs& inputs, const Walk& walk,
                                             const Place<kSize, kColumns>& place) {
-  constexpr int kChannels = place.kChannels, kCount = kSums * kChannels;
-  __shared__ double total[kGroupDoubles];
+  constexpr int kChannels = Place<kSize, kColumns>::kChannels, kCount = kSums * kChannels;
+  __shared__ double total[kGroupDoubles<kCount>];
   __shared__ bool last;
   double mine[kCount];
 #pragma unroll
@@ -214,9 +199,9 @@ __global__ void __launch_bounds__(kWalkThreads)
                            const __grid_constant__ Walk walk) {
   constexpr int kPackets = kAtOnce / 2;
   const Place<kSize, kColumns> place(walk);
-  Channel channels[place.kChannels];
+  Channel channels[Place<kSize, kColumns>::kChannels];
   load_channels<kPass>(channels, inputs, walk, place);
-  float sums[kSums * place.kChannels] = {};
+  float sums[kSums * Place<kSize, kColumns>::kChannels] = {};
   for (int64_t first = place.first; first < place.end; first += kPackets * place.step) {
     Packet<scalar_t, kSize> input[kPackets], grad[kPackets];
     int64_t at[kPackets];
@@ -254,7 +239,7 @@ __global__ void __launch_bounds__(kWalkThreads)
 
 // membranes: [segments - 1, N], those that each segment but the first starts from; the pass over the sums writes them.
 template <typename scalar_t, int kSize, bool kColumns, Reset kReset, Pass kPass>
-__global__ void __launch_bounds__(kWalkThreads, 2)
+__global__ void __launch_bounds__(kWalkThreads, kColumns ? 3 : 4)
     backward_kernel(const scalar_t* __restrict__ grad_s, int64_t grad_s_stride_t, const scalar_t* __restrict__ x,
                     int64_t x_stride_t, scalar_t* __restrict__ grad_x, float* membranes, int64_t timesteps,
                     int64_t neurons, const __grid_constant__ BackwardOptions<float> options,
@@ -262,10 +247,10 @@ __global__ void __launch_bounds__(kWalkThreads, 2)
                     const __grid_constant__ Walk walk) {
   constexpr int kTogether = kSize < kPart ? kSize : kPart;
   const Place<kSize, kColumns> place(walk);
-  Channel channels[place.kChannels];
+  Channel channels[Place<kSize, kColumns>::kChannels];
   load_channels<kPass>(channels, inputs, walk, place);
   const int64_t last = (timesteps - 1) / kSegment * kSegment;  // where the last segment starts
-  float sums[kSums * place.kChannels] = {};
+  float sums[kSums * Place<kSize, kColumns>::kChannels] = {};
   for (int64_t i = place.first; i < place.end; i += place.step) {
     const int64_t n = place.at(walk, i);
     Packet<scalar_t, kSize> input[kSegment], grad[kSegment];

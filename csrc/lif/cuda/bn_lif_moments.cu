@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kWalkThreads)
     moments_kernel(const scalar_t* __restrict__ x, int64_t timesteps, int64_t stride_t,
                    const __grid_constant__ MomentsOut out, const __grid_constant__ Walk walk) {
   const Place<kSize, kColumns> place(walk);
-  constexpr int kChannels = place.kChannels;
+  constexpr int kChannels = Place<kSize, kColumns>::kChannels;
   float centre[kChannels];
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) centre[c] = centre_of(x, walk, place.channel + c);
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kWalkThreads)
       }
     }
   }
-  __shared__ double total[kGroupDoubles];
+  __shared__ double total[kGroupDoubles<2 * kChannels>];
   if (!sum_group(total, sums, walk, place, out.partials, out.counters)) return;
   for (int i = threadIdx.x; i < walk.cols * kChannels; i += kWalkThreads) {
     const int64_t channel = int64_t(place.group) * walk.cols * kChannels + i;

@@ -10,8 +10,7 @@
 //
 // A thread owns the neurons of one 16-byte packet and keeps their membranes in registers; it asks for all packets of a
 // segment before it needs the first. What hides the latency of memory is bytes in flight, not threads: 32 KiB or more
-// on each multiprocessor, T (forward) or 2T (backward) packets a thread. 128 threads a block, because the largest
-// backward takes 217 registers a thread and small blocks waste the fewest of the 64 K. Not yet measured on a device.
+// on each multiprocessor, T (forward) or 2T (backward) packets a thread. Not yet measured on a device.
 //
 // The launchers launch on the current device and `stream` (a cudaStream_t), allocate nothing, never synchronise, and
 // throw std::runtime_error when a launch fails. dtype: all of DType.
@@ -26,6 +25,7 @@ void lif_backward_cuda(const LifBackward& args, void* stream);
 // Bytes: sums for parameter gradients, and one membrane per segment but the first and the last of T > 16. All pointers
 // of args but workspace must be set.
 int64_t lif_backward_workspace_cuda(const LifBackward& args);
+int64_t lif_backward_counters_cuda(const LifBackward& args);
 // bits [timesteps, packed_bytes(neurons)] -> s [timesteps, neurons] of dtype, 0 or 1
 void unpack_spikes_cuda(const uint8_t* bits, void* s, DType dtype, int64_t timesteps, int64_t neurons, void* stream);
 

@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kBlock, 1)
 bool from_rest(const LifForward& args) { return args.shape.timesteps == 1 && !args.v0 && !args.v; }
 
 int packet_of(const LifForward& args) {
-  return packet_of(args.shape, from_rest(args), 0, args.x, args.s, args.v0, args.v);
+  return cuda::packet_of(args.shape, from_rest(args), 0, args.x, args.s, args.v0, args.v);
 }
 
 }  // namespace

@@ -104,6 +104,9 @@ __device__ __forceinline__ Packet<value_t, kSize> load(const value_t* from) {
   Packet<value_t, kSize> packet;
   if constexpr (kSize == 1) {
     packet.set(0, *from);
+  } else if constexpr (sizeof(packet) == 8) {
+    const uint2 words = *reinterpret_cast<const uint2*>(from);
+    memcpy(&packet, &words, sizeof(packet));
   } else {
     uint4 words[sizeof(packet) / 16];
 #pragma unroll
@@ -119,11 +122,18 @@ __device__ __forceinline__ void store_words(uint4* to, uint4 words) {
                "r"(words.w)
                : "memory");
 }
+__device__ __forceinline__ void store_words(uint2* to, uint2 words) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(words.x), "r"(words.y) : "memory");
+}
 
 template <int kSize, typename value_t>
 __device__ __forceinline__ void store(value_t* to, const Packet<value_t, kSize>& packet) {
   if constexpr (kSize == 1) {
     *to = packet.get(0);
+  } else if constexpr (sizeof(packet) == 8) {
+    uint2 words;
+    memcpy(&words, &packet, sizeof(packet));
+    store_words(reinterpret_cast<uint2*>(to), words);
   } else {
     uint4 words[sizeof(packet) / 16];
     memcpy(words, &packet, sizeof(packet));

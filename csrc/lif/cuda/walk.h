@@ -7,8 +7,8 @@
 
 namespace iirsnn::cuda {
 
-constexpr int kWalkThreads = 256, kWalkWarps = kWalkThreads / 32;
-constexpr int64_t kWalkBlocks = 1024;  // enough for every device of today; a constant, so that sums have the same bits
+constexpr int kWalkThreads = 128, kWalkWarps = kWalkThreads / 32;
+constexpr int64_t kWalkBlocks = 2048;  // enough for every device of today; a constant, so that sums have the same bits
 constexpr int64_t kLine = 128;         // bytes that threads side by side should read
 
 // A thread takes packets of kSize neighbours: of one channel, or where channels are innermost (in columns) of kSize
@@ -36,13 +36,16 @@ inline Walk walk_of(const LifShape& shape, int size) {
   return {shape.channels, inner, packets, per_row, shape.channels * inner, groups, splits, Divider(per_row), cols};
 }
 
-// Neurons of a packet: 16 bytes where every row starts on them and holds whole packets, else 1.
+// Neurons of a packet: 16 bytes, in columns four neurons, so that not many parameters have to be held; 1 where rows are
+// no whole packets, or start off them.
 template <typename... pointers_t>
 int walk_packet(const LifShape& shape, int64_t stride, pointers_t... pointers) {
-  const int64_t size = 16 / size_of(shape.dtype);
+  const int64_t bytes = size_of(shape.dtype), whole = 16 / bytes;
+  const int64_t size = in_columns(shape) ? std::min<int64_t>(whole, 4) : whole;
   const int64_t run = in_columns(shape) ? shape.channels : shape.channels == 1 ? shape.neurons : shape.inner;
-  const int64_t strides = shape.timesteps == 1 ? 0 : (shape.x_stride_t | stride) * size_of(shape.dtype);
-  return run % size == 0 && (strides | (reinterpret_cast<intptr_t>(pointers) | ...)) % 16 == 0 ? int(size) : 1;
+  const int64_t strides = shape.timesteps == 1 ? 0 : (shape.x_stride_t | stride) * bytes;
+  const bool aligned = (strides | (reinterpret_cast<intptr_t>(pointers) | ...)) % (size * bytes) == 0;
+  return run % size == 0 && aligned ? int(size) : 1;
 }
 
 // Calls f(neurons of a packet, whether in columns).
@@ -51,7 +54,7 @@ void with_packet(const LifShape& shape, int size, const F& f) {
   if (size == 1)
     f(constant<1>{}, constant<false>{});
   else if (in_columns(shape))
-    f(constant<kPacket<scalar_t>>{}, constant<true>{});
+    f(constant<(kPacket<scalar_t> < 4 ? kPacket<scalar_t> : 4)>{}, constant<true>{});
   else
     f(constant<kPacket<scalar_t>>{}, constant<false>{});
 }
@@ -78,6 +81,10 @@ struct Place {
   }
 };
 
+// Doubles of shared memory that sum_group takes for kCount sums a thread.
+template <int kCount>
+constexpr int kGroupDoubles = kWalkWarps * 32 * kCount;
+
 // Sums of the threads that stand on the same channels, over all blocks of a group. partials: [groups, splits, values],
 // values = cols * kCount; counters: [groups], 0 before and after. In the last block to come here it returns true, and
 // `total` holds value i of column c at [c * kCount + i]. Always the same order of additions.
@@ -95,12 +102,16 @@ __device__ __forceinline__ bool sum_group(double* total, double (&mine)[kCount],
     for (int i = 0; i < kCount; ++i) total[thread / 32 * values + lane * kCount + i] = mine[i];
   }
   __syncthreads();
-  double sum = 0;
-  if (thread < values)
-    for (int warp = 0; warp < kWalkWarps; ++warp) sum += total[warp * values + thread];
+  double* const group = partials + int64_t(place.group) * walk.splits * values;
+  for (int value = thread; value < values; value += kWalkThreads) {
+    double sum = 0;
+    for (int warp = 0; warp < kWalkWarps; ++warp) sum += total[warp * values + value];
+    if (walk.splits == 1)
+      total[value] = sum;
+    else
+      group[int64_t(place.split) * values + value] = sum;
+  }
   if (walk.splits > 1) {
-    double* const group = partials + int64_t(place.group) * walk.splits * values;
-    if (thread < values) group[int64_t(place.split) * values + thread] = sum;
     __threadfence();
     __syncthreads();
     if (thread == 0) arrived = atomicAdd(counters + place.group, 1u);
@@ -108,34 +119,32 @@ __device__ __forceinline__ bool sum_group(double* total, double (&mine)[kCount],
     if (arrived + 1 != walk.splits) return false;
     if (thread == 0) counters[place.group] = 0;
     __threadfence();
-    const int ways = kWalkThreads / values;  // values is a power of two
-    sum = 0;
-    for (int64_t split = thread / values; split < walk.splits; split += ways)
-      sum += __ldcg(group + split * values + thread % values);
-    total[thread] = sum;
+    // several threads to a value where there are enough: values is a power of two
+    const int ways = max(kWalkThreads / values, 1), beside = kWalkThreads / ways;
+    for (int value = thread % beside; value < values; value += beside) {
+      double sum = 0;
+      for (int64_t split = thread / beside; split < walk.splits; split += ways)
+        sum += __ldcg(group + split * values + value);
+      total[thread / beside * values + value] = sum;
+    }
     __syncthreads();
-    sum = 0;
-    if (thread < values)
-      for (int way = 0; way < ways; ++way) sum += total[way * values + thread];
+    for (int value = thread; value < values; value += kWalkThreads)
+      for (int way = 1; way < ways; ++way) total[value] += total[way * values + value];
   }
-  __syncthreads();
-  if (thread < values) total[thread] = sum;
   __syncthreads();
   return true;
 }
 
-// Doubles of shared memory that sum_group takes: kWalkWarps * cols * kCount, or one a thread.
-constexpr int kGroupDoubles = kWalkWarps * kWalkThreads;
+// Bytes of the partial sums of `count` a column.
+inline int64_t partial_bytes(const Walk& walk, int64_t count) {
+  return walk.splits == 1 ? 0 : walk.groups * walk.splits * walk.cols * count * int64_t(sizeof(double));
+}
 
-// Bytes of the partial sums of `count` sums a channel, however x turns out to be aligned.
+// Those of `count` a channel, however x turns out to be aligned.
 inline int64_t walk_partial_bytes(const LifShape& shape, int64_t count) {
-  const auto bytes = [&](int size) {
-    const Walk walk = walk_of(shape, size);
-    const int64_t channels = in_columns(shape) ? size : 1;
-    return walk.splits == 1 ? 0 : walk.groups * walk.splits * walk.cols * channels * count * int64_t(sizeof(double));
-  };
   const int size = walk_packet(shape, 0, static_cast<const void*>(nullptr));
-  return std::max(bytes(1), size > 1 ? bytes(size) : 0);
+  return std::max(partial_bytes(walk_of(shape, 1), count),
+                  partial_bytes(walk_of(shape, size), count * (in_columns(shape) ? size : 1)));
 }
 
 }  // namespace iirsnn::cuda
