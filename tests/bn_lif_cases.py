@@ -272,9 +272,9 @@ def check_bn_same_bits(case: BnCase, ops: BnImplementation, other: BnImplementat
 def check_bn_far_mean(ops: BnImplementation) -> None:
     """A variance far below the mean is exact."""
     x = bn_inputs(BnCase("far", (3, 3, 6, 8, 8))).x + 3000
-    one = torch.ones(1, device=ops.device)
+    threshold, leak = (torch.ones(1, device=ops.device) for _ in range(2))
     how = ("soft", 0.0, True, "triangle", 0.3)
-    _, mean, var, _ = ops.forward(x.to(ops.device), None, None, one, one, EPS, *how)
+    _, mean, var, _ = ops.forward(x.to(ops.device), None, None, threshold, leak, EPS, *how)
     for got, wanted in zip((mean, var), statistics(x), strict=True):
         torch.testing.assert_close(got.cpu().double(), wanted, rtol=2.0**-22, atol=0)
 

@@ -48,8 +48,7 @@ def test_forward(all_launchers, arch, case):
 @named(ARCHITECTURES)
 def test_backward(all_launchers, arch, case):
     lif_cases.check_backward(case, all_launchers[arch].ops)
-    sums = 1 if case.need_parameter_grads else 0
-    assert len(all_launchers[arch].take()) == (1 + sums) * (0 not in case.shape)
+    assert len(all_launchers[arch].take()) == (0 not in case.shape)  # sums included
 
 
 @named(ARCHITECTURES)
@@ -62,7 +61,7 @@ def test_packed(all_launchers, arch, case):
 def test_every_t(launchers, case):
     lif_cases.check_forward(case, launchers.ops)
     lif_cases.check_backward(case, launchers.ops)
-    assert len({name for name, _ in launchers.take()}) == 3
+    assert len({name for name, _ in launchers.take()}) == 2
 
 
 @pytest.mark.parametrize("timesteps", [1, 3])
@@ -198,10 +197,10 @@ def test_same_current_and_gradient_are_read_once(launchers, timesteps):
     assert moved(launchers.take(), "ld") == {"x": 4 * neurons}
     grad_s = a.grad_s[:1].expand(a.x.shape)
     launchers.ops.backward(grad_s, None, a.x, a.threshold, a.leak, None, *options(case), False)
-    read = moved(launchers.take(), "ld")
+    read, segments = moved(launchers.take(), "ld"), -(-timesteps // 8)
     assert {name: read[name] for name in ("x", "grad_s")} == {
-        "x": 4 * neurons,
-        "grad_s": 4 * neurons,
+        "x": 4 * neurons * (2 * segments - 1),  # once a segment, on the way there and back
+        "grad_s": 4 * neurons * segments,
     }
 
 
@@ -219,24 +218,23 @@ def test_odd_rows_are_read_by_neighbours(launchers):
 # ---- sums over many blocks
 
 MANY_BLOCKS = [
-    Case("a pair a block", (2, 4, 5000)),
-    Case("rows within a tile", (1, 60, 3, 7, 7), threshold_channels=True, leak_channels=True),
-    Case("rows over tiles", (2, 3, 5, 30, 31), threshold_channels=True, leak_channels=True),
-    Case("strides", (2, 2400, 131), threshold_channels=True),
-    Case("strides, odd end", (1, 2401, 131), threshold_channels=True),
-    Case("strides over rows", (1, 18, 160, 20, 20), "unaligned", threshold_channels=True),
-    Case("strides, a pair a block", (1, 1100, 1000), "unaligned"),
+    Case("one parameter", (2, 4, 5000)),
+    Case("short rows", (1, 60, 3, 7, 7), threshold_channels=True, leak_channels=True),
+    Case("long rows", (2, 3, 5, 30, 31), threshold_channels=True, leak_channels=True),
+    Case("odd columns", (2, 2400, 131), threshold_channels=True),
+    Case("columns", (1, 2401, 132), threshold_channels=True),
+    Case("columns of 16 bits", (2, 2401, 132), dtype=torch.bfloat16, threshold_channels=True),
+    Case("unaligned", (1, 18, 160, 20, 20), "unaligned", threshold_channels=True),
+    Case("one parameter, unaligned", (1, 1100, 1000), "unaligned"),
 ]
 
 
 @pytest.mark.parametrize("case", MANY_BLOCKS, ids=lambda case: case.name)
 def test_many_blocks(launchers, case):
     lif_cases.check_backward(case, launchers.ops)
-    (_, backward), (name, sums) = launchers.take()
-    assert "sum_partials" in name
-    tiles = math.ceil(math.prod(case.shape[1:]) / (128 if case.layout == "unaligned" else 512))
-    assert (backward.blocks < tiles) == case.name.startswith("strides")
-    assert sums.by_array["workspace"]["ld_bytes"] <= 2**20
+    ((_, backward),) = launchers.take()
+    assert backward.blocks <= max(2048, case.shape[2])
+    assert backward.by_array.get("workspace", {"ld_bytes": 0})["ld_bytes"] <= 2**20
 
 
 # ---- ordering
