@@ -217,8 +217,13 @@ def lif_contenders(case: Case, x: Tensor, device: Device) -> tuple[dict[str, Any
     for name, make in (("spikingjelly", _spikingjelly), ("snntorch", _snntorch)):
         if importlib.util.find_spec(name) is None:
             missing[name] = "not installed"
-        else:
-            found |= {label: (lambda f=f: f(leaf), (leaf,)) for label, f in make(device).items()}
+            continue
+        try:
+            made = make(device)
+        except Exception as error:  # another library's: it costs its rows alone
+            missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            continue
+        found |= {label: (lambda f=f: f(leaf), (leaf,)) for label, f in made.items()}
     return found, missing
 
 
@@ -229,8 +234,9 @@ def _spikingjelly(device: Device) -> dict[str, Callable[[Tensor], Tensor]]:
     def of(backend: str) -> Callable[[Tensor], Tensor]:
         node = neuron.LIFNode(
             **{"tau": 2.0, "decay_input": False, "v_reset": None, "detach_reset": True},
-            **{"surrogate_function": surrogate.ATan(), "step_mode": "m", "backend": backend},
+            **{"surrogate_function": surrogate.ATan(), "step_mode": "m"},
         ).to(device.name)
+        node.backend = backend
 
         def run(x: Tensor) -> Tensor:
             functional.reset_net(node)
@@ -348,7 +354,10 @@ def run_limit(case: Case, device: Device) -> list[Row]:
 
 def run_network(case: Case, device: Device) -> list[Row]:
     """A training step (SGD) and inference: time, memory, launches."""
+    from networks import with_batch_norm_lif
+
     from iirsnn import convert
+    from iirsnn.conversion.ann_to_snn import NeuronConfig
     from iirsnn.models.resnet import PLANS, resnet
     from iirsnn.models.vgg import LAYERS, vgg
 
@@ -361,7 +370,11 @@ def run_network(case: Case, device: Device) -> list[Row]:
         ann: nn.Module = vgg(layers, 10, image, batch_norm=True)
     else:
         ann = resnet(PLANS["resnet18"], 10, image, batch_norm=True)
-    network = convert(ann, [images], timesteps=case.timesteps, keep_batch_norm=True).to(device.name)
+    neuron = NeuronConfig(keep_batch_norm=True)
+    network = convert(ann.eval(), images, timesteps=case.timesteps, neuron=neuron)
+    if case.what.startswith("vgg"):
+        network = with_batch_norm_lif(network)
+    network = network.to(device.name).train()
     memory = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
     network = network.to(memory_format=memory)
     images = images.to(device.name).to(memory_format=memory)

@@ -120,7 +120,7 @@ def large(name, stats):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("timesteps", [1, 5, 8, 18])
 def test_bytes(bn, timesteps, dtype, layout):
-    """3 elements forward, 5 backward, in two launches each; 16 bytes at a time, or four channels."""
+    """3 elements forward, 5 backward, two launches each; 16 bytes or four channels a time."""
     case = BnCase("bytes", (timesteps, 2, 32, 8, 8), layout, dtype)
     a = bn_inputs(case)
     whole, how = a.x.numel() * dtype.itemsize, bn_options(case)

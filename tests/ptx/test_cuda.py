@@ -3,7 +3,6 @@
 The emulator checks every access against the bounds and alignment of its array, and counts bytes.
 """
 
-import math
 import os
 
 import pytest

@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(kWalkThreads)
 
 // membranes: [segments - 1, N], those that each segment but the first starts from; the pass over the sums writes them.
 template <typename scalar_t, int kSize, bool kColumns, Reset kReset, Pass kPass>
-__global__ void __launch_bounds__(kWalkThreads, kColumns ? 3 : 4)
+__global__ void __launch_bounds__(kWalkThreads, kPass == Pass::sums ? 3 : 4)
     backward_kernel(const scalar_t* __restrict__ grad_s, int64_t grad_s_stride_t, const scalar_t* __restrict__ x,
                     int64_t x_stride_t, scalar_t* __restrict__ grad_x, float* membranes, int64_t timesteps,
                     int64_t neurons, const __grid_constant__ BackwardOptions<float> options,
@@ -280,6 +280,7 @@ __global__ void __launch_bounds__(kWalkThreads, kColumns ? 3 : 4)
       for (int part = 0; part < kSize; part += kTogether) {
         Neuron<float> neuron[kTogether];
         float h[kSegment][kTogether], v[kTogether];
+        float part_sums[kSums * kTogether] = {};  // short chains of additions
 #pragma unroll
         for (int k = 0; k < kTogether; ++k) {
           neuron[k] = channels[kColumns ? part + k : 0].neuron;
@@ -309,9 +310,16 @@ __global__ void __launch_bounds__(kWalkThreads, kColumns ? 3 : 4)
                                                     options.detach_reset, carry[part + k]);
             const float value = widen(input[j].get(part + k));
             if constexpr (kPass == Pass::sums)
-              add_sums(sums, c, step, value, channels[c]);
+              add_sums(part_sums, k, step, value, channels[c]);
             else
               grad[j].set(part + k, narrow<scalar_t>(through_statistics(step.x, value, channels[c])));
+          }
+        }
+        if constexpr (kPass == Pass::sums) {
+#pragma unroll
+          for (int i = 0; i < kSums * kTogether; ++i) {
+            const int c = kColumns ? part + i % kTogether : 0;
+            sums[i / kTogether * Place<kSize, kColumns>::kChannels + c] += part_sums[i];
           }
         }
       }

@@ -55,7 +55,7 @@ __device__ __forceinline__ void finish_sums(const acc_t (&sums)[kSums * Place<kS
 
 // T = 1 from rest, and nothing arrives at the membrane.
 template <typename scalar_t, int kSize, bool kColumns, bool kSummed>
-__global__ void __launch_bounds__(kWalkThreads, 8)
+__global__ void __launch_bounds__(kWalkThreads, kSize > 4 ? 6 : 8)
     single_backward_kernel(const scalar_t* __restrict__ grad_s, const scalar_t* __restrict__ x,
                            const acc_of<scalar_t>* __restrict__ threshold, scalar_t* __restrict__ grad_x,
                            int64_t neurons, const __grid_constant__ BackwardOptions<acc_of<scalar_t>> options,
@@ -108,7 +108,9 @@ __global__ void __launch_bounds__(kWalkThreads, 8)
 // Any number of timesteps, in segments of kSegment. checkpoints: [segments - 2, N], the membranes that the segments
 // between the first and the last start from.
 template <typename scalar_t, int kSize, bool kColumns, Reset kReset, bool kSummed>
-__global__ void __launch_bounds__(kWalkThreads, sizeof(scalar_t) == 8 ? 1 : 4)
+__global__ void __launch_bounds__(kWalkThreads, sizeof(scalar_t) == 8 ? 1
+                                                : kSummed             ? 3
+                                                                      : 4)
     backward_kernel(const scalar_t* __restrict__ grad_s, int64_t grad_s_stride_t, const scalar_t* __restrict__ x,
                     int64_t x_stride_t, const __grid_constant__ Inputs<acc_of<scalar_t>> inputs,
                     scalar_t* __restrict__ grad_x, acc_of<scalar_t>* __restrict__ grad_v0,
@@ -156,6 +158,7 @@ __global__ void __launch_bounds__(kWalkThreads, sizeof(scalar_t) == 8 ? 1 : 4)
       for (int part = 0; part < kSize; part += kTogether) {
         Neuron<acc_t> neuron[kTogether];
         acc_t h[kSegment][kTogether], v[kTogether];
+        acc_t threshold_sums[kTogether] = {}, leak_sums[kTogether] = {};  // short chains of additions
 #pragma unroll
         for (int k = 0; k < kTogether; ++k) {
           neuron[k] = parameters[kColumns ? part + k : 0];
@@ -177,16 +180,23 @@ __global__ void __launch_bounds__(kWalkThreads, sizeof(scalar_t) == 8 ? 1 : 4)
           spike_slopes(slopes, h[j], neuron, options.surrogate, options.scale);
 #pragma unroll
           for (int k = 0; k < kTogether; ++k) {
-            const int c = kColumns ? part + k : 0;
             const acc_t before =
                 j > 0 ? discharge<kReset>(forgotten(h[j > 0 ? j - 1 : 0][k]), neuron[k]) : start[part + k];
             const auto step = backward_step<kReset>(acc_t(widen(grad[j].get(part + k))), h[j][k], before, slopes[k],
                                                     neuron[k], options.detach_reset, carry[part + k]);
             if constexpr (kSummed) {
-              sums[c] = add(sums[c], step.threshold);
-              sums[kChannels + c] = add(sums[kChannels + c], step.leak);
+              threshold_sums[k] = add(threshold_sums[k], step.threshold);
+              leak_sums[k] = add(leak_sums[k], step.leak);
             }
             grad[j].set(part + k, narrow<scalar_t>(step.x));
+          }
+        }
+        if constexpr (kSummed) {
+#pragma unroll
+          for (int k = 0; k < kTogether; ++k) {
+            const int c = kColumns ? part + k : 0;
+            sums[c] = add(sums[c], threshold_sums[k]);
+            sums[kChannels + c] = add(sums[kChannels + c], leak_sums[k]);
           }
         }
       }
