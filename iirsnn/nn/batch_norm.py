@@ -179,7 +179,7 @@ class _Synchronised(torch.autograd.Function):
         *saved, count = ctx.saved_tensors
         _, _, rstd, _, _, threshold, leak = saved
         grad_x, sums, workspace = ctx.kernels.gradient_sums(grad_s, *saved, *ctx.options)
-        total = sums[2:].contiguous()
+        total = sums[2:].clone()  # of all processes; the parameters have gradients of their own
         dist.all_reduce(total, group=ctx.group)
         wide = rstd.double()
         grad_mean, slope = (total[0] / count).float(), (total[1] / count * wide * wide).float()
