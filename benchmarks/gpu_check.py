@@ -1,7 +1,12 @@
 """Tests, then times, every GPU kernel on this machine: `make gpu-check`, after the build.
 
-Writes benchmarks/results/gpu-<name>.json. Exits 1 with one line where there is no CUDA device, and
-when a test fails: a time of a kernel that is wrong is worth nothing.
+Each case (gpu_cases.py) is a process of its own with a time limit, so that a kernel that breaks or
+hangs costs its case alone. Results are written as they come to
+benchmarks/results/gpu-<name>.json; a second call leaves out what this commit has already. At the
+end: a table (.md) and two plots (.svg) beside it, and the five times that are furthest from what
+docs/performance.md predicts. Needs nothing beside torch, triton, numpy, pytest and safetensors.
+
+Exits 1 with one line where there is no CUDA device, and where a case failed.
 """
 
 from __future__ import annotations
@@ -13,102 +18,247 @@ import platform
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import bench_gpu
+from gpu_cases import ROOT, Case, Row, cases
 
 import iirsnn
 from iirsnn.measure.provenance import commit
 from iirsnn.ops.environment import installed
 
-ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = Path(__file__).resolve().parent / "gpu_cases.py"
+#: Time over that of the same bytes, where arithmetic needs longer than memory: none is predicted.
+PREDICTED = 1.0
+OURS = ("cuda", "triton", "cuda, fixed", "triton, fixed", "cuda, fused", "triton, fused")
 
 
-def driver() -> str:
-    """The driver's version, or why it is not known."""
+def facts(device: str) -> Row:
+    """The device, the driver, the versions and the commit that a result belongs to."""
+    names = ("torch", "triton", "iirsnn", "spikingjelly", "snntorch")
+    found: Row = {
+        "python": platform.python_version(),
+        **{name: installed(name) for name in names},
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    if device != "cuda":
+        return {"device": "a rehearsal on the processor", **found}
+    properties = torch.cuda.get_device_properties(0)
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
+        driver = subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError) as error:
-        return f"unknown: {error}"
-
-
-def facts() -> dict[str, Any]:
-    """The device, the driver, the versions and the commit that a result belongs to."""
-    properties = torch.cuda.get_device_properties(0)
+        driver = f"unknown: {error}"
     return {
         "device": properties.name,
         "compute_capability": f"{properties.major}.{properties.minor}",
         "device_memory": properties.total_memory,
         "multiprocessors": properties.multi_processor_count,
-        "driver": driver(),
+        "driver": driver,
         "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        **{name: installed(name) for name in ("torch", "triton", "iirsnn", "spikingjelly")},
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **found,
     }
 
 
-def goal(row: dict[str, Any]) -> float | None:
-    """The largest ratio that this row should have, where there is a goal for it."""
-    if row["implementation"] in ("cuda", "triton"):
-        return {"forward": 1.05, "backward": 1.10}.get(row["what"])
-    return 1.0 if row["implementation"].endswith("packed") and row["timesteps"] == 1 else None
+def run_case(case: Case, device: str, seconds: float) -> Row:
+    """{"rows"} of a case, or {"failed"}: why there are none."""
+    # TRITON_INTERPRET would run the kernels on the CPU
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), json.dumps(asdict(case)), device]
+    start = time.monotonic()
+    try:
+        run = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done after {seconds:.0f} s"}
+    took = round(time.monotonic() - start, 1)
+    if run.returncode != 0:
+        last = (run.stderr.strip().splitlines() or ["no output"])[-1]
+        return {"failed": f"exit {run.returncode}: {last}", "seconds": took}
+    return {"rows": json.loads(run.stdout.strip().splitlines()[-1]), "seconds": took}
 
 
-def print_row(row: dict[str, Any]) -> None:
-    most = goal(row)
-    verdict = ""
-    if most is not None:
-        verdict = f"  (goal {most}: {'reached' if row['ratio'] <= most else 'MISSED'})"
-    print(
-        f"T={row['timesteps']} {row['dtype']:<8} {row['what']:<8} {row['implementation']:<13} "
-        f"{row['ms']['p50']:8.3f} ms  {row['bytes_per_second'] / 1e9:7.0f} GB/s  "
-        f"{row['ratio']:5.2f} x {row['ratio_to']}{verdict}",
-        flush=True,
-    )
+def write(path: Path, results: Row) -> None:
+    """Whole or not at all: a machine may be gone at any time."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def check(
+    path: Path, device: str, chosen: list[Case], seconds: float, run: Callable[..., Row] = run_case
+) -> Row:
+    """Run the cases that `path` does not have of this commit, while there is time."""
+    results: Row = {**facts(device), "cases": {}}
+    if path.is_file():
+        before = json.loads(path.read_text())
+        if before["commit"] == results["commit"] and before["device"] == results["device"]:
+            results["cases"] = before["cases"]
+    end = time.monotonic() + seconds
+    for number, case in enumerate(chosen):
+        if "rows" in results["cases"].get(case.name, {}):
+            continue
+        left = end - time.monotonic()
+        if left < 5:
+            print(f"gpu-check: {len(chosen) - number} cases are left: call again for them")
+            break
+        print(f"[{number + 1}/{len(chosen)}] {case.name}: ", end="", flush=True)
+        found = run(case, device, min(case.seconds, left))
+        results["cases"][case.name] = found
+        write(path, results)
+        print(summary(found), flush=True)
+    return results
+
+
+def summary(found: Row) -> str:
+    if "failed" in found:
+        return f"FAILED: {found['failed']}"
+    told = [
+        f"{row['implementation']} {row['what']} {row['ratio']:.2f}"
+        for row in found["rows"]
+        if row.get("implementation") in OURS and row.get("cache") == "cold"
+    ]
+    told += [f"{row['what']} {row['ms']:.2f} ms" for row in found["rows"] if "launches" in row]
+    told += [row["result"] for row in found["rows"] if "result" in row]
+    return ", ".join(told) or f"{len(found['rows'])} rows"
+
+
+def broken(results: Row) -> list[str]:
+    """Cases that failed, or whose tests did."""
+    return [
+        name
+        for name, found in results["cases"].items()
+        if "failed" in found or not all(row.get("passed", True) for row in found["rows"])
+    ]
+
+
+def rows_of(results: Row, kinds: tuple[str, ...] = ("lif", "bn_lif")) -> list[Row]:
+    """Rows with a time, each with the name of its case."""
+    return [
+        {**row, "case": name}
+        for name, found in results["cases"].items()
+        for row in found.get("rows", [])
+        if row["kind"] in kinds and "ms" in row
+    ]
+
+
+def deviations(results: Row, most: int = 5) -> list[str]:
+    """Times of iirsnn's kernels, out of cache, that are furthest from the prediction."""
+    found = [
+        (row["ratio"] / PREDICTED, row)
+        for row in rows_of(results)
+        if row["implementation"] in OURS and row["cache"] == "cold"
+    ]
+    found.sort(key=lambda pair: max(pair[0], 1 / pair[0]), reverse=True)
+    return [
+        f"{row['case']}, {row['what']}, {row['implementation']}: {row['ratio']:.2f} times the time "
+        f"of the same bytes, {PREDICTED:.2f} predicted"
+        for _, row in found[:most]
+    ]
+
+
+def table(results: Row) -> str:
+    """Markdown: what it was measured on, and every time."""
+    head = [
+        f"{key} {results[key]}"
+        for key in ("device", "driver", "torch", "triton", "commit")
+        if results.get(key)
+    ]
+    lines = [
+        ", ".join(head),
+        "",
+        "| case | what | cache | implementation | ms | of the same bytes |",
+    ]
+    lines.append("|---|---|---|---|---|---|")
+    for row in rows_of(results):
+        lines.append(
+            f"| {row['case']} | {row['what']} | {row['cache']} | {row['implementation']} "
+            f"| {row['ms']:.4f} | {row['ratio']:.2f} |"
+        )
+    lines += ["", "| network | what | ms | MiB at the peak | launches |", "|---|---|---|---|---|"]
+    for row in rows_of(results, ("network",)):
+        lines.append(
+            f"| {row['case']} | {row['what']} | {row['ms']:.2f} | {row['peak_bytes'] >> 20} "
+            f"| {row['launches']} |"
+        )
+    for name in broken(results):
+        found = results["cases"][name]
+        why = found.get("failed") or found["rows"][0].get("result")
+        lines += ["", f"FAILED: {name}: {why}"]
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: Row, kind: str) -> str:
+    """An SVG of bars: time over that of the same bytes, out of cache, for each case."""
+    rows = [row for row in rows_of(results, (kind,)) if row["cache"] == "cold"]
+    rows = [row for row in rows if row["implementation"] not in ("clone", "add")]
+    wide, line, left = 900, 16, 470
+    longest = max((min(row["ratio"], 8.0) for row in rows), default=1.0)
+    scale = (wide - left - 60) / longest
+    height = line * (len(rows) + 2)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide}" height="{height}" '
+        'font-family="sans-serif" font-size="11">',
+        f'<rect width="{wide}" height="{height}" fill="white"/>',
+        f'<line x1="{left + scale}" x2="{left + scale}" y1="0" y2="{height}" stroke="#999"/>',
+        f'<text x="{left + scale + 4}" y="{height - 6}">1: the same bytes by clone or add</text>',
+    ]
+    for number, row in enumerate(rows):
+        y = line * (number + 1)
+        color = "#c1121f" if row["implementation"] in OURS else "#8d99ae"
+        label = f"{row['case']}, {row['what']}, {row['implementation']}"
+        length = scale * min(row["ratio"], 8.0)
+        parts += [
+            f'<text x="{left - 6}" y="{y}" text-anchor="end">{label}</text>',
+            f'<rect x="{left}" y="{y - 9}" width="{length:.1f}" height="11" fill="{color}"/>',
+            f'<text x="{left + length + 4:.1f}" y="{y}">{row["ratio"]:.2f}</text>',
+        ]
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def report(path: Path, results: Row) -> None:
+    path.with_suffix(".md").write_text(table(results))
+    for kind in ("lif", "bn_lif"):
+        path.with_name(f"{path.stem}-{kind.replace('_', '-')}.svg").write_text(plot(results, kind))
+    print(f"wrote {path.with_suffix('')}.json, .md, -lif.svg and -bn-lif.svg")
+    for line in deviations(results):
+        print(f"furthest from the prediction: {line}")
+    for name in broken(results):
+        print(f"FAILED: {name}", file=sys.stderr)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--name", help="of the result file (default: the device's)")
-    parser.add_argument("--elements", type=int, default=bench_gpu.ELEMENTS, help="of x")
+    parser.add_argument("--seconds", type=float, default=3600, help="after which to stop")
+    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--rehearse", action="store_true", help="on the processor, in small")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+    if not arguments.rehearse and not torch.cuda.is_available():
         print(
             "gpu-check: no CUDA device found on this machine, nothing was checked", file=sys.stderr
         )
         return 1
     print(iirsnn.env_report(), flush=True)
-    # TRITON_INTERPRET would run the kernels on the CPU.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    tests = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu"]
-    if subprocess.run(tests, cwd=ROOT, env=environment).returncode != 0:
-        print("gpu-check: tests failed, nothing was timed", file=sys.stderr)
-        return 1
-    _, missing = bench_gpu.implementations()
-    for name, reason in missing.items():
-        print(f"not timed: {name}: {reason}")
-    rows = []
-    for timesteps in bench_gpu.TIMESTEPS:
-        for dtype in bench_gpu.DTYPES:
-            for row in bench_gpu.measure(timesteps, dtype, arguments.elements):
-                rows.append(row)
-                print_row(row)
-    name = arguments.name or re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower())
-    path = ROOT / "benchmarks" / "results" / f"gpu-{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    result = {**facts(), "tests": "passed", "not_timed": missing, "rows": rows}
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"wrote {path.relative_to(ROOT)}")
-    return 0
+    device = "cpu" if arguments.rehearse else "cuda"
+    name = arguments.name or ("rehearsal" if arguments.rehearse else torch.cuda.get_device_name(0))
+    name = re.sub(r"[^a-z0-9]+", "-", name.lower())
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    path = arguments.results / f"gpu-{name}.json"
+    chosen = [case for case in cases() if arguments.only in case.name]
+    results = check(path, device, chosen, arguments.seconds)
+    report(path, results)
+    return 1 if broken(results) else 0
 
 
 if __name__ == "__main__":

@@ -28,14 +28,14 @@ from iirsnn.ops.reference import empty_spikes
 
 from .launch import check_current, code, gradient_in_order, in_order
 from .step import (
-    HARD,
     RESETS,
-    SOFT,
     SOFT_DELAYED,
     SURROGATES,
+    backward_step,
     charge,
     discharge,
     discharge_again,
+    number,
     spike,
     surrogate,
 )
@@ -89,8 +89,8 @@ def advance(
     mask,
     threshold,
     leak,
+    v_reset,
     RESET: tl.constexpr,
-    V_RESET: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     """STEPS timesteps forward -> v"""
@@ -99,7 +99,7 @@ def advance(
         if s_ptrs is not None:
             s = spike(h, threshold)
             tl.store(s_ptrs + t * N, s.to(s_ptrs.dtype.element_ty), mask=mask)
-        v = discharge(h, threshold, RESET, V_RESET)
+        v = discharge(h, threshold, v_reset, RESET)
     return v
 
 
@@ -120,8 +120,8 @@ def lif_forward_kernel(
     plane_stride,
     row_programs,
     col_blocks,
+    v_reset,
     RESET: tl.constexpr,
-    V_RESET: tl.constexpr,
     FIRST: tl.constexpr,
     LONG: tl.constexpr,
     X_MOVES: tl.constexpr,
@@ -132,6 +132,7 @@ def lif_forward_kernel(
     COLS: tl.constexpr,
 ):
     plane, row_block, col_block = split(tl.program_id(0), col_blocks, row_programs)
+    v_reset = number(v_reset)
     N = multiple(N, VEC)
     width = multiple(width, VEC)
     stride_t = multiple(x_stride_t, VEC)
@@ -148,13 +149,13 @@ def lif_forward_kernel(
         v = tl.load(v0_ptr + n, mask=mask, other=0.0)
     same = load_same(x_ptrs, mask, X_MOVES)
     xs = load_steps(x_ptrs, stride_t, mask, same, FIRST)
-    v = advance(v, xs, s_ptrs, N, mask, threshold, leak, RESET, V_RESET, FIRST)
+    v = advance(v, xs, s_ptrs, N, mask, threshold, leak, v_reset, RESET, FIRST)
     if LONG:
         for k in range(segments):
             t = FIRST + SEGMENT * tl.cast(k, tl.int64)
             xs_k = load_steps(x_ptrs + t * stride_t, stride_t, mask, same, SEGMENT)
             s_k = s_ptrs + t * N
-            v = advance(v, xs_k, s_k, N, mask, threshold, leak, RESET, V_RESET, SEGMENT)
+            v = advance(v, xs_k, s_k, N, mask, threshold, leak, v_reset, RESET, SEGMENT)
     if v_ptr is not None:
         tl.store(v_ptr + n, v, mask=mask)
 
@@ -174,11 +175,11 @@ def unwind(
     threshold,
     leak,
     inverse,  # 1 / threshold
+    v_reset,
+    scale,
     RESET: tl.constexpr,
-    V_RESET: tl.constexpr,
     DETACH: tl.constexpr,
     SURROGATE: tl.constexpr,
-    SCALE: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     """STEPS timesteps forward for h, then backward -> g_v, g_h, sum_threshold, sum_leak"""
@@ -186,34 +187,30 @@ def unwind(
     v_t = v
     for t in tl.static_range(STEPS):
         hs += (charge(v_t, xs[t], threshold, leak, RESET),)
-        v_t = discharge(hs[t], threshold, RESET, V_RESET)
+        v_t = discharge(hs[t], threshold, v_reset, RESET)
     for t in tl.static_range(STEPS - 1, -1, -1):
-        h = hs[t]
-        g = gs[t].to(tl.float32)
-        if not DETACH:
-            if RESET == SOFT:
-                g -= threshold * g_v
-            elif RESET == HARD:
-                g += (V_RESET - h) * g_v
-            elif RESET == SOFT_DELAYED:
-                g -= threshold * g_h
-        if RESET == SOFT:
-            sum_threshold -= spike(h, threshold) * g_v
-        elif RESET == HARD:
-            g_v = tl.where(h > threshold, 0.0, g_v)
-        u = h * inverse
-        g_u = g * (surrogate(u - 1.0, SURROGATE, SCALE) * inverse)
-        sum_threshold -= g_u * u
-        g_h = g_u + g_v
-        tl.store(grad_x_ptrs + t * N, g_h.to(grad_x_ptrs.dtype.element_ty), mask=mask)
         before = v
         if t > 0:
-            before = discharge_again(hs[t - 1], threshold, RESET, V_RESET)
-        if before is not None:
-            sum_leak += g_h * before
-            if RESET == SOFT_DELAYED:
-                sum_threshold -= spike(before, threshold) * g_h
-        g_v = leak * g_h
+            before = discharge_again(hs[t - 1], threshold, v_reset, RESET)
+        g_h, g_v, g_threshold, g_leak = backward_step(
+            gs[t].to(tl.float32),
+            hs[t],
+            before,
+            g_v,
+            g_h,
+            threshold,
+            leak,
+            inverse,
+            v_reset,
+            scale,
+            RESET,
+            DETACH,
+            SURROGATE,
+        )
+        tl.store(grad_x_ptrs + t * N, g_h.to(grad_x_ptrs.dtype.element_ty), mask=mask)
+        sum_threshold += g_threshold
+        if g_leak is not None:
+            sum_leak += g_leak
     return g_v, g_h, sum_threshold, sum_leak
 
 
@@ -241,11 +238,11 @@ def lif_backward_kernel(
     plane_stride,
     row_programs,
     col_blocks,
+    v_reset,
+    scale,
     RESET: tl.constexpr,
-    V_RESET: tl.constexpr,
     DETACH: tl.constexpr,
     SURROGATE: tl.constexpr,
-    SCALE: tl.constexpr,
     FIRST: tl.constexpr,
     LONG: tl.constexpr,
     X_MOVES: tl.constexpr,
@@ -258,6 +255,7 @@ def lif_backward_kernel(
     COLS: tl.constexpr,
 ):
     plane, row_program, col_block = split(tl.program_id(0), col_blocks, row_programs)
+    v_reset, scale = number(v_reset), number(scale)
     N = multiple(N, VEC)
     width = multiple(width, VEC)
     x_stride = multiple(x_stride_t, VEC)
@@ -288,12 +286,12 @@ def lif_backward_kernel(
 
         if LONG:
             xs_0 = load_steps(x_ptrs, x_stride, mask, same_x, FIRST)
-            v = advance(v0, xs_0, None, N, mask, threshold, leak, RESET, V_RESET, FIRST)
+            v = advance(v0, xs_0, None, N, mask, threshold, leak, v_reset, RESET, FIRST)
             tl.store(checkpoint_ptr + n, v, mask=mask)
             for j in range(1, segments):
                 t = FIRST + SEGMENT * tl.cast(j - 1, tl.int64)
                 xs_j = load_steps(x_ptrs + t * x_stride, x_stride, mask, same_x, SEGMENT)
-                v = advance(v, xs_j, None, N, mask, threshold, leak, RESET, V_RESET, SEGMENT)
+                v = advance(v, xs_j, None, N, mask, threshold, leak, v_reset, RESET, SEGMENT)
                 tl.store(checkpoint_ptr + j * N + n, v, mask=mask)
             tl.debug_barrier()  # a checkpoint may come back to another thread than wrote it
             for i in range(segments):
@@ -314,11 +312,11 @@ def lif_backward_kernel(
                     threshold,
                     leak,
                     inverse,
+                    v_reset,
+                    scale,
                     RESET,
-                    V_RESET,
                     DETACH,
                     SURROGATE,
-                    SCALE,
                     SEGMENT,
                 )
         g_v, g_h, sum_threshold, sum_leak = unwind(
@@ -335,17 +333,17 @@ def lif_backward_kernel(
             threshold,
             leak,
             inverse,
+            v_reset,
+            scale,
             RESET,
-            V_RESET,
             DETACH,
             SURROGATE,
-            SCALE,
             FIRST,
         )
         if v0_ptr is not None:
             if RESET == SOFT_DELAYED and not DETACH:
                 u = v0 * inverse  # the spike of v0 takes part in the first timestep
-                g_u = -threshold * g_h * (surrogate(u - 1.0, SURROGATE, SCALE) * inverse)
+                g_u = -threshold * g_h * (surrogate(u - 1.0, scale, SURROGATE) * inverse)
                 sum_threshold -= g_u * u
                 g_v += g_u
             tl.store(grad_v0_ptr + n, g_v, mask=mask)
@@ -393,8 +391,8 @@ def lif_forward(
         x_stride_t=x.stride(0),
         segments=segments,
         row_programs=tiles.row_blocks,
+        v_reset=v_reset,
         RESET=code(RESETS, "reset", reset),
-        V_RESET=v_reset,
         FIRST=first,
         LONG=segments > 0,
         X_MOVES=x.stride(0) != 0,
@@ -450,11 +448,11 @@ def lif_backward(
             segments=segments,
             planes=tiles.planes,
             row_programs=tiles.row_programs,
+            v_reset=v_reset,
+            scale=surrogate_scale,
             RESET=code(RESETS, "reset", reset),
-            V_RESET=v_reset,
             DETACH=detach_reset,
             SURROGATE=code(SURROGATES, "surrogate", surrogate),
-            SCALE=surrogate_scale,
             FIRST=first,
             LONG=segments > 0,
             X_MOVES=x.stride(0) != 0,

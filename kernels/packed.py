@@ -28,7 +28,7 @@ from iirsnn.ops.lif import empty_bits, empty_membrane
 
 from .launch import check_current, code, in_order
 from .lif import SEGMENT, load_same, load_steps, segmented
-from .step import RESETS, charge, discharge
+from .step import RESETS, charge, discharge, number
 from .tiles import COLUMN, ONE, multiple, tile, vector
 
 _BLOCK_BYTES = 2048
@@ -76,15 +76,15 @@ def advance_packed(
     bits_mask,
     threshold,
     leak,
+    v_reset,
     RESET: tl.constexpr,
-    V_RESET: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     """STEPS timesteps forward -> v"""
     for t in tl.static_range(STEPS):
         h = charge(v, xs[t], threshold, leak, RESET)
         tl.store(bits_ptrs + t * row_bytes, pack((h > threshold) & mask), mask=bits_mask)
-        v = discharge(h, threshold, RESET, V_RESET)
+        v = discharge(h, threshold, v_reset, RESET)
     return v
 
 
@@ -102,8 +102,8 @@ def lif_packed_kernel(
     row_bytes,
     channels,
     inner,
+    v_reset,
     RESET: tl.constexpr,
-    V_RESET: tl.constexpr,
     FIRST: tl.constexpr,
     LONG: tl.constexpr,
     X_MOVES: tl.constexpr,
@@ -113,6 +113,7 @@ def lif_packed_kernel(
     VEC: tl.constexpr,
     BYTES: tl.constexpr,
 ):
+    v_reset = number(v_reset)
     N = multiple(N, VEC)
     stride_t = multiple(x_stride_t, VEC)
     row_bytes = tl.cast(row_bytes, tl.int64)
@@ -133,7 +134,7 @@ def lif_packed_kernel(
     same = load_same(x_ptrs, mask, X_MOVES)
     xs = load_steps(x_ptrs, stride_t, mask, same, FIRST)
     v = advance_packed(
-        v, xs, bits_ptrs, row_bytes, mask, bits_mask, threshold, leak, RESET, V_RESET, FIRST
+        v, xs, bits_ptrs, row_bytes, mask, bits_mask, threshold, leak, v_reset, RESET, FIRST
     )
     if LONG:
         for i in range(segments):
@@ -148,8 +149,8 @@ def lif_packed_kernel(
                 bits_mask,
                 threshold,
                 leak,
+                v_reset,
                 RESET,
-                V_RESET,
                 SEGMENT,
             )
     if v_ptr is not None:
@@ -204,8 +205,8 @@ def lif_packed(
         row_bytes=row_bytes,
         channels=channels,
         inner=inner,
+        v_reset=v_reset,
         RESET=code(RESETS, "reset", reset),
-        V_RESET=v_reset,
         FIRST=first,
         LONG=segments > 0,
         X_MOVES=x.stride(0) != 0,

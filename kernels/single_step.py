@@ -21,7 +21,7 @@ from torch.library import wrap_triton
 from iirsnn.ops.reference import empty_spikes
 
 from .launch import check_current, code, gradient_in_order
-from .step import SURROGATES, spike, surrogate
+from .step import SURROGATES, number, spike, surrogate
 from .tiles import (
     columns,
     is_whole,
@@ -81,15 +81,15 @@ def fire_backward(
     grad_x_ptrs,
     threshold,
     mask,
+    scale,
     SURROGATE: tl.constexpr,
-    SCALE: tl.constexpr,
 ):
     other = None if mask is None else 0.0
     g = tl.load(grad_s_ptrs, mask=mask, other=other).to(tl.float32)
     h = tl.load(x_ptrs, mask=mask, other=other).to(tl.float32)
     inverse = 1.0 / threshold
     u = h * inverse
-    g_h = g * (surrogate(u - 1.0, SURROGATE, SCALE) * inverse)
+    g_h = g * (surrogate(u - 1.0, scale, SURROGATE) * inverse)
     tl.store(grad_x_ptrs, g_h.to(grad_x_ptrs.dtype.element_ty), mask=mask)
     return sum_threshold - g_h * u
 
@@ -108,14 +108,15 @@ def single_step_backward_kernel(
     plane_stride,
     row_programs,
     col_blocks,
+    scale,
     SURROGATE: tl.constexpr,
-    SCALE: tl.constexpr,
     THRESHOLD_INDEX: tl.constexpr,
     VEC: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
     plane, row_program, col_block = split(tl.program_id(0), col_blocks, row_programs)
+    scale = number(scale)
     width = multiple(width, VEC)
     cols = columns(col_block, COLS)
     threshold = parameter(threshold_ptr, plane, cols, width, THRESHOLD_INDEX)
@@ -126,12 +127,12 @@ def single_step_backward_kernel(
         g_ptrs, x_ptrs, out_ptrs = grad_s_ptr + n, x_ptr + n, grad_x_ptr + n
         if is_whole(row_block, col_block, rows, width, ROWS, COLS):
             total = fire_backward(
-                total, g_ptrs, x_ptrs, out_ptrs, threshold, None, SURROGATE, SCALE
+                total, g_ptrs, x_ptrs, out_ptrs, threshold, None, scale, SURROGATE
             )
         else:
             mask = (r < rows) & (cols < width)
             total = fire_backward(
-                total, g_ptrs, x_ptrs, out_ptrs, threshold, mask, SURROGATE, SCALE
+                total, g_ptrs, x_ptrs, out_ptrs, threshold, mask, scale, SURROGATE
             )
     if partial_ptr is not None:
         slot = partial_slot(
@@ -182,8 +183,8 @@ def single_step_backward(
             **tiles.arguments,
             planes=tiles.planes,
             row_programs=tiles.row_programs,
+            scale=surrogate_scale,
             SURROGATE=code(SURROGATES, "surrogate", surrogate),
-            SCALE=surrogate_scale,
             THRESHOLD_INDEX=tiles.index,
             VEC=tiles.vector(x),
         )

@@ -41,18 +41,18 @@ def charge(v, x, threshold, leak, RESET: tl.constexpr):
 
 
 @triton.jit
-def discharge(h, threshold, RESET: tl.constexpr, V_RESET: tl.constexpr):
+def discharge(h, threshold, v_reset, RESET: tl.constexpr):
     """v: the membrane h after its own spike."""
     v = h
     if RESET == SOFT:
         v = tl.where(h > threshold, h - threshold, h)
     elif RESET == HARD:
-        v = tl.where(h > threshold, tl.full(h.shape, V_RESET, tl.float32), h)
+        v = tl.where(h > threshold, v_reset, h)
     return v
 
 
 @triton.jit
-def discharge_again(h, threshold, RESET: tl.constexpr, V_RESET: tl.constexpr):
+def discharge_again(h, threshold, v_reset, RESET: tl.constexpr):
     """`discharge`, its subtraction in other words, so that the compiler computes it once more.
 
     It would else keep every v in a register until the backward pass comes to it (T = 8, bfloat16,
@@ -61,25 +61,71 @@ def discharge_again(h, threshold, RESET: tl.constexpr, V_RESET: tl.constexpr):
     if RESET == SOFT:
         v = h - threshold * spike(h, threshold)
     else:
-        v = discharge(h, threshold, RESET, V_RESET)
+        v = discharge(h, threshold, v_reset, RESET)
     return v
 
 
 @triton.jit
-def surrogate(z, KIND: tl.constexpr, SCALE: tl.constexpr):
+def number(value):
+    """v_reset or a surrogate's scale: torch.compile passes numbers as float64."""
+    return tl.cast(value, tl.float32)
+
+
+@triton.jit
+def surrogate(z, scale, KIND: tl.constexpr):
     """f(z) = ds/dz at z = h / threshold - 1."""
     if KIND == TRIANGLE:
-        f = SCALE * tl.maximum(1.0 - tl.abs(z), 0.0, propagate_nan=tl.PropagateNan.ALL)
+        f = scale * tl.maximum(1.0 - tl.abs(z), 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif KIND == ATAN:
-        y = (HALF_PI * SCALE) * z
-        f = (0.5 * SCALE) / (1.0 + y * y)
+        y = (HALF_PI * scale) * z
+        f = (0.5 * scale) / (1.0 + y * y)
     elif KIND == SIGMOID:
-        e = tl.exp(-(SCALE * tl.abs(z)))
+        e = tl.exp(-(scale * tl.abs(z)))
         d = 1.0 + e
-        f = (SCALE * e) / (d * d)
+        f = (scale * e) / (d * d)
     elif KIND == FAST_SIGMOID:
-        d = 1.0 + SCALE * tl.abs(z)
+        d = 1.0 + scale * tl.abs(z)
         f = 1.0 / (d * d)
     else:
-        f = tl.where(tl.abs(z) <= SCALE, 0.5 / SCALE, 0.0)
+        f = tl.where(tl.abs(z) <= scale, 0.5 / scale, 0.0)
     return f
+
+
+@triton.jit
+def backward_step(
+    g,  # gradient of this timestep's spike
+    h,
+    before,  # the membrane this timestep started from, or None: 0
+    g_v,  # gradient of the membrane after this timestep
+    g_h,  # gradient of h one timestep later
+    threshold,
+    leak,
+    inverse,  # 1 / threshold
+    v_reset,
+    scale,
+    RESET: tl.constexpr,
+    DETACH: tl.constexpr,
+    SURROGATE: tl.constexpr,
+):
+    """-> gradients of h (that is, of the current), of the membrane before, of threshold and leak"""
+    if not DETACH:
+        if RESET == SOFT:
+            g -= threshold * g_v
+        elif RESET == HARD:
+            g += (v_reset - h) * g_v
+        elif RESET == SOFT_DELAYED:
+            g -= threshold * g_h
+    u = h * inverse
+    g_u = g * (surrogate(u - 1.0, scale, SURROGATE) * inverse)
+    g_threshold = -(g_u * u)
+    if RESET == SOFT:
+        g_threshold -= spike(h, threshold) * g_v
+    elif RESET == HARD:
+        g_v = tl.where(h > threshold, 0.0, g_v)
+    g_now = g_u + g_v
+    g_leak = None
+    if before is not None:
+        g_leak = g_now * before
+        if RESET == SOFT_DELAYED:
+            g_threshold -= spike(before, threshold) * g_now
+    return g_now, leak * g_now, g_threshold, g_leak

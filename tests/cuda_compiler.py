@@ -1,4 +1,4 @@
-"""nvcc and its companions, for the tests that compile csrc/lif/cuda/lif_cuda.cu without a GPU."""
+"""nvcc and its companions, for the tests that compile csrc/lif/cuda without a GPU."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ from iirsnn.ops.build import _NVCC_FLAGS
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
-SOURCE = CSRC / "lif/cuda/lif_cuda.cu"
-HEADERS = (
-    "lif/cuda/lif_cuda.h",
-    "lif/lif.h",
-    "lif/lif_step.h",
-    "lif/surrogate.h",
-    "simd/scalar.h",
-)  # what it includes
+SOURCES = sorted((CSRC / "lif/cuda").glob("*.cu"))
+# what they include
+HEADERS = [
+    *sorted((CSRC / "lif/cuda").glob("*.h")),
+    *(CSRC / name for name in ("lif/lif.h", "lif/lif_step.h", "lif/surrogate.h", "simd/scalar.h")),
+]
 
 
 def toolkit() -> Path:
@@ -51,31 +49,32 @@ def disassembler() -> Path:
 
 def compile_kernels(
     arch: int, unrolled: int, link: Iterable[str] = (), launchers: Path | None = None
-) -> tuple[Path, Path]:
-    """Compile lif_cuda.cu, once for the same sources: its PTX, and a shared library with it.
+) -> tuple[list[Path], Path]:
+    """Compile csrc/lif/cuda, once for the same sources: the PTX of each, and a library of all.
 
     arch: PTX for compute_<arch>. unrolled: the largest T with kernels of its own. launchers: a
     source that goes into the library too, linked with the arguments `link`; without it there is no
     library. Warnings are errors.
     """
-    sources = [SOURCE, *(CSRC / header for header in HEADERS)]
-    flags = [*_NVCC_FLAGS, f"-DIIRSNN_UNROLLED_TIMESTEPS={unrolled}", "-I", CSRC]
+    flags = [*_NVCC_FLAGS, f"-DIIRSNN_UNROLLED_TIMESTEPS={unrolled}", "-I", CSRC, "--threads", "2"]
     flags += ["--Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror"]
-    content = b"".join(path.read_bytes() for path in sources)
+    content = b"".join(path.read_bytes() for path in [*SOURCES, *HEADERS])
     folder = ROOT / "build" / "kernels" / digest(content + f"{arch} {flags}".encode())
-    ptx, library = folder / "lif_cuda.ptx", folder / library_name(link, launchers)
-    if (library if launchers else ptx).is_file():
+    ptx = [folder / f"{source.stem}.ptx" for source in SOURCES]
+    library = folder / library_name(link, launchers)
+    if library.is_file() if launchers else all(path.is_file() for path in ptx):
         return ptx, library
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as part:
         command = [toolkit() / "bin" / "nvcc", *flags, "--keep", "--keep-dir", part]
-        command += ["-gencode", f"arch=compute_{arch},code=compute_{arch}", SOURCE]
+        command += ["-gencode", f"arch=compute_{arch},code=compute_{arch}", *SOURCES]
         if launchers:
             command += [launchers, "-shared", "-Xcompiler", "-fPIC", "-o", "library.so", *link]
         else:
             command.append("-ptx")
         subprocess.run(command, check=True, cwd=part)
-        os.replace(Path(part) / "lif_cuda.ptx", ptx)
+        for path in ptx:
+            os.replace(Path(part) / path.name, path)
         if launchers:
             os.replace(Path(part) / "library.so", library)
     return ptx, library

@@ -54,6 +54,7 @@ struct LifBackward {
   void* grad_leak;       // [channels] acc, or null
   void* grad_v0;         // [N] acc, null when v0 is
   void* workspace;       // *_workspace() bytes
+  uint32_t* counters;    // CUDA, with parameter gradients: lif_backward_counters_cuda() of them, 0 and left at 0
 };
 
 IIRSNN_INLINE constexpr int64_t packed_bytes(int64_t neurons) { return (neurons + 63) / 64 * 8; }

@@ -1,9 +1,9 @@
 """BatchNorm and LIF as one step of training that keeps its input alone.
 
 Two modules keep two tensors of that size for backward, the input of the BatchNorm and the current
-that it gives. Here the current is computed again from the input and the statistics: by one kernel
-on a CPU (float32 and bfloat16), by torch's ops everywhere else. Whatever is not exactly these two
-modules, hooks included, is called as it is.
+that it gives. Here the current is computed again from the input and the statistics: by kernels of
+one and the same design on a CPU and on a GPU, by torch's ops for what they do not take. Whatever is
+not exactly these two modules, hooks included, is called as it is.
 """
 
 from __future__ import annotations
@@ -12,30 +12,33 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..functional import check_options, is_dense, lif, parameter_like
-from ..ops.backend import is_compiled_cpu
+from ..ops.backend import BatchNormBackend, choose_batch_norm
 from .neuron import FusedLIF
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class BatchNormLIF(nn.Module):
     """norm, then neuron, on x [T, B, C, ...]: the same spikes, statistics and gradients.
 
     The statistics are those of `norm` on the merged T*B axis. In training, where the neuron keeps
-    no state and returns spikes alone, half the memory is kept for backward: by one kernel in
-    float32 and bfloat16 on a CPU, else by torch's ops, for one more pass of normalisation and LIF.
+    no state and returns spikes alone, half the memory is kept for backward: by one kernel a pass in
+    float32 and bfloat16 (on a GPU float16 too), else by torch's ops, for one more pass of
+    normalisation and LIF. On a GPU, without gradients, evaluation is one kernel as well.
 
-    That is for exactly torch's nn.BatchNorm1d, 2d or 3d and `FusedLIF`, without hooks. Other
-    modules (a subclass, a synchronised norm, nn.GroupNorm, nn.Identity), modules with hooks of any
-    kind, and everything outside training are called one after the other: `norm` on
-    [T*B, C, ...], `neuron` on [T, B, C, ...]. Either may be exchanged at any time.
+    That is for exactly torch's nn.BatchNorm1d, 2d or 3d and `FusedLIF`, without hooks; and for
+    nn.SyncBatchNorm, whose processes add up their sums between the passes, on a CPU too. Other
+    modules (a subclass, nn.GroupNorm, nn.Identity), modules with hooks of any kind, and everything
+    else are called one after the other: `norm` on [T*B, C, ...], `neuron` on [T, B, C, ...]. Either
+    may be exchanged at any time.
 
-    "The same" is to within rounding: the kernel sums the statistics in double. Its gradients repeat
-    bit for bit, whatever the number of threads and the instruction set.
+    "The same" is to within rounding: the kernels sum the statistics in double. Their gradients
+    repeat bit for bit, whatever the number of threads and the instruction set.
 
     norm, neuron: modules. Both stay what they are, with their parameters and buffers.
     Raises TypeError for what is no module, ValueError for an input without [T, B, C].
@@ -56,15 +59,20 @@ class BatchNormLIF(nn.Module):
             raise ValueError(f"x: expected shape [T, B, C, ...], got {tuple(x.shape)}")
         norm, neuron = self.norm, self.neuron
         if x.numel() == 0 or not self._fusable():
-            return neuron(norm(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
+            return self._composed(x)
+        kernels = choose_batch_norm(neuron.backend, x)
+        if not norm.training:
+            return self._evaluated(x, kernels)
+        group = _processes(norm)
         norm._check_input_dim(x[0])
-        if x.numel() == x.shape[2]:
+        if x.numel() == x.shape[2] and group is None:
             raise ValueError(
                 f"x: expected more than one value per channel in training, got {tuple(x.shape)}"
             )
-        fused = x.dtype in (torch.float32, torch.bfloat16)
-        if fused and is_compiled_cpu(neuron.backend, x.device):
-            return self._fused(x)
+        if isinstance(kernels, BatchNormBackend):
+            return self._fused(x, kernels, group)
+        if group is not None:
+            return self._composed(x)
         with torch.no_grad():
             mean, var = torch.batch_norm_update_stats(
                 x.flatten(0, 1), norm.running_mean, norm.running_var, next_momentum(norm)
@@ -81,34 +89,115 @@ class BatchNormLIF(nn.Module):
             _is_plain(norm, _BATCH_NORMS)
             and _is_plain(neuron, (FusedLIF,))
             and not _has_any_global_hook()
-            and torch.is_grad_enabled()
-            and norm.training
+            and torch.is_grad_enabled() == norm.training
             and norm.track_running_stats
             and not (neuron.stateful or neuron.return_v or neuron.packed)
         )
 
-    def _fused(self, x: Tensor) -> Tensor:
+    def _composed(self, x: Tensor) -> Any:
+        return self.neuron(self.norm(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
+
+    def _evaluated(self, x: Tensor, kernels: BatchNormBackend | str) -> Any:
+        """By one kernel on a GPU; a CPU keeps the bits of torch's norm."""
+        if isinstance(kernels, str) or kernels.name == "cpu":
+            return self._composed(x)
+        norm = self.norm
+        x, *parameters, options = self._arguments(x)
+        rstd = (norm.running_var.float() + norm.eps).rsqrt()
+        return kernels.fire(x, norm.running_mean.float(), rstd, *parameters, *options)
+
+    def _arguments(self, x: Tensor) -> tuple[Any, ...]:
+        """x, weight, bias, threshold, leak as the ops take them, and their options."""
         norm, neuron = self.norm, self.neuron
         scale = check_options(
             neuron.reset, neuron.v_reset, neuron.surrogate, neuron.surrogate_scale
         )
-        s: Tensor
-        s, mean, var, _ = torch.ops.iirsnn.bn_lif_forward(
+        return (
             x if is_dense(x) else x.contiguous(),
             None if norm.weight is None else norm.weight.float(),
             None if norm.bias is None else norm.bias.float(),
             parameter_like("threshold", neuron.threshold, x, torch.float32),
             parameter_like("leak", neuron.leak, x, torch.float32),
-            norm.eps,
-            neuron.reset,
-            neuron.v_reset,
-            neuron.detach_reset,
-            neuron.surrogate,
-            scale,
+            (neuron.reset, neuron.v_reset, neuron.detach_reset, neuron.surrogate, scale),
         )
-        count = x.numel() // x.shape[2]
-        update_running_statistics(norm, mean, var * (count / (count - 1)))
+
+    def _fused(self, x: Tensor, kernels: BatchNormBackend, group: Any) -> Tensor:
+        norm = self.norm
+        *tensors, options = self._arguments(x)
+        s: Tensor
+        if group is not None:
+            s, mean, unbiased = _Synchronised.apply(*tensors, norm.eps, options, kernels, group)
+        else:
+            s, mean, var, _ = kernels.forward(*tensors, norm.eps, *options)
+            count = x.numel() // x.shape[2]
+            unbiased = var * (count / (count - 1))
+        update_running_statistics(norm, mean, unbiased)
         return s
+
+
+def _processes(norm: Any) -> Any:
+    """The group of processes that a norm in training takes its statistics over, or None."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not dist.is_initialized():
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+class _Synchronised(torch.autograd.Function):
+    """BatchNorm over the batches of all processes, and LIF: their sums are added between passes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        threshold: Tensor,
+        leak: Tensor,
+        eps: float,
+        options: tuple[Any, ...],
+        kernels: BatchNormBackend,
+        group: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        sums, *_ = kernels.moments(x, eps)
+        total = torch.cat([sums, sums.new_full((1, sums.shape[1]), x.numel() // x.shape[2])])
+        dist.all_reduce(total, group=group)
+        count = total[2]
+        mean = total[0] / count
+        var = (total[1] / count - mean * mean).clamp(min=0)
+        rstd = (var + eps).rsqrt().float()
+        s = kernels.fire(x, mean.float(), rstd, weight, bias, threshold, leak, *options)
+        ctx.save_for_backward(x, mean.float(), rstd, weight, bias, threshold, leak, count)
+        ctx.options, ctx.kernels, ctx.group = options, kernels, group
+        mean, unbiased = mean.float(), (var * (count / (count - 1))).float()
+        ctx.mark_non_differentiable(mean, unbiased)
+        return s, mean, unbiased
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_s: Tensor, *rest: Any) -> Any:
+        *saved, count = ctx.saved_tensors
+        _, _, rstd, _, _, threshold, leak = saved
+        grad_x, sums, workspace = ctx.kernels.gradient_sums(grad_s, *saved, *ctx.options)
+        total = sums[2:].clone()  # of all processes; the parameters have gradients of their own
+        dist.all_reduce(total, group=ctx.group)
+        wide = rstd.double()
+        grad_mean, slope = (total[0] / count).float(), (total[1] / count * wide * wide).float()
+        ctx.kernels.grad_x(grad_x, workspace, grad_mean, slope, grad_s, *saved, *ctx.options)
+
+        def like(total: Tensor, parameter: Tensor) -> Tensor:
+            return (total if parameter.numel() > 1 else total.sum(0, True)).float()
+
+        grads = [
+            grad_x,
+            (sums[3] * wide).float(),
+            sums[2].float(),
+            like(sums[0], threshold),
+            like(sums[1], leak),
+        ]
+        wanted = ctx.needs_input_grad
+        grads = [grad if want else None for grad, want in zip(grads, wanted[:5], strict=True)]
+        return *grads, None, None, None, None
 
 
 def next_momentum(norm: Any) -> float:

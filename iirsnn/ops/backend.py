@@ -103,9 +103,44 @@ def _resolve(name: str, device: str) -> str:
 _resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def is_compiled_cpu(name: str, device: torch.device) -> bool:
-    """Whether the backend `name` for tensors on `device` is `cpu`; raises what `choose` raises."""
-    return _resolve(name, device.type) == "cpu"
+@dataclass(frozen=True)
+class BatchNormBackend:
+    """The entry points of BatchNorm and LIF in one, of one backend (see ops/batch_norm.py)."""
+
+    name: str
+    forward: Callable[..., Any]
+    moments: Callable[..., Any]
+    fire: Callable[..., Any]
+    gradient_sums: Callable[..., Any]
+    grad_x: Callable[..., Any]
+
+    @staticmethod
+    def of(name: str) -> BatchNormBackend:
+        """Of `cpu`, `cuda` or `triton`."""
+        prefix = "triton_bn_lif_" if name == "triton" else "bn_lif_"
+        ops = ("forward", "moments", "fire", "gradient_sums", "grad_x")
+        return BatchNormBackend(name, *(getattr(torch.ops.iirsnn, prefix + op) for op in ops))
+
+
+_FUSED_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+
+def choose_batch_norm(name: str, x: torch.Tensor) -> BatchNormBackend | str:
+    """BatchNorm and LIF in one by the backend `name` for x, or why that has no such kernels.
+
+    Raises what `choose` raises.
+    """
+    resolved = _resolve(name, x.device.type)
+    if resolved == "reference":
+        return "backend reference has no kernels"
+    if x.dtype not in _FUSED_DTYPES[resolved]:
+        wanted = ", ".join(str(dtype) for dtype in _FUSED_DTYPES[resolved])
+        return f"backend {resolved} takes {wanted}, got {x.dtype}"
+    return BatchNormBackend.of(resolved)
 
 
 def direct() -> Callable[..., Any] | None:

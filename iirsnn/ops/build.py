@@ -64,8 +64,8 @@ def want_cuda(mode: str) -> tuple[bool, str]:
         return False, "IIRSNN_BUILD_CUDA=0"
     home = cpp_extension.CUDA_HOME
     reason = ""
-    if not (source_dir() / "lif/cuda/lif_cuda.cu").is_file():
-        reason = "csrc/lif/cuda/lif_cuda.cu is missing"
+    if not (source_dir() / "lif/cuda/lif_forward.cu").is_file():
+        reason = "csrc/lif/cuda/lif_forward.cu is missing"
     elif torch.version.cuda is None:
         reason = "this torch was built without CUDA"
     elif home is None or shutil.which("nvcc", path=str(Path(home) / "bin")) is None:

@@ -1,15 +1,29 @@
-"""make gpu-check where there is nothing to check."""
+"""make gpu-check: where there is nothing to check, and rehearsed on the processor."""
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+SCRIPT = BENCHMARKS / "gpu_check.py"
+
+
+@pytest.fixture
+def gpu_check(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_check
+
+    return gpu_check
 
 
 def test_says_in_one_line_that_there_is_no_gpu():
-    script = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_check.py"
     run = subprocess.run(
-        [sys.executable, str(script)],
+        [sys.executable, str(SCRIPT)],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
@@ -17,3 +31,66 @@ def test_says_in_one_line_that_there_is_no_gpu():
     assert run.returncode == 1
     assert run.stdout == ""
     assert "no CUDA device" in run.stderr.splitlines()[-1]
+
+
+def test_names_of_cases_are_unique_and_the_tests_come_first(gpu_check):
+    names = [case.name for case in gpu_check.cases()]
+    assert len(set(names)) == len(names)
+    assert [name.split()[0] for name in names[:5]] == ["limit", *["test"] * 4]
+
+
+@pytest.mark.parametrize("name", ["limit", "lif T=1 fp32", "bn_lif T=5 bf16", "network vgg16 T=1"])
+def test_a_case_in_a_process_of_its_own(gpu_check, name):
+    case = next(case for case in gpu_check.cases() if case.name.startswith(name))
+    found = gpu_check.run_case(case, "cpu", 120)
+    assert "failed" not in found
+    assert all(row["ms"] > 0 for row in found["rows"] if "ms" in row)
+    assert any("ms" in row for row in found["rows"])
+
+
+def test_a_case_that_breaks_or_hangs_costs_no_other(gpu_check, monkeypatch, tmp_path):
+    script = tmp_path / "cases.py"
+    script.write_text(
+        "import json, sys, time\n"
+        "case = json.loads(sys.argv[1])\n"
+        "time.sleep(60 if case['what'] == 'hangs' else 0)\n"
+        "sys.exit('CUDA error: an illegal memory access') if case['what'] == 'breaks' else None\n"
+        "print(json.dumps([{**case, 'implementation': 'cuda', 'ms': 1.0, 'ratio': 1.5,"
+        " 'cache': 'cold'}]))\n"
+    )
+    monkeypatch.setattr(gpu_check, "SCRIPT", script)
+    chosen = [gpu_check.Case("lif", 20, what) for what in ("breaks", "works")]
+    chosen.insert(0, gpu_check.Case("lif", 1, "hangs"))
+    path = tmp_path / "gpu-fake.json"
+    start = time.monotonic()
+    results = gpu_check.check(path, "cpu", chosen, 60)
+    assert time.monotonic() - start < 50
+    assert results == json.loads(path.read_text())
+    hangs, breaks, works = results["cases"].values()
+    assert hangs["failed"] == "not done after 1 s"
+    assert breaks["failed"] == "exit 1: CUDA error: an illegal memory access"
+    assert len(works["rows"]) == 1
+    assert len(gpu_check.broken(results)) == 2
+
+    called = []
+
+    def run(case, *args):  # a second call goes on where the first one failed
+        called.append(case.what)
+        return {"rows": works["rows"]}
+
+    assert gpu_check.broken(gpu_check.check(path, "cpu", chosen, 60, run)) == []
+    assert called == ["hangs", "breaks"]
+
+    gpu_check.report(path, results)
+    assert (tmp_path / "gpu-fake.md").read_text().count("FAILED") == 2
+    assert "<svg" in (tmp_path / "gpu-fake-lif.svg").read_text()
+    assert gpu_check.deviations(results) == [
+        "lif works T=1 fp32 contiguous scalar 64x32x32, works, cuda: 1.50 times the time of the "
+        "same bytes, 1.00 predicted"
+    ]
+
+
+def test_stops_when_its_time_is_over(gpu_check, tmp_path, capsys):
+    results = gpu_check.check(tmp_path / "gpu.json", "cpu", gpu_check.cases(), 0)
+    assert results["cases"] == {}
+    assert "cases are left: call again" in capsys.readouterr().out

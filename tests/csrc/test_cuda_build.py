@@ -1,4 +1,4 @@
-"""The machine code of lif_cuda.cu: wide accesses, and nothing spilled. Needs nvcc, not a GPU.
+"""The machine code of csrc/lif/cuda: wide accesses, and nothing spilled. Needs nvcc, not a GPU.
 
 IIRSNN_TEST_EVERY_KERNEL=1 looks at all kernels on all architectures, which takes minutes. Without
 it: the kernels of T = 1 and, in packets with the soft reset, those of any T and, on sm_90, of T = 5
@@ -12,6 +12,7 @@ import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -24,7 +25,7 @@ RESETS = "soft", "hard", "none", "soft_delayed"
 
 @dataclass
 class Kernel:
-    """name: lif_cuda.cu's, without _kernel. packet: neurons a thread moves at once, 1 or 16 bytes.
+    """name: without _kernel. packet: neurons a thread moves at once, 1 or 16 bytes.
 
     timesteps: 0 for any, or when the kernel has none. usage: what ptxas -v says. code: SASS.
     """
@@ -34,6 +35,7 @@ class Kernel:
     packet: int
     timesteps: int
     reset: str
+    sums_only: bool = False
     usage: str = field(default="", repr=False)
     code: str = field(default="", repr=False)
 
@@ -45,7 +47,16 @@ class Kernel:
         numbers = [int(n) for n in re.findall(r"Li(\d+)E", rest + "E")]
         packet, timesteps = (*numbers, 1, 0)[:2] if len(numbers) != 1 else (numbers[0], 0)
         reset = re.search(r"ResetE(\d)", rest)
-        return Kernel(name, dtype, packet, timesteps, RESETS[int(reset[1])] if reset else "")
+        sums_only = name == "moments" or "PassE1" in rest  # of bn_lif.cu's Pass
+        return Kernel(
+            name, dtype, packet, timesteps, RESETS[int(reset[1])] if reset else "", sums_only
+        )
+
+    @property
+    def access(self) -> int:
+        """Bits of an access: 16 bytes, or four numbers where every one is another channel's."""
+        size = {"f": 4, "d": 8}.get(self.dtype, 2)
+        return min(8 * size * self.packet, 128)
 
     def count(self, operation: str) -> int:
         return len(re.findall(rf"\s{re.escape(operation)}\b", self.code))
@@ -66,12 +77,16 @@ def wanted(kernel: Kernel, arch: int) -> bool:
 
 def inspect(arch: int, folder) -> list[Kernel]:
     """Compile for one architecture from the PTX for it, sm_120 from that for sm_100."""
-    compute = min(arch, 100)
     unrolled = 8 if EVERY or arch == 90 else 0
-    head, entries = split(compile_kernels(compute, unrolled)[0].read_text())
+    files, _ = compile_kernels(min(arch, 100), unrolled)
+    return [kernel for file in files for kernel in inspect_file(arch, file, folder)]
+
+
+def inspect_file(arch: int, file: Path, folder) -> list[Kernel]:
+    head, entries = split(file.read_text())
     kernels = {name: Kernel.of(name) for name in entries}
     kernels = {name: kernel for name, kernel in kernels.items() if wanted(kernel, arch)}
-    source, binary = folder / f"{arch}.ptx", folder / f"{arch}.cubin"
+    source, binary = folder / f"{file.stem}-{arch}.ptx", folder / f"{file.stem}-{arch}.cubin"
     source.write_text(head + "".join(entries[name] for name in kernels))
     command = [toolkit() / "bin" / "ptxas", f"-arch=sm_{arch}", "-v", source, "-o", binary]
     told = subprocess.run(command, check=True, capture_output=True, text=True).stderr
@@ -104,7 +119,8 @@ def kernels(request, every_kernel):
 
 def test_all_are_there(kernels):
     assert {k.name for k in kernels} == {
-        *("forward", "backward", "single_forward", "single_backward", "sum_partials", "unpack")
+        *("forward", "backward", "single_forward", "single_backward", "unpack"),
+        *("moments", "fire", "single_fire"),
     }
     assert {k.dtype for k in kernels} == {"f", "d", "__half", "__nv_bfloat16"}
 
@@ -124,23 +140,28 @@ def test_registers_leave_enough_loads_in_flight(kernels):
         registers = int(re.search(r"Used (\d+) registers", kernel.usage)[1])
         threads = min(2048, 65536 // (128 * -(-registers // 8) * 8) * 128)
         if kernel.packet > 1:
-            assert 16 * loads(kernel) * threads >= 32 * 1024, (kernel, threads)
+            assert kernel.access // 8 * loads(kernel) * threads >= 32 * 1024, (kernel, threads)
 
 
 def loads(kernel: Kernel) -> int:
     """16-byte packets of x, and of grad_s, that a thread asks for before it needs one."""
-    steps = kernel.timesteps or {"single_forward": 2, "forward": 8, "backward": 8}.get(
-        kernel.name, 1
-    )
-    return steps * {"unpack": 0, "backward": 2, "single_backward": 2}.get(kernel.name, 1)
+    if kernel.timesteps:
+        return kernel.timesteps
+    many = {"single_forward": 2, "forward": 8, "backward": 16, "single_backward": 4, "unpack": 0}
+    return (many | {"moments": 4, "fire": 8, "single_fire": 4})[kernel.name]
+
+
+def stores(kernel: Kernel) -> int:
+    """Packets that it writes; the first passes of a BatchNorm write none."""
+    return 0 if kernel.sums_only else max(1, kernel.timesteps)
 
 
 def test_packets_move_in_128_bits(kernels):
     for kernel in kernels:
         if kernel.packet == 1:
             continue
-        assert kernel.count("LDG.E.128.CONSTANT") >= loads(kernel), kernel
-        assert kernel.count("STG.E.128") >= max(1, kernel.timesteps), kernel
+        assert kernel.count(f"LDG.E.{kernel.access}.CONSTANT") >= loads(kernel), kernel
+        assert kernel.count(f"STG.E.{kernel.access}") >= stores(kernel), kernel
         if kernel.name in ("forward", "backward"):  # the rest are parameters, 4 bytes, 8 for double
             assert kernel.count("LDG.E.U8.CONSTANT") == kernel.count("LDG.E.U16.CONSTANT") == 0
             assert kernel.count("STG.E.U16") == 0, kernel

@@ -137,7 +137,7 @@ def test_cuda_is_built_where_a_toolkit_is_found_without_asking_for_a_gpu(monkeyp
     recipe = build.recipe("auto")
     assert recipe["cuda"]
     assert "-DIIRSNN_WITH_CUDA" in recipe["cxx"]
-    assert any(source.endswith("lif_cuda.cu") for source in recipe["sources"])
+    assert any(source.endswith("lif_forward.cu") for source in recipe["sources"])
     assert "--fmad=false" in recipe["nvcc"]
 
 

@@ -67,6 +67,8 @@ def compile_launches(monkeypatch, arch, call, replace=lambda kernel: kernel):
                 signature[p.name] = "*" + TYPES[value.dtype]
                 if value.data_ptr() % 16 == 0:
                     hints[(i,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, float):
+                signature[p.name] = "fp32"
             else:
                 signature[p.name] = "i32" if value < 2**31 else "i64"
         fn = replace(self)

@@ -25,3 +25,22 @@ def ptxrun_module(name: str):
 @pytest.fixture(scope="session")
 def cudarun():
     return ptxrun_module("cudarun")
+
+
+# The largest T with kernels of its own: all of them for sm_90, T = 1 and any for the others.
+UNROLLED = {90: 8, 80: 0, 100: 0}
+
+
+@pytest.fixture(scope="session")
+def all_launchers():
+    """{architecture: the launchers of csrc/lif/cuda}, compiled where a test asks for them."""
+    from tests.ptx.cuda_launchers import Launchers, build
+
+    rt = ptxrun_module("ptxcudart")
+
+    class Compiled(dict):
+        def __missing__(self, arch):
+            self[arch] = Launchers(rt, build(arch, UNROLLED[arch], rt.library_dir()))
+            return self[arch]
+
+    return Compiled()

@@ -1,4 +1,4 @@
-"""lif_cuda.cu on the CPU: its own launchers, their launches executed from PTX and counted."""
+"""csrc/lif/cuda on the CPU: its own launchers, their launches executed from PTX and counted."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ class Backward(ctypes.Structure):
         ("grad_s_stride_t", INT64),
         *((name, POINTER) for name in ("grad_v", "x", "threshold", "leak", "v0", "grad_x")),
         *((name, POINTER) for name in ("grad_threshold", "grad_leak", "grad_v0", "workspace")),
+        ("counters", POINTER),
     ]
 
 
@@ -67,7 +68,7 @@ class Launchers:
         self.rt, self.lib = rt, rt.load(str(library))
         for name in ("forward", "backward", "unpack"):
             getattr(self.lib, name).restype = ctypes.c_char_p
-        self.lib.workspace.restype = INT64
+        self.lib.workspace.restype = self.lib.counters.restype = INT64
         self.ops = Implementation(self.forward, self.backward, self.packed, self.unpack)
 
     def take(self) -> list[tuple[str, Any]]:
@@ -167,8 +168,11 @@ class Launchers:
             size = self.lib.workspace(ctypes.byref(args))
             workspace = torch.full((size // 4,), math.nan)  # NaN: read before written would show
             args.workspace = pointer(workspace)
-            known |= {"grad_s": grad_s, "workspace": workspace}
+            counters = torch.zeros(self.lib.counters(ctypes.byref(args)), dtype=torch.int32)
+            args.counters = pointer(counters)
+            known |= {"grad_s": grad_s, "workspace": workspace, "counters": counters}
             self.call(self.lib.backward, ctypes.byref(args), **known)
+            assert not counters.any()
         elif need_parameter_grads:
             sums = [torch.zeros_like(threshold) for _ in range(2)]
         sums = [

@@ -86,15 +86,9 @@ void bn_lif_backward_cpu(const BnLif& args, int64_t first_chunk, int64_t last_ch
 
 void bn_lif_grad_x_cpu(const BnLif& args, int64_t first_chunk, int64_t last_chunk) {
   const int64_t channels = args.shape.channels;
-  const double count = double(args.shape.timesteps) * double(args.shape.neurons / channels);
-  std::vector<float> grad_mean(channels), slope(channels), gain(channels);
-  for (int64_t c = 0; c < channels; ++c) {
-    const double rstd = args.rstd[c];
-    grad_mean[c] = float(args.sums[kGradSum * channels + c] / count);
-    slope[c] = float(args.sums[kDotSum * channels + c] / count * rstd * rstd);
-    gain[c] = args.weight ? args.rstd[c] * args.weight[c] : args.rstd[c];
-  }
-  Channels<float> parameters(args.shape, {grad_mean.data(), slope.data(), args.mean, gain.data()});
+  std::vector<float> gain(channels);
+  for (int64_t c = 0; c < channels; ++c) gain[c] = args.weight ? args.rstd[c] * args.weight[c] : args.rstd[c];
+  Channels<float> parameters(args.shape, {args.grad_mean, args.slope, args.mean, gain.data()});
   if (args.shape.dtype == DType::float32) return grad_x_blocks<float>(args, parameters, first_chunk, last_chunk);
   grad_x_blocks<BFloat16>(args, parameters, first_chunk, last_chunk);
 }

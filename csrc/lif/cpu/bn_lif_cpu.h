@@ -33,6 +33,8 @@ struct BnLif {
   int64_t grad_s_stride_t;  // N, or 0: the same gradient at every timestep
   void* grad_x;             // [T, N] like x; first the gradient of the current
   double* sums;             // [chunks, kBnLifSums, C]
+  const float* grad_mean;   // [C], the mean of the current's gradient
+  const float* slope;       // [C], the mean of its product with x - mean, times rstd^2
 };
 
 constexpr int kBnLifSums = kSums<true>;
@@ -44,7 +46,7 @@ void moments_cpu(const LifShape& shape, const void* x, double* sums, int64_t fir
 void add_chunks_cpu(const LifShape& shape, int count, double* sums);
 void bn_lif_forward_cpu(const BnLif& args, int64_t first_chunk, int64_t last_chunk);
 void bn_lif_backward_cpu(const BnLif& args, int64_t first_chunk, int64_t last_chunk);
-// After add_chunks_cpu.
+// Reads grad_mean and slope.
 void bn_lif_grad_x_cpu(const BnLif& args, int64_t first_chunk, int64_t last_chunk);
 
 }  // namespace iirsnn

@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -11,7 +12,7 @@
 
 #include "lif/cpu/bn_lif_cpu.h"
 #include "lif/cpu/lif_cpu.h"
-#include "lif/lif_checks.h"
+#include "lif/torch/bn_lif_checks.h"
 
 namespace iirsnn {
 namespace {
@@ -21,36 +22,21 @@ struct BnLifCall {
   Tensor threshold, leak;  // [C]
 };
 
-const float* check_channels(const char* name, const Tensor& value, const Tensor& x) {
-  TORCH_CHECK_TYPE(value.scalar_type() == at::kFloat, name, ": expected float32, got ", value.scalar_type());
-  TORCH_CHECK_VALUE(value.is_cpu() && value.sizes() == at::IntArrayRef({x.size(2)}) && value.is_contiguous(), name,
-                    ": expected contiguous [C] on the CPU for x ", x.sizes(), ", got ", value.sizes(), " on ",
-                    value.device());
-  return value.const_data_ptr<float>();
-}
-
-BnLifCall check_call(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& threshold,
-                     const Tensor& leak, const std::string& reset, double v_reset, bool detach_reset,
-                     const std::string& surrogate, double surrogate_scale) {
+BnLifCall check_call(const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptionalTensor& weight,
+                     const OptionalTensor& bias, const Tensor& threshold, const Tensor& leak, const std::string& reset,
+                     double v_reset, bool detach_reset, const std::string& surrogate, double surrogate_scale) {
   BnLifCall call;
   BnLif& args = call.args;
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
-                   "x: expected float32 or bfloat16, got ", x.scalar_type());
-  TORCH_CHECK_VALUE(x.dim() >= 3 && x.numel() > 0, "x: expected shape [T, B, C, ...] without a 0, got ", x.sizes());
-  args.shape = check_x(x);
+  args.shape = check_bn_lif_x(x);
   std::tie(call.threshold, call.leak) = check_parameters(threshold, leak, x, args.shape);
-  if (x.size(2) > 1) {
-    args.shape.channels = x.size(2);
-    args.shape.inner = x.stride(2);
-    call.threshold = call.threshold.expand({x.size(2)}).contiguous();
-    call.leak = call.leak.expand({x.size(2)}).contiguous();
-  }
   args.reset = parse_reset(reset);
   args.v_reset = v_reset;
   args.detach_reset = detach_reset;
   args.surrogate = parse_surrogate(surrogate);
   args.surrogate_scale = surrogate_scale;
   args.x = x.const_data_ptr();
+  args.mean = check_channels("mean", mean, x);
+  args.rstd = check_channels("rstd", rstd, x);
   args.weight = weight ? check_channels("weight", *weight, x) : nullptr;
   args.bias = bias ? check_channels("bias", *bias, x) : nullptr;
   args.threshold = call.threshold.const_data_ptr<float>();
@@ -63,23 +49,19 @@ void for_all_chunks(const LifShape& shape, F f) {
   at::parallel_for(0, lif_chunks_cpu(shape), 1, f);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> bn_lif_forward(const Tensor& x, const OptionalTensor& weight,
-                                                          const OptionalTensor& bias, const Tensor& threshold,
-                                                          const Tensor& leak, double eps, std::string reset,
-                                                          double v_reset, bool detach_reset, std::string surrogate,
-                                                          double surrogate_scale) {
-  BnLifCall call =
-      check_call(x, weight, bias, threshold, leak, reset, v_reset, detach_reset, surrogate, surrogate_scale);
-  BnLif& args = call.args;
-  const LifShape& shape = args.shape;
+// -> sums [2, C] of x and its square, mean, var, rstd
+std::tuple<Tensor, Tensor, Tensor, Tensor> moments(const Tensor& x, double eps) {
+  const LifShape shape = check_bn_lif_x(x);
   const int64_t channels = shape.channels;
-  std::vector<double> sums(lif_chunks_cpu(shape) * kMoments * channels);
-  for_all_chunks(shape, [&](int64_t first, int64_t last) { moments_cpu(shape, args.x, sums.data(), first, last); });
-  add_chunks_cpu(shape, kMoments, sums.data());
+  Tensor chunks = at::empty({lif_chunks_cpu(shape), kMoments, channels}, x.options().dtype(at::kDouble));
+  double* sums = chunks.mutable_data_ptr<double>();
+  for_all_chunks(shape,
+                 [&](int64_t first, int64_t last) { moments_cpu(shape, x.const_data_ptr(), sums, first, last); });
+  add_chunks_cpu(shape, kMoments, sums);
 
   const auto options = x.options().dtype(at::kFloat);
   Tensor mean = at::empty({channels}, options), var = at::empty({channels}, options);
-  Tensor rstd = at::empty({channels}, options), s = empty_spikes(x, shape.neurons);
+  Tensor rstd = at::empty({channels}, options);
   const double count = double(shape.timesteps) * double(shape.neurons / channels);
   for (int64_t c = 0; c < channels; ++c) {
     const double centre = sums[c] / count, spread = sums[channels + c] / count - centre * centre;
@@ -88,55 +70,113 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_lif_forward(const Tensor& x, const
     var.mutable_data_ptr<float>()[c] = float(variance);
     rstd.mutable_data_ptr<float>()[c] = float(1 / std::sqrt(variance + eps));
   }
-  args.mean = mean.const_data_ptr<float>();
-  args.rstd = rstd.const_data_ptr<float>();
-  args.s = s.mutable_data_ptr();
-  for_all_chunks(shape, [&](int64_t first, int64_t last) { bn_lif_forward_cpu(args, first, last); });
-  return {s, mean, var, rstd};
+  return {chunks[0], mean, var, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_lif_backward(
-    const Tensor& grad_s, const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptionalTensor& weight,
-    const OptionalTensor& bias, const Tensor& threshold, const Tensor& leak, std::string reset, double v_reset,
-    bool detach_reset, std::string surrogate, double surrogate_scale) {
-  BnLifCall call =
-      check_call(x, weight, bias, threshold, leak, reset, v_reset, detach_reset, surrogate, surrogate_scale);
+Tensor fire(const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptionalTensor& weight,
+            const OptionalTensor& bias, const Tensor& threshold, const Tensor& leak, std::string reset, double v_reset,
+            bool detach_reset, std::string surrogate, double surrogate_scale) {
+  BnLifCall call = check_call(x, mean, rstd, weight, bias, threshold, leak, reset, v_reset, detach_reset, surrogate,
+                              surrogate_scale);
+  BnLif& args = call.args;
+  Tensor s = empty_spikes(x, args.shape.neurons);
+  args.s = s.mutable_data_ptr();
+  for_all_chunks(args.shape, [&](int64_t first, int64_t last) { bn_lif_forward_cpu(args, first, last); });
+  return s;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight,
+                                                   const OptionalTensor& bias, const Tensor& threshold,
+                                                   const Tensor& leak, double eps, std::string reset, double v_reset,
+                                                   bool detach_reset, std::string surrogate, double surrogate_scale) {
+  const auto [sums, mean, var, rstd] = moments(x, eps);
+  return {fire(x, mean, rstd, weight, bias, threshold, leak, reset, v_reset, detach_reset, surrogate, surrogate_scale),
+          mean, var, rstd};
+}
+
+// -> grad_x, which holds the gradient of the current, and sums [kBnLifSums, C]; the workspace is of other devices
+std::tuple<Tensor, Tensor, Tensor> gradient_sums(const Tensor& grad_s, const Tensor& x, const Tensor& mean,
+                                                 const Tensor& rstd, const OptionalTensor& weight,
+                                                 const OptionalTensor& bias, const Tensor& threshold,
+                                                 const Tensor& leak, std::string reset, double v_reset,
+                                                 bool detach_reset, std::string surrogate, double surrogate_scale) {
+  BnLifCall call = check_call(x, mean, rstd, weight, bias, threshold, leak, reset, v_reset, detach_reset, surrogate,
+                              surrogate_scale);
   BnLif& args = call.args;
   const LifShape& shape = args.shape;
-  const int64_t channels = shape.channels;
   const Tensor grad_s_like = check_grad_s(grad_s, x, shape.neurons);
-  args.mean = check_channels("mean", mean, x);
-  args.rstd = check_channels("rstd", rstd, x);
   args.grad_s = grad_s_like.const_data_ptr();
   args.grad_s_stride_t = x.size(0) > 1 && grad_s_like.stride(0) == 0 ? 0 : shape.neurons;
   Tensor grad_x = empty_spikes(x, shape.neurons);
   args.grad_x = grad_x.mutable_data_ptr();
-  std::vector<double> sums(lif_chunks_cpu(shape) * kBnLifSums * channels);
-  args.sums = sums.data();
+  Tensor chunks = at::zeros({lif_chunks_cpu(shape), kBnLifSums, shape.channels}, x.options().dtype(at::kDouble));
+  args.sums = chunks.mutable_data_ptr<double>();
   for_all_chunks(shape, [&](int64_t first, int64_t last) { bn_lif_backward_cpu(args, first, last); });
   add_chunks_cpu(shape, kBnLifSums, args.sums);
-  for_all_chunks(shape, [&](int64_t first, int64_t last) { bn_lif_grad_x_cpu(args, first, last); });
+  return {grad_x, chunks[0], at::empty({0}, x.options().dtype(at::kByte))};
+}
+
+// The gradient of the current, in grad_x, becomes that of x.
+void grad_x_in_place(const Tensor& grad_x, const Tensor&, const Tensor& grad_mean, const Tensor& slope, const Tensor&,
+                     const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptionalTensor& weight,
+                     const OptionalTensor& bias, const Tensor& threshold, const Tensor& leak, std::string reset,
+                     double v_reset, bool detach_reset, std::string surrogate, double surrogate_scale) {
+  BnLifCall call = check_call(x, mean, rstd, weight, bias, threshold, leak, reset, v_reset, detach_reset, surrogate,
+                              surrogate_scale);
+  BnLif& args = call.args;
+  args.grad_mean = check_channels("grad_mean", grad_mean, x);
+  args.slope = check_channels("slope", slope, x);
+  args.grad_x = grad_x.mutable_data_ptr();
+  for_all_chunks(args.shape, [&](int64_t first, int64_t last) { bn_lif_grad_x_cpu(args, first, last); });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_s, const Tensor& x, const Tensor& mean,
+                                                            const Tensor& rstd, const OptionalTensor& weight,
+                                                            const OptionalTensor& bias, const Tensor& threshold,
+                                                            const Tensor& leak, std::string reset, double v_reset,
+                                                            bool detach_reset, std::string surrogate,
+                                                            double surrogate_scale) {
+  const auto [grad_x, sums, workspace] = gradient_sums(grad_s, x, mean, rstd, weight, bias, threshold, leak, reset,
+                                                       v_reset, detach_reset, surrogate, surrogate_scale);
+  const int64_t channels = x.size(2);
+  const double count = double(x.numel() / channels);
+  const float* rstd_of = rstd.const_data_ptr<float>();
+  const double* total = sums.const_data_ptr<double>();
+  const auto options = x.options().dtype(at::kFloat);
+  Tensor grad_weight = at::empty({channels}, options), grad_mean = at::empty({channels}, options);
+  Tensor slope = at::empty({channels}, options);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double dot = total[kDotSum * channels + c], scale = rstd_of[c];
+    grad_weight.mutable_data_ptr<float>()[c] = float(dot * scale);
+    grad_mean.mutable_data_ptr<float>()[c] = float(total[kGradSum * channels + c] / count);
+    slope.mutable_data_ptr<float>()[c] = float(dot / count * scale * scale);
+  }
+  grad_x_in_place(grad_x, workspace, grad_mean, slope, grad_s, x, mean, rstd, weight, bias, threshold, leak, reset,
+                  v_reset, detach_reset, surrogate, surrogate_scale);
 
   // a scalar acts on every channel
   const auto gradient = [&](LifSum which, int64_t size) {
-    Tensor grad = at::empty({size}, threshold.options());
+    Tensor grad = at::empty({size}, options);
     float* to = grad.mutable_data_ptr<float>();
-    const double* from = args.sums + which * channels;
-    double total = 0;
+    const double* from = total + which * channels;
+    double all = 0;
     for (int64_t c = 0; c < channels; ++c) {
-      total += from[c];
-      to[size == 1 ? 0 : c] = float(size == 1 ? total : from[c]);
+      all += from[c];
+      to[size == 1 ? 0 : c] = float(size == 1 ? all : from[c]);
     }
     return grad;
   };
-  for (int64_t c = 0; c < channels; ++c) args.sums[kDotSum * channels + c] *= args.rstd[c];
-  return {grad_x, gradient(kDotSum, channels), gradient(kGradSum, channels), gradient(kThresholdSum, threshold.numel()),
+  return {grad_x, grad_weight, gradient(kGradSum, channels), gradient(kThresholdSum, threshold.numel()),
           gradient(kLeakSum, leak.numel())};
 }
 
 TORCH_LIBRARY_IMPL(iirsnn, CPU, m) {
-  m.impl("bn_lif_forward", &bn_lif_forward);
-  m.impl("bn_lif_backward", &bn_lif_backward);
+  m.impl("bn_lif_forward", &forward);
+  m.impl("bn_lif_backward", &backward);
+  m.impl("bn_lif_moments", &moments);
+  m.impl("bn_lif_fire", &fire);
+  m.impl("bn_lif_gradient_sums", &gradient_sums);
+  m.impl("bn_lif_grad_x", &grad_x_in_place);
 }
 
 }  // namespace

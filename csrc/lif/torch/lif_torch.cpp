@@ -18,6 +18,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include "lif/cuda/lif_cuda.h"
+#include "lif/torch/counters.h"
 #endif
 
 namespace iirsnn {
@@ -153,6 +154,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lif_backward(const Tensor& grad_s, co
 #if defined(IIRSNN_WITH_CUDA)
   IIRSNN_ON_CUDA(x) {
     const Tensor memory = workspace(lif_backward_workspace_cuda(args));
+    const Tensor counters = zeroed_counters(x, need_parameter_grads ? lif_backward_counters_cuda(args) : 0);
+    args.counters = reinterpret_cast<uint32_t*>(counters.mutable_data_ptr<int>());
     lif_backward_cuda(args, current_stream());
   }
   else {

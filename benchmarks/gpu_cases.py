@@ -1,0 +1,457 @@
+"""The cases of gpu_check.py, each run in a process of its own: python gpu_cases.py CASE DEVICE.
+
+A case prints its rows as one line of JSON, the last of its output. On the device "cpu", at a size
+of a few thousand numbers, the cases are rehearsed: what they print there is no result.
+
+Every time of a kernel stands beside that of the same bytes by x.clone() (forward) or
+torch.add(x, g) (backward), which no kernel can beat. All that is compared is timed in turns, so
+that a clock that changes hits all of it. "cold" empties the caches before each call.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+ROOT = Path(__file__).resolve().parent.parent
+Call = Callable[[], Any]
+Row = dict[str, Any]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+#: Maps of VGG16 on 32x32 images, [C, H, W], where its neurons are.
+MAPS = {"64x32x32": (64, 32, 32), "128x16x16": (128, 16, 16), "512x4x4": (512, 4, 4)}
+BATCH = 128
+
+
+@dataclass(frozen=True)
+class Case:
+    """seconds: after which its process is ended."""
+
+    kind: str
+    seconds: int = 60
+    what: str = ""
+    timesteps: int = 1
+    dtype: str = "fp32"
+    layout: str = "contiguous"
+    channels: bool = False
+    map: str = "64x32x32"
+
+    @property
+    def name(self) -> str:
+        if self.kind == "test":
+            return f"test {self.what}"
+        parts = [self.kind, self.what, f"T={self.timesteps}", self.dtype, self.layout]
+        if self.kind in ("lif", "bn_lif"):
+            parts += ["per channel" if self.channels else "scalar", self.map]
+        return " ".join(part for part in parts if part)
+
+
+def cases() -> list[Case]:
+    """What is worth most first: a borrowed device may be gone at any time."""
+    tests = ["cuda lif", "triton lif", "cuda batch_norm", "triton batch_norm"]
+    last = "channels_last"
+    first = [
+        Case(kind, timesteps=t, dtype=d, layout=layout)
+        for kind in ("lif", "bn_lif")
+        for t, d, layout in ((1, "fp32", last), (5, "bf16", last), (5, "fp32", "contiguous"))
+    ]
+    networks = [
+        Case("network", 90, what, timesteps, "bf16", last)
+        for what in ("vgg16", "vgg16 graph", "resnet18")
+        for timesteps in (1, 5)
+    ]
+    rest = [
+        Case(kind, timesteps=t, dtype=d, layout=layout, channels=channels, map=shape)
+        for shape in MAPS
+        for kind in ("lif", "bn_lif")
+        for t in (1, 5)
+        for d in DTYPES
+        for layout in ("contiguous", last)
+        for channels in (False, True)
+    ]
+    ordered = [Case("limit"), *(Case("test", 120, what) for what in tests), *first, *networks]
+    ordered += [case for case in rest if case not in first]
+    ordered += [Case("test", 240, "everything"), Case("network", 90, "vgg16", 5, "fp32", last)]
+    return ordered
+
+
+# ---- The device, or the processor that stands in for it
+
+
+@dataclass
+class Device:
+    name: str  # "cuda", or "cpu" for a rehearsal
+
+    def __post_init__(self) -> None:
+        self.real = self.name == "cuda"
+        self.rounds = 20 if self.real else 2
+        self.trash = torch.empty(2**28 if self.real else 64, dtype=torch.uint8, device=self.name)
+
+    def synchronise(self) -> None:
+        if self.real:
+            torch.cuda.synchronize()
+
+    def milliseconds(self, call: Call, cold: bool) -> float:
+        if cold:
+            self.trash.zero_()
+        if not self.real:
+            start = time.perf_counter()
+            call()
+            return (time.perf_counter() - start) * 1e3
+        start_event, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start_event.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(start_event.elapsed_time(end))
+
+    def compare(self, calls: dict[str, Call], cold: bool = True) -> dict[str, float]:
+        """Median milliseconds of each, in turns."""
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for call in calls.values():
+            for _ in range(3):
+                call()
+        for _ in range(self.rounds):
+            for name, call in calls.items():
+                times[name].append(self.milliseconds(call, cold))
+        return {name: statistics.median(t) for name, t in times.items()}
+
+    def peak_bytes(self, call: Call) -> int:
+        """Device memory that one call needs beyond what is there before it."""
+        if not self.real:
+            call()
+            return 0
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def launches(self, call: Call) -> int:
+        """Kernels and copies that one call launches."""
+        if not self.real:
+            return 0
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            call()
+            torch.cuda.synchronize()
+        return sum(event.count for event in profile.key_averages())
+
+
+# ---- What is timed
+
+
+def laid(x: Tensor, layout: str) -> Tensor:
+    """x [T, B, C, H, W], each image of it in the layout."""
+    if layout == "contiguous":
+        return x
+    return x.flatten(0, 1).to(memory_format=torch.channels_last).unflatten(0, x.shape[:2])
+
+
+def inputs(case: Case, device: Device) -> tuple[Tensor, Tensor]:
+    """x and a gradient of its size."""
+    batch = BATCH if device.real else 2
+    shape = MAPS[case.map] if device.real else (8, 4, 4)
+    x = torch.randn(case.timesteps, batch, *shape, device=device.name, dtype=DTYPES[case.dtype])
+    x = laid(x.mul_(0.8).add_(0.4), case.layout)
+    return x, torch.randn_like(x)
+
+
+def backends(device: Device) -> dict[str, str]:
+    """{backend: why it cannot run, or ""} of the kernels for the device."""
+    from iirsnn.ops.backend import why_not
+
+    names = ("cuda", "triton") if device.real else ("cpu",)
+    return {name: why_not(name, device.name) or "" for name in names}
+
+
+def parameter(case: Case, x: Tensor, value: float) -> Tensor:
+    size = x.shape[2] if case.channels else 1
+    return torch.full((size,), value, device=x.device).requires_grad_()
+
+
+def lif_contenders(case: Case, x: Tensor, device: Device) -> tuple[dict[str, Any], dict[str, str]]:
+    """{name: (f() -> s, its leaves)}, and for each that cannot run the reason."""
+    from iirsnn.functional import lif
+    from iirsnn.ops import reference
+
+    found: dict[str, Any] = {}
+    missing: dict[str, str] = {}
+    threshold, leak = parameter(case, x, 1.0), parameter(case, x, 0.5)
+    leaf = x.detach().requires_grad_()
+    for name, reason in backends(device).items():
+        if reason:
+            missing[name] = reason
+            continue
+        found[name] = (
+            lambda name=name: lif(leaf, threshold, leak, backend=name),
+            (leaf, threshold, leak),
+        )
+        found[f"{name}, fixed"] = (
+            lambda name=name: lif(leaf, threshold.detach(), leak.detach(), backend=name),
+            (leaf,),
+        )
+    reference._check_values = lambda threshold, leak: None  # it waits for the device
+    how = ("soft", 0.0, True, "triangle", 0.3, False)
+
+    def eager(x: Tensor, threshold: Tensor, leak: Tensor) -> Tensor:
+        return reference.lif_forward(x, threshold, leak, None, *how)[0]
+
+    if device.real:
+        config = torch._functorch.config
+        compiled = config.patch(donated_buffer=False)(torch.compile(eager, dynamic=False))
+        found["torch.compile"] = (lambda: compiled(leaf, threshold, leak), (leaf, threshold, leak))
+    for name, make in (("spikingjelly", _spikingjelly), ("snntorch", _snntorch)):
+        if importlib.util.find_spec(name) is None:
+            missing[name] = "not installed"
+            continue
+        try:
+            made = make(device)
+        except Exception as error:  # another library's: it costs its rows alone
+            missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            continue
+        found |= {label: (lambda f=f: f(leaf), (leaf,)) for label, f in made.items()}
+    return found, missing
+
+
+def _spikingjelly(device: Device) -> dict[str, Callable[[Tensor], Tensor]]:
+    """SpikingJelly 2's LIFNode over many steps, by each of its backends for the device."""
+    from spikingjelly.activation_based import functional, neuron, surrogate
+
+    def of(backend: str) -> Callable[[Tensor], Tensor]:
+        node = neuron.LIFNode(
+            **{"tau": 2.0, "decay_input": False, "v_reset": None, "detach_reset": True},
+            **{"surrogate_function": surrogate.ATan(), "step_mode": "m"},
+        ).to(device.name)
+        node.backend = backend
+
+        def run(x: Tensor) -> Tensor:
+            functional.reset_net(node)
+            return node(x)
+
+        return run
+
+    names = ["torch"]
+    if device.real:
+        names += ["triton", *(["cupy"] if importlib.util.find_spec("cupy") else [])]
+    return {f"spikingjelly {name}": of(name) for name in names}
+
+
+def _snntorch(device: Device) -> dict[str, Callable[[Tensor], Tensor]]:
+    import snntorch
+
+    node = snntorch.Leaky(beta=0.5, reset_mechanism="subtract").to(device.name)
+
+    def run(x: Tensor) -> Tensor:
+        membrane, spikes = node.init_leaky(), []
+        for current in x:
+            s, membrane = node(current, membrane)
+            spikes.append(s)
+        return torch.stack(spikes)
+
+    return {"snntorch": run}
+
+
+def passes(
+    case: Case, device: Device, contenders: dict[str, Any], x: Tensor, g: Tensor, elements: Row
+) -> list[Row]:
+    """Forward and backward of every contender beside the limit for `elements` moved."""
+    limits = {"forward": ("clone", x.clone, 2), "backward": ("add", lambda: torch.add(x, g), 3)}
+    rows = []
+    for what, (limit, limit_call, limit_moves) in limits.items():
+        calls: dict[str, Call] = {limit: limit_call}
+        failed: dict[str, str] = {}
+        for name, (run, leaves) in contenders.items():
+            try:
+                if what == "forward":
+                    calls[name] = torch.no_grad()(run)
+                else:
+                    s = run()
+                    calls[name] = lambda s=s, leaves=leaves: torch.autograd.grad(
+                        s, leaves, g, retain_graph=True
+                    )
+                calls[name]()
+            except Exception as error:  # another library's: it costs its row alone
+                calls.pop(name, None)
+                failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        for cold in (True, False):
+            times = device.compare(calls, cold)
+            for name, ms in times.items():
+                same_bytes = times[limit] * elements[what] / limit_moves
+                row = {"what": what, "implementation": name, "ms": ms, "cache": "cold"}
+                row |= {"cache": "cold" if cold else "warm", "ratio": ms / same_bytes}
+                if name == limit:
+                    row["ratio"] = 1.0
+                rows.append(row | {"bytes_per_second": _speed(x, limit_moves, ms, name == limit)})
+        rows += [{"what": what, "implementation": n, "failed": why} for n, why in failed.items()]
+    return rows
+
+
+def _speed(x: Tensor, moves: int, ms: float, known: bool) -> float | None:
+    return moves * x.nbytes / ms * 1e3 if known else None
+
+
+def run_lif(case: Case, device: Device) -> list[Row]:
+    x, g = inputs(case, device)
+    contenders, missing = lif_contenders(case, x, device)
+    rows = passes(case, device, contenders, x, g, {"forward": 2, "backward": 3})
+    return rows + [{"implementation": name, "missing": why} for name, why in missing.items()]
+
+
+def run_bn_lif(case: Case, device: Device) -> list[Row]:
+    """In training: 3 elements forward, 5 backward."""
+    from iirsnn import BatchNormLIF, FusedLIF
+
+    x, g = inputs(case, device)
+    channels = x.shape[2]
+    contenders: dict[str, Any] = {}
+    leaf = x.detach().requires_grad_()
+    for name, reason in backends(device).items():
+        if reason:
+            continue
+        options = {"channels": channels} if case.channels else {}
+        for label, kind in (("fused", BatchNormLIF), ("two modules", _TwoModules)):
+            neuron = FusedLIF(1.0, 0.5, backend=name, **options)
+            module = kind(nn.BatchNorm2d(channels), neuron).to(device.name)
+            run = torch.enable_grad()(lambda module=module: module(leaf))
+            contenders[f"{name}, {label}"] = (run, (leaf, *module.parameters()))
+    return passes(case, device, contenders, x, g, {"forward": 3, "backward": 5})
+
+
+class _TwoModules(nn.Module):
+    def __init__(self, norm: nn.Module, neuron: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.neuron = norm, neuron
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.neuron(self.norm(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
+
+
+def run_limit(case: Case, device: Device) -> list[Row]:
+    """What copies and additions of many sizes reach."""
+    rows = []
+    for elements in (2**20, 2**24, 2**27) if device.real else (2**10,):
+        x = torch.randn(elements, device=device.name)
+        times = device.compare({"clone": x.clone, "add": lambda x=x: torch.add(x, x)})
+        for (name, ms), moves in zip(times.items(), (2, 3), strict=True):
+            speed = moves * x.nbytes / ms * 1e3
+            rows.append({"what": name, "elements": elements, "ms": ms, "bytes_per_second": speed})
+    return rows
+
+
+def run_network(case: Case, device: Device) -> list[Row]:
+    """A training step (SGD) and inference: time, memory, launches."""
+    from networks import with_batch_norm_lif
+
+    from iirsnn import convert
+    from iirsnn.conversion.ann_to_snn import NeuronConfig
+    from iirsnn.models.resnet import PLANS, resnet
+    from iirsnn.models.vgg import LAYERS, vgg
+
+    torch.manual_seed(0)
+    image, batch = (3, 32, 32), 64 if device.real else 2
+    images = torch.rand(batch, *image)
+    labels = torch.randint(10, (batch,), device=device.name)
+    if case.what.startswith("vgg"):
+        layers = LAYERS["vgg16"] if device.real else (8, "A", 8, "A")
+        ann: nn.Module = vgg(layers, 10, image, batch_norm=True)
+    else:
+        ann = resnet(PLANS["resnet18"], 10, image, batch_norm=True)
+    neuron = NeuronConfig(keep_batch_norm=True)
+    network = convert(ann.eval(), images, timesteps=case.timesteps, neuron=neuron)
+    if case.what.startswith("vgg"):
+        network = with_batch_norm_lif(network)
+    network = network.to(device.name).train()
+    memory = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
+    network = network.to(memory_format=memory)
+    images = images.to(device.name).to(memory_format=memory)
+    optimiser = torch.optim.SGD(network.parameters(), 1e-3, foreach=True)
+
+    def loss() -> Tensor:
+        enabled = case.dtype == "bf16"
+        with torch.autocast(device.name, torch.bfloat16, enabled=enabled):
+            scores = network(images)
+        return nn.functional.cross_entropy(scores.float(), labels)
+
+    def step() -> None:
+        optimiser.zero_grad(set_to_none=False)
+        loss().backward()
+        optimiser.step()
+
+    @torch.no_grad()
+    def infer() -> Tensor:
+        return loss()
+
+    calls: dict[str, Call] = {"step": step}
+    if case.what.endswith("graph") and device.real:
+        calls["step"] = _captured(step)
+    rows = [
+        {
+            **{"what": name, "implementation": "iirsnn", "ms": ms},
+            "peak_bytes": device.peak_bytes(calls[name]),
+            "launches": device.launches(calls[name]),
+        }
+        for name, ms in device.compare(calls, cold=False).items()
+    ]
+    network.eval()
+    for name, ms in device.compare({"inference": infer}, cold=False).items():
+        found = {"peak_bytes": device.peak_bytes(infer), "launches": device.launches(infer)}
+        rows.append({"what": name, "implementation": "iirsnn", "ms": ms, **found})
+    return rows
+
+
+def _captured(step: Call) -> Call:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def run_test(case: Case, device: Device) -> list[Row]:
+    """The tests of tests/gpu, in parts: a kernel that breaks the device costs its part alone."""
+    words = [] if case.what == "everything" else ["-k", " and ".join(case.what.split())]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "tests/gpu", *words]
+    if not device.real:
+        command.append("--collect-only")
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    lines = [line for line in run.stdout.splitlines() if line]
+    result = lines[-1] if lines else run.stderr[-200:]
+    return [{"what": case.what, "passed": run.returncode in (0, 5), "result": result}]
+
+
+RUN: dict[str, Callable[[Case, Device], list[Row]]] = {
+    "limit": run_limit,
+    "lif": run_lif,
+    "bn_lif": run_bn_lif,
+    "network": run_network,
+    "test": run_test,
+}
+
+
+def main() -> None:
+    case, device = Case(**json.loads(sys.argv[1])), Device(sys.argv[2])
+    rows = RUN[case.kind](case, device)
+    print(json.dumps([{**asdict(case), **row} for row in rows]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
