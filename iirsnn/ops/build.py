@@ -106,7 +106,8 @@ def recipe(mode: str, whole: bool = False) -> dict[str, Any]:
     cxx = [*CXX_FLAGS, *_OPENMP, f"-DIIRSNN_FLAGS={','.join(CXX_FLAGS)}"]
     if cuda:
         os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs()
-        sources += sorted(source_dir().rglob("*.cu"))
+        found = {*source_dir().rglob("*.cu"), *source_dir().rglob("*_cuda.cpp")}
+        sources += sorted(found)
         archs = os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", ",").replace(" ", ",")
         cxx += ["-DIIRSNN_WITH_CUDA", f"-DIIRSNN_CUDA_ARCHS={archs}"]
     return {
@@ -179,14 +180,9 @@ def highest_capability(whole: bool) -> str:
 
 def kernel_flags(highest: str) -> list[str]:
     """How a kernel is compiled, up to a capability."""
-<<<<<<< HEAD
     limits = {"portable": ["-DIIRSNN_PORTABLE_ONLY"], "avx2": ["-DIIRSNN_NO_AVX512"]}
     flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wno-psabi", *_WARNINGS]
     return [*CXX_FLAGS, *flags, *limits.get(highest, []), f'-DIIRSNN_VERSION="{_version()}"']
-=======
-    flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wno-psabi", *_WARNINGS]
-    return [*CXX_FLAGS, *flags, *_LIMITS[highest], f'-DIIRSNN_VERSION="{_version()}"']
->>>>>>> compile
 
 
 def kernel_command(whole: bool = False) -> list[str]:
