@@ -1,6 +1,5 @@
 """What several test files share: a small recipe, the command line, a finished run."""
 
-import gc
 import os
 import shutil
 import sys
@@ -26,28 +25,6 @@ QUICK = [
 ]
 
 
-def forget_accelerator():
-    """accelerate keeps one state for the whole process; the tests of kernels do without it."""
-    state = sys.modules.get("accelerate.state")
-    if state is not None:
-        state.AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """No test sees the state of another."""
-    yield
-    forget_accelerator()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_heap():
-    """A run collects garbage after each stage: not among all that the tests before have left."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def command(*arguments, cwd=None):
     """`iirsnn ARGUMENTS` as a person would type it: its exit code, its stdout and its stderr."""
     from iirsnn import cli
@@ -67,7 +44,6 @@ def command(*arguments, cwd=None):
         finally:
             os.chdir(folder)
             torch.set_num_threads(threads)
-            forget_accelerator()
     return code
 
 

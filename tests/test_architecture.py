@@ -38,7 +38,6 @@ TRAIN = LINE_OF["iirsnn.train"]
 #: Packages of the extra [train].
 EXTRAS = {
     "torchvision",
-    "accelerate",
     "filelock",
     "omegaconf",
     "rich",

@@ -72,7 +72,7 @@ def without(*packages):
     return f"import sys\nsys.modules |= dict.fromkeys({packages})\n{MAIN}"
 
 
-@pytest.mark.parametrize("package", ["typer", "rich", "accelerate", "omegaconf", "sklearn"])
+@pytest.mark.parametrize("package", ["typer", "rich", "omegaconf", "sklearn"])
 def test_train_without_the_extra_says_what_to_install(package, tmp_path):
     done = fresh(without(package), "train", "digits", "--out", str(tmp_path / "run"))
     assert done.returncode == 1

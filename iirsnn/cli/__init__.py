@@ -14,7 +14,6 @@ from . import ending
 EXTRA = frozenset(
     {
         "PIL",
-        "accelerate",
         "filelock",
         "matplotlib",
         "omegaconf",

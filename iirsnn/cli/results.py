@@ -37,9 +37,7 @@ def evaluate(
     networks = [pipeline.trained(name) for name in names]
     batches = data.eval_batches(pipeline.splits.test, folder.recipe.data)
     table = Table("stage", "test accuracy")
-    for name, accuracy in zip(
-        names, accuracies(networks, batches, pipeline.accelerator.device), strict=True
-    ):
+    for name, accuracy in zip(names, accuracies(networks, batches, pipeline.device), strict=True):
         table.add_row(name, f"{accuracy:.2%}")
     console.print(table)
 

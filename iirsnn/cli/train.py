@@ -99,8 +99,8 @@ def _open_for_training(
 
     Process 0 locks the folder, the others follow it.
     """
-    from ..train import recipe
-    from ..train.pipeline import accelerator, open_data
+    from ..train import device, recipe
+    from ..train.pipeline import open_data
     from ..train.processes import Processes
     from ..train.progress import require_tensorboard
     from ..train.run_folder import RunFolder
@@ -120,7 +120,7 @@ def _open_for_training(
             wanted = recipe.parse(recipe.dump(wanted), overrides, source=str(resume))
     if wanted.runtime.tensorboard:
         require_tensorboard()
-    processes = Processes(accelerator(wanted))
+    processes = Processes(device.choose(wanted.runtime))
     if resume is None:  # bad data makes no folder
         splits = processes.in_turn(lambda: open_data(wanted))
     folder = processes.first_opens(

@@ -52,7 +52,7 @@ def measure(pipeline: Pipeline, timesteps: int, precision: str) -> dict[str, Any
     if isinstance(ann, Network):
         if not pipeline.recipe.neuron.keep_batch_norm:  # modules are numbered as the network's
             fold_batch_norm(ann)
-        counter = count_operations(ann, images.to(pipeline.accelerator.device))
+        counter = count_operations(ann, images.to(pipeline.device))
         dense = beside([entry["name"] for entry in sums], counter)
     for entry in sums:
         for key, value in entry.items():

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -21,7 +19,7 @@ from ..measure.provenance import commit, machine
 from ..models import Network
 from ..models.graph import GraphNetwork
 from ..nn import use_spike_layers
-from . import any_network, checkpoint, data, freed_memory
+from . import any_network, checkpoint, data, device, freed_memory
 from .data import Splits
 from .processes import Processes
 from .recipe import Recipe
@@ -61,8 +59,8 @@ class Pipeline:
         runtime = self.recipe.runtime
         if runtime.threads:
             torch.set_num_threads(runtime.threads)
-        self.accelerator = accelerator(self.recipe)
-        if self.accelerator.device.type == "cpu":
+        self.device = device.choose(runtime)
+        if self.device.type == "cpu":
             freed_memory.apply(runtime.allocator)
         self.stages = stages(self.recipe.timesteps)
 
@@ -95,7 +93,7 @@ class Pipeline:
             stage,
             self.folder,
             self.splits,
-            self.accelerator,
+            self.device,
             self.teacher(stage),
             self.processes,
         )
@@ -111,7 +109,6 @@ class Pipeline:
         }
         if self.processes.main:
             self.folder.finish_stage(stage.name, result)
-        self.accelerator.free_memory()  # it holds on to all that it has prepared
         console.print(f"{stage.name:>4}  test {result['test_accuracy']:.2%}", style="bold")
 
     def _take_weights(
@@ -130,7 +127,7 @@ class Pipeline:
             raise RunError(f"{stage.name}.weights: {file}: {error}") from error
         self._place(network)
         batches = data.eval_batches(self.splits.validation, self.recipe.data, self.processes.share)
-        (validation,) = accuracies([network], batches, self.accelerator.device, self.processes)
+        (validation,) = accuracies([network], batches, self.device, self.processes)
         if self.processes.main:
             header = {"validation_accuracy": validation, "epoch": 0}
             self.folder.save_checkpoint(stage.name, "best", network.state_dict(), header)
@@ -238,9 +235,7 @@ class Pipeline:
             processes,
             stopped,
         )
-        accuracy, *without_retraining = accuracies(
-            networks, batches, self.accelerator.device, processes
-        )
+        accuracy, *without_retraining = accuracies(networks, batches, self.device, processes)
         result: dict[str, Any] = {"test_accuracy": accuracy}
         if not processes.main:
             return result
@@ -267,7 +262,7 @@ class Pipeline:
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(dataset), generator=generator)[:count].tolist()
         images = torch.stack([image for image, _ in dataset.__getitems__(chosen)])
-        return images.to(self.accelerator.device)
+        return images.to(self.device)
 
     def _untrained(self, name: str) -> nn.Module:
         """A network with the modules of a stage's; the ANN's weights are its initial ones."""
@@ -280,12 +275,12 @@ class Pipeline:
         choice = self.recipe.runtime.spike_layers
         if not isinstance(network, Network):  # whose layers may see other values than spikes
             return network
-        if choice != "never" and self.accelerator.device.type == "cpu":
+        if choice != "never" and self.device.type == "cpu":
             use_spike_layers(network, "events" if choice == "always" else "auto")
         return network
 
     def _place(self, network: Module) -> Module:
-        network.to(self.accelerator.device)
+        network.to(self.device)
         if self.recipe.runtime.channels_last:
             network.to(memory_format=torch.channels_last)
         return network
@@ -326,35 +321,14 @@ def open_data(recipe: Recipe) -> Splits:
     """
     splits = data.load(recipe.data, recipe.seed)
     ann = _build(recipe, splits)
-    device = accelerator(recipe).device
+    place = device.choose(recipe.runtime)
     try:
-        snn = to_spiking(
-            ann, recipe.timesteps[0], recipe.neuron, image_shape=splits.image_shape
-        ).to(device)
-        with evaluating(snn):
-            snn(torch.zeros(1, *splits.image_shape, device=device))
+        snn = to_spiking(ann, recipe.timesteps[0], recipe.neuron, image_shape=splits.image_shape)
+        with evaluating(snn.to(place)):
+            snn(torch.zeros(1, *splits.image_shape, device=place))
     except (ValueError, TypeError, RuntimeError) as error:
         raise UsageError(f"neuron: {error}") from error
     return splits
-
-
-def accelerator(recipe: Recipe) -> Accelerator:
-    """The device and the precision of a recipe, and the processes that were launched for it.
-
-    Raises:
-        UsageError: a precision that the device does not have.
-    """
-    runtime = recipe.runtime
-    # accelerate looks for other processes on a CPU only when it is told to use that
-    cpu = runtime.device == "cpu" or not torch.accelerator.is_available()
-    if cpu and runtime.precision == "fp16":  # which accelerate would ignore
-        raise UsageError("runtime.precision: expected fp32 or bf16 on a CPU, got 'fp16'")
-    precision = "no" if runtime.precision == "fp32" else runtime.precision
-    try:
-        return Accelerator(mixed_precision=precision, cpu=cpu)
-    except ValueError:  # it holds on to the settings of the first run; those of a table may differ
-        AcceleratorState._reset_state(reset_partial_state=True)
-        return Accelerator(mixed_precision=precision, cpu=cpu)
 
 
 def _build(recipe: Recipe, splits: Splits) -> nn.Module:

@@ -8,13 +8,13 @@ other bits.) What is decided together goes through gloo, on GPUs too: it must no
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -29,21 +29,22 @@ class Lost(RunError):
 
 
 class Processes:
-    """The processes that train one run, as torchrun or `accelerate launch` started them.
+    """The processes that train one run, as torchrun started them.
 
     Args:
-        accelerator: that knows them; None for this process alone.
+        device: of this process; it waits for the others. None for this process alone.
 
     Attributes:
         rank: of this process, from 0; process 0 alone locks, writes and prints.
         count: of all processes.
     """
 
-    def __init__(self, accelerator: Accelerator | None = None) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         self.rank, self.count, self._first_of_node = 0, 1, True
-        if accelerator is not None and accelerator.num_processes > 1:
-            self.rank, self.count = accelerator.process_index, accelerator.num_processes
-            self._first_of_node = accelerator.is_local_main_process
+        if device is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            dist.init_process_group(dist.get_default_backend_for_device(device))
+            self.rank, self.count = dist.get_rank(), dist.get_world_size()
+            self._first_of_node = int(os.environ["LOCAL_RANK"]) == 0
             with _losses():
                 self._group: Any = dist.new_group(backend="gloo")
 

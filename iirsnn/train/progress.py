@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.tracking import TensorBoardTracker
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
@@ -90,14 +89,15 @@ class Board:
 
     def __init__(self, folder: Path, stage: str, step: int) -> None:
         require_tensorboard()
-        self._tracker = TensorBoardTracker(stage, folder / "tensorboard", purge_step=step + 1)
-        self._tracker.start()
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(folder / "tensorboard" / stage, purge_step=step + 1)
 
     def __enter__(self) -> Board:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._tracker.finish()
+        self._writer.close()
 
     def log(
         self, record: dict[str, Any], network: nn.Module, optimizer: torch.optim.Optimizer
@@ -112,7 +112,9 @@ class Board:
             if isinstance(module, FusedLIF):
                 values[f"threshold/{name}"] = module.threshold.mean().item()
                 values[f"leak/{name}"] = module.leak.mean().item()
-        self._tracker.log(values, step=record["step"])
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, record["step"])
+        self._writer.flush()
 
 
 def require_tensorboard() -> None:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from ..measure.evaluation import loss_and_accuracy
 from ..nn import neurons
 from . import checkpoint, data
 from .data import Splits
+from .device import autocast, grad_scaler
 from .objective import Objective
 from .processes import Processes
 from .progress import Board, StageProgress
@@ -73,12 +73,12 @@ class StageTraining:
     any number of processes; by the same number, it ends in the same bits.
 
     Args:
-        network: the initial network, on the accelerator's device; trained in place.
+        network: the initial network, on the device; trained in place.
         stage: which.
         folder: of the run; locked by process 0.
         splits: of the data.
-        accelerator: device and mixed precision.
-        teacher: whose soft labels are learned too, on the same device; None for none.
+        device: of this process.
+        teacher: whose soft labels are learned too, on the device; None for none.
         processes: that train it together; None for this one alone.
 
     Raises:
@@ -91,12 +91,12 @@ class StageTraining:
         stage: Stage,
         folder: RunFolder,
         splits: Splits,
-        accelerator: Accelerator,
+        device: torch.device,
         teacher: nn.Module | None = None,
         processes: Processes | None = None,
     ) -> None:
         self.network, self.stage, self.folder, self.splits = network, stage, folder, splits
-        self.accelerator, self.data = accelerator, folder.recipe.data
+        self.device, self.data = device, folder.recipe.data
         self.processes = processes or Processes()
         self.runtime = folder.recipe.runtime
         self.config = folder.recipe.stage_config(stage.name)
@@ -106,25 +106,21 @@ class StageTraining:
         self.total = self.config.epochs * self.epoch_steps
         self.progress = Progress()
         self.objective = Objective(self.config, splits.classes, teacher)
-        self.penalty = EnergyPenalty(network)
         set_dropout(network, self.config.dropout)
         self.optimizer = make_optimizer(network, self.config)
-        if accelerator.scaler is not None:  # each stage has its own, which `_restore` may set
-            fresh = torch.amp.GradScaler(accelerator.device.type)
-            accelerator.scaler.load_state_dict(fresh.state_dict())
+        self.scaler = grad_scaler(device, self.runtime.precision)
         name, self.warning = self.processes.first(lambda: folder.newest_checkpoint(stage.name))
         if name is not None:
             self._restore(name)
         self.processes.synchronise(network)
         if self.processes.main:
             folder.rewind_metrics(stage.name, self.progress.epochs)
-        self.sums = Sums(accelerator.device)
+        self.sums = Sums(device)
         if self.processes.main:
             progress = self.progress
             self.sums.start(progress.loss_sum, progress.right, progress.seen)
-        # evaluation_mode: no DistributedDataParallel, see iirsnn.train.processes
-        self.model = accelerator.prepare_model(network, evaluation_mode=True)
-        self.optimizer = accelerator.prepare_optimizer(self.optimizer)
+        self.model: Any = network
+        self.penalty = EnergyPenalty(self.model)
         if self.runtime.compile:
             torch.compiler.reset()  # the stage before had its own network
             self.model = torch.compile(self.model)
@@ -161,6 +157,9 @@ class StageTraining:
                 if board is not None:
                     board.log(record, self.network, self.optimizer)
         return progress
+
+    def _autocast(self) -> torch.autocast:
+        return autocast(self.device, self.runtime.precision)
 
     def _logs(self) -> bool:
         return self.runtime.tensorboard and self.processes.main
@@ -212,9 +211,8 @@ class StageTraining:
         images and labels are this process's share of the batch.
         """
         progress, config, processes = self.progress, self.config, self.processes
-        device = self.accelerator.device
-        images = images.to(device, non_blocking=True)
-        labels = labels.to(device, non_blocking=True)
+        images = images.to(self.device, non_blocking=True)
+        labels = labels.to(self.device, non_blocking=True)
         set_learning_rate(self.optimizer, config, done)
         torch.manual_seed(derive_seed(self.seed, progress.step, *self._own_seed()))
         self.optimizer.zero_grad(set_to_none=True)
@@ -226,21 +224,23 @@ class StageTraining:
         mixed, targets = self.objective.targets(images, labels)
         parts = zip(*(t.tensor_split(count) for t in (mixed, targets, labels)), strict=True)
         for part, part_targets, part_labels in parts:
-            logits = self.model(part).float()
+            with self._autocast():
+                logits = self.model(part).float()
             if not len(part):  # a batch of fewer images than processes
-                self.accelerator.backward(logits.sum())
+                self.scaler.scale(logits.sum()).backward()
                 continue
-            with self.accelerator.autocast():  # for the teacher
+            with self._autocast():  # for the teacher
                 loss = self.objective.loss(logits, part, part_targets)
             if config.energy_weight:
                 assert self.stage.timesteps is not None
                 excess = self.penalty.value(self.stage.timesteps) - config.energy_budget
                 loss = loss + config.energy_weight * excess.clamp(min=0)
             # the mean over the processes is that over the batch
-            self.accelerator.backward(loss * (len(part) * processes.count / size))
+            self.scaler.scale(loss * (len(part) * processes.count / size)).backward()
             self.sums.add(loss, logits, part_labels, progress.step + 1)
         processes.average_gradients(self.network.parameters())
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         for neuron in neurons(self.network):
             neuron.constrain_()
         progress.step += 1
@@ -253,7 +253,7 @@ class StageTraining:
         """Show a step; see now and then whether the loss of this process is finite."""
         size = self.sizes[(self.progress.step - 1) % self.epoch_steps]
         accuracy = None
-        if self.accelerator.device.type == "cpu" or self.progress.step % LOOK_STEPS == 0:
+        if self.device.type == "cpu" or self.progress.step % LOOK_STEPS == 0:
             reading = self.sums.read()
             self._require_finite_loss([reading])
             accuracy = reading.right / max(reading.seen, 1)
@@ -296,9 +296,10 @@ class StageTraining:
             processes,
             lambda: self._stopped(stop, "in the validation after"),
         )
-        validation_loss, validation = loss_and_accuracy(
-            self.network, batches, self.accelerator.device, self.processes
-        )
+        with self._autocast():
+            validation_loss, validation = loss_and_accuracy(
+                self.network, batches, self.device, self.processes
+            )
         self._require_finite("validation loss", validation_loss, progress.step)
         training_loss, training = progress.loss_sum / progress.seen, progress.right / progress.seen
         record = {
@@ -335,28 +336,36 @@ class StageTraining:
         self._require_finite("largest weight", float(torch.stack(weights).max()), progress.step)
         if self.processes.main:
             tensors, scalars = checkpoint.pack_optimizer(self.optimizer)
-            network = {f"network.{name}": v for name, v in self.network.state_dict().items()}
-            scaler = self.accelerator.scaler
+            tensors |= _named("network", self.network)
             header = {
                 "progress": vars(progress),
                 "optimizer": scalars,
-                "scaler": None if scaler is None else scaler.state_dict(),
+                "scaler": self.scaler.state_dict(),
             }
-            self.folder.save_checkpoint(self.stage.name, "last", {**network, **tensors}, header)
+            self.folder.save_checkpoint(self.stage.name, "last", tensors, header)
         self._saved_step, self._saved_at = progress.step, time.monotonic()
 
     def _restore(self, name: str) -> None:
         tensors, header = self.folder.load_checkpoint(self.stage.name, name)
-        weights = {
-            name.removeprefix("network."): tensor
-            for name, tensor in tensors.items()
-            if name.startswith("network.")
-        }
-        checkpoint.load_weights(self.network, weights)
+        checkpoint.load_weights(self.network, _of("network", tensors))
         checkpoint.unpack_optimizer(self.optimizer, tensors, header["optimizer"])
-        if self.accelerator.scaler is not None and header["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(header["scaler"])
+        if header["scaler"]:  # empty but for fp16
+            self.scaler.load_state_dict(header["scaler"])
         done = header["progress"]
         # older runs wrote no checkpoint between an epoch and its validation
         done.setdefault("epochs", done["step"] // self.epoch_steps)
         self.progress = Progress(**done)
+
+
+def _named(prefix: str, network: nn.Module) -> dict[str, Tensor]:
+    """A network's state as a checkpoint names it."""
+    return {f"{prefix}.{name}": tensor for name, tensor in network.state_dict().items()}
+
+
+def _of(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state that `_named` named so."""
+    return {
+        name.removeprefix(f"{prefix}."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(f"{prefix}.")
+    }

@@ -142,7 +142,7 @@ def plan(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError(
-            "reproduce: expected one process, got one of several under torchrun or accelerate; "
+            "reproduce: expected one process, got one of several under torchrun; "
             "start the command several times instead, each takes what no other has"
         )
     rows = [row.name for row in table.rows]

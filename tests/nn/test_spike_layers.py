@@ -435,7 +435,7 @@ def test_training_uses_them(monkeypatch):
     line = pipeline.Pipeline.__new__(pipeline.Pipeline)
     line.recipe, line.folder, line.splits = recipe, None, None
     line.processes = SimpleNamespace(main=False)
-    line.accelerator = SimpleNamespace(device=torch.device("cpu"))
+    line.device = torch.device("cpu")
     line.initial, line.teacher = lambda stage: network(), lambda stage: None
 
     def stop(given, *rest):

@@ -13,9 +13,8 @@ from torch import nn
 
 from iirsnn import BatchNormLIF, FusedLIF, atomic_files, cli
 from iirsnn.errors import RunError
-from iirsnn.train import data, pipeline
+from iirsnn.train import data, device, pipeline
 from iirsnn.train.data import DataConfig
-from iirsnn.train.pipeline import accelerator
 from iirsnn.train.processes import Processes
 from iirsnn.train.stage_training import StageTraining
 from tests.processes import join, printed, start_many
@@ -194,7 +193,7 @@ def test_bad_input_is_one_message(tmp_path):
 
 def batch_norm():
     """In each of the processes: synchronised BatchNorm against one over the whole batch."""
-    processes = Processes(accelerator(tiny()))
+    processes = Processes(device.choose(tiny().runtime))
     for shape, kind in (
         ((5, 3, 4, 2), nn.BatchNorm2d),
         ((5, 3), nn.BatchNorm1d),

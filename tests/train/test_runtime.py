@@ -8,8 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from iirsnn import atomic_files
 from iirsnn.errors import UsageError
-from iirsnn.train import progress, recipe
-from iirsnn.train.pipeline import Pipeline, accelerator
+from iirsnn.train import device, progress, recipe, stage_training
 from iirsnn.train.run_folder import RunFolder
 from iirsnn.train.stage_training import StageTraining
 from tests.train.test_stage_training import (
@@ -24,7 +23,7 @@ from tests.train.test_stage_training import (
 
 def test_fp16_needs_a_gpu(iirsnn, tmp_path):
     with pytest.raises(UsageError, match="expected fp32 or bf16 on a CPU, got 'fp16'"):
-        accelerator(tiny("runtime.precision=fp16"))
+        device.choose(tiny("runtime.precision=fp16").runtime)
     settings = ["--set", "runtime.precision=fp16", "--set", "runtime.device=cpu"]
     result = iirsnn("train", "digits", *settings)
     assert (result.code, result.err.count("\n")) == (2, 1)
@@ -34,12 +33,7 @@ def test_fp16_needs_a_gpu(iirsnn, tmp_path):
 @pytest.fixture
 def with_scaler(monkeypatch):
     """Runs whose loss is scaled as on a GPU in fp16; the step after `overflows` has no gradient."""
-    create = Pipeline.__init__
     overflows = []
-
-    def create_with_scaler(pipeline, *arguments):
-        create(pipeline, *arguments)
-        pipeline.accelerator.scaler = torch.amp.GradScaler("cpu")
 
     def overflow(stage):
         weight = stage.network.layers[-1].weight
@@ -52,7 +46,8 @@ def with_scaler(monkeypatch):
         overflow(stage)
         return run(stage, *arguments)
 
-    monkeypatch.setattr(Pipeline, "__init__", create_with_scaler)
+    scaler = lambda place, precision: torch.amp.GradScaler(place.type)  # noqa: E731
+    monkeypatch.setattr(stage_training, "grad_scaler", scaler)
     monkeypatch.setattr(StageTraining, "run", run_with_overflows)
     return overflows
 

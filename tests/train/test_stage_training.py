@@ -343,7 +343,7 @@ def training_of(folder, name="T2"):
     pipeline = Pipeline(folder, tiny_splits())
     (stage,) = [stage for stage in pipeline.stages if stage.name == name]
     network = pipeline.initial(stage)
-    return StageTraining(network, stage, folder, pipeline.splits, pipeline.accelerator)
+    return StageTraining(network, stage, folder, pipeline.splits, pipeline.device)
 
 
 @pytest.fixture
@@ -506,7 +506,7 @@ def test_a_stage_has_its_own_dropout(tmp_path):
         for stage, expected in zip(pipeline.stages, (0.3, 0.1, 0.0), strict=True):
             ann = vgg([4, "A", 6], 3, (1, 4, 4), hidden=[8])
             network = ann if stage.timesteps is None else to_spiking(ann, stage.timesteps)
-            StageTraining(network, stage, folder, pipeline.splits, pipeline.accelerator)
+            StageTraining(network, stage, folder, pipeline.splits, pipeline.device)
             dropouts = [m for m in network.modules() if isinstance(m, SharedDropout)]
             assert [dropout.p for dropout in dropouts] == [expected] * 2
 
@@ -523,7 +523,7 @@ def test_accumulated_micro_batches_make_the_step_of_the_whole_batch(tmp_path, ac
                 pipeline.stages[0],
                 folder,
                 pipeline.splits,
-                pipeline.accelerator,
+                pipeline.device,
             )
             images, labels = next(iter(data.eval_batches(stage.splits.train, folder.recipe.data)))
             stage._step(images[:5], labels[:5], 0.0)
