@@ -25,6 +25,7 @@ from ..nn import neurons
 from . import checkpoint, data
 from .data import Splits
 from .device import autocast, grad_scaler
+from .fused_norms import fuse_norms
 from .objective import Objective
 from .processes import Processes
 from .progress import Board, StageProgress
@@ -119,7 +120,7 @@ class StageTraining:
         if self.processes.main:
             progress = self.progress
             self.sums.start(progress.loss_sum, progress.right, progress.seen)
-        self.model: Any = network
+        self.model: Any = fuse_norms(network, stage.timesteps) if stage.timesteps else network
         self.penalty = EnergyPenalty(self.model)
         if self.runtime.compile:
             torch.compiler.reset()  # the stage before had its own network
