@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..models import Network, ResidualBlock
+from ..models import MembraneBlock, Network, ResidualBlock
 from ..models.graph import TIME_FUNCTIONS, GraphNetwork, GraphTracer
 from ..nn import Readout, SharedDropout
 from .batch_norm_folding import fold_batch_norm
@@ -90,6 +90,13 @@ class GraphBuilder:
             shortcut = self.chain(module.shortcut, x, f"{name}.shortcut")
             main = self.chain(module.main, x, f"{name}.main")
             return self.call(module.neuron, self.add(main, shortcut), f"{name}.neuron")
+        if isinstance(module, MembraneBlock):
+            spikes = self.call(module.neuron, x, f"{name}.neuron")
+            main = self.chain(module.main, spikes, f"{name}.main")
+            alone = len(module.shortcut) == 0
+            return self.add(
+                main, x if alone else self.chain(module.shortcut, spikes, f"{name}.shortcut")
+            )
         if isinstance(module, Readout):
             linear = nn.Linear(module.in_features, module.out_features, device="meta")
             linear.weight, linear.bias = module.weight, module.bias

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from ..errors import UsageError
-from ..models import Network, ResidualBlock
+from ..models import MembraneBlock, Network, ResidualBlock
 from ..models.graph import TIME_FUNCTIONS, Affine, GraphNetwork, mean_over_time, split_time
 from ..nn import BatchNormLIF, FusedLIF, Readout, SharedDropout, TimeSequential, direct
 from .builder import Builder, Shape, Value, pair, unsupported
@@ -121,6 +121,14 @@ class _Reader:
         main = self.module(f"{name}.main", block.main, value)
         both = self.builder.add(main, self.module(f"{name}.shortcut", block.shortcut, value), name)
         return self.module(f"{name}.neuron", block.neuron, both)
+
+    def _membrane_block(self, name: str, block: MembraneBlock, value: Value) -> Value:
+        value = self.builder.settle(value, name)
+        spikes = self.module(f"{name}.neuron", block.neuron, value)
+        main = self.module(f"{name}.main", block.main, spikes)
+        if len(block.shortcut):
+            value = self.module(f"{name}.shortcut", block.shortcut, spikes)
+        return self.builder.add(main, value, name)
 
     def _norm_and_neurons(self, name: str, module: BatchNormLIF, value: Value) -> Value:
         value = self.module(f"{name}.norm", module.norm, value)
@@ -326,6 +334,7 @@ _MODULES: dict[type, Callable[..., Value]] = {
     FusedLIF: _neurons,
     BatchNormLIF: _Reader._norm_and_neurons,
     ResidualBlock: _Reader._block,
+    MembraneBlock: _Reader._membrane_block,
     Affine: _affine,
     nn.Flatten: _Reader._flatten,
     nn.MaxPool2d: _Reader._max_pool,

@@ -5,8 +5,10 @@ sees real values (every layer of an ANN, and an SNN's layers before the first ne
 timesteps since the image does not change) multiplies: k^2 C_in C_out H_out W_out. A layer that sees
 spikes adds one weight per spike and output it reaches: the real fan-out, smaller at the border.
 An average-pooled value stands for up to k^2 spikes; each of them is counted. The identity shortcut
-of a residual block adds what it carries to a current: each value of an ANN, each spike of an SNN.
-Biases, resets and thresholds are not counted.
+of a residual block adds what it carries to a current: each value of an ANN, each spike of an SNN,
+or each value and timestep where it carries currents. Biases, resets and thresholds are not counted.
+
+Memory is no part of that. `with_memory` adds it, for bytes that were counted.
 """
 
 from __future__ import annotations
@@ -19,16 +21,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.resnet import ResidualBlock
+from ..models.resnet import MembraneBlock, ResidualBlock
 from ..nn.batch_norm import spiking_layers
 
 MULTIPLY_ACCUMULATE_PJ = 4.6
 ADDITION_PJ = 0.9
 
+#: Of a byte read or written, by where it lies: an SRAM of 8 KB takes 10 pJ for 64 bits (Horowitz,
+#: ISSCC 2014, 45 nm), DRAM 640 pJ for 32 bits (Han et al., arXiv 1506.02626, after the same).
+BYTE_PJ = {"sram": 10 / 8, "dram": 640 / 4}
+
+_BLOCKS = (ResidualBlock, MembraneBlock)
+
 
 def microjoules(multiplications: float, additions: float) -> float:
     """Energy of so many multiply-accumulates and additions."""
     return 1e-6 * (multiplications * MULTIPLY_ACCUMULATE_PJ + additions * ADDITION_PJ)
+
+
+def with_memory(energy_uj: float, bytes_: float) -> dict[str, float]:
+    """Microjoules of operations and of so many bytes, by where all of these lie: two bounds.
+
+    What stays in registers costs less than "sram", and no machine has everything in "dram".
+    """
+    return {place: energy_uj + 1e-6 * pj * bytes_ for place, pj in BYTE_PJ.items()}
 
 
 @dataclass
@@ -40,16 +56,23 @@ class LayerOperations:
         multiplications: multiply-accumulates, all timesteps.
         additions: one per spike and output it reaches, all timesteps, sub-spikes of a pool each.
         additions_pooled_once: the same with an average-pooled value counted as one spike.
+        values: real values read and written, where it sees no spikes.
     """
 
     name: str
     multiplications: int = 0
     additions: int = 0
     additions_pooled_once: int = 0
+    values: int = 0
 
     @property
     def energy_uj(self) -> float:
         return microjoules(self.multiplications, self.additions)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of values in float32, and a weight for each multiplication."""
+        return 4 * (self.multiplications + self.values)
 
 
 class _Observer:
@@ -71,8 +94,8 @@ class _Observer:
     def _neuron(self, name: str, spikes: Tensor) -> None:
         """A neuron layer gave `spikes` [T, B, ...]."""
 
-    def _shortcut(self, name: str, x: Tensor) -> None:
-        """The identity shortcut of a residual block carried `x` [T, B, ...]."""
+    def _shortcut(self, name: str, x: Tensor, currents: bool) -> None:
+        """The identity shortcut of a residual block carried `x` [T, B, ...], currents or spikes."""
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -90,8 +113,9 @@ class _Observer:
                 hooks.append(module.register_forward_hook(self._layer_hook(name)))
             elif isinstance(module, nn.AvgPool2d):
                 hooks.append(module.register_forward_hook(self._pool))
-            elif isinstance(module, ResidualBlock) and not len(module.shortcut):
-                hooks.append(module.register_forward_pre_hook(self._shortcut_hook(name)))
+            elif isinstance(module, _BLOCKS) and not len(module.shortcut):
+                hook = self._shortcut_hook(name, isinstance(module, MembraneBlock))
+                hooks.append(module.register_forward_pre_hook(hook))
             elif spiking and isinstance(module, (nn.AdaptiveAvgPool2d, nn.LPPool2d)):
                 raise ValueError(f"{name}: expected AvgPool2d or MaxPool2d as a pool, got {module}")
         try:
@@ -112,9 +136,9 @@ class _Observer:
 
         return hook
 
-    def _shortcut_hook(self, name: str):
+    def _shortcut_hook(self, name: str, currents: bool):
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._shortcut(f"{name}.shortcut", inputs[0])
+            self._shortcut(f"{name}.shortcut", inputs[0], currents)
 
         return hook
 
@@ -163,6 +187,11 @@ class OperationCounter(_Observer):
         return sum(layer.additions_pooled_once for layer in self.layers.values()) / self.images
 
     @property
+    def dense_bytes(self) -> float:
+        """Bytes per image that layers without spikes read and write."""
+        return sum(layer.dense_bytes for layer in self.layers.values()) / self.images
+
+    @property
     def energy_uj(self) -> float:
         """Energy per image in microjoules."""
         return sum(layer.energy_uj for layer in self.layers.values()) / self.images
@@ -184,17 +213,21 @@ class OperationCounter(_Observer):
             layer.additions_pooled_once += fan_out(module, (x != 0).to(x.dtype))
         else:
             layer.multiplications += dense_operations(module, output)
+            layer.values += x.numel() + output.numel()
 
     @torch.no_grad()
-    def _shortcut(self, name: str, x: Tensor) -> None:
+    def _shortcut(self, name: str, x: Tensor, currents: bool) -> None:
         layer = self.layers.setdefault(name, LayerOperations(name))
-        if self._spiking:
+        if self._spiking and not currents:
             sub_spikes = (x * self._pool_area).round().sum(dtype=torch.float64)
             layer.additions += round(float(sub_spikes))
             layer.additions_pooled_once += int((x != 0).sum())
-        else:
-            layer.additions += x[0].numel()  # the same at every timestep
-            layer.additions_pooled_once += x[0].numel()
+            return
+        # before any neuron a block of spikes adds the same at every timestep
+        carried = x.numel() if currents else x[0].numel()
+        layer.additions += carried
+        layer.additions_pooled_once += carried
+        layer.values += carried
 
 
 class EnergyPenalty(_Observer):

@@ -1,7 +1,8 @@
-"""Residual networks: two spiking convolutions with a shortcut to the second one's membrane."""
+"""Residual networks: two spiking convolutions a block, with a shortcut of spikes or of currents."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -42,23 +43,65 @@ class ResidualBlock(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-
-        def conv(width: int, size: int, stride: int) -> list[nn.Module]:
-            layer = nn.Conv2d(
-                width, out_channels, size, stride, padding=size // 2, bias=not batch_norm
-            )
-            return [layer, nn.BatchNorm2d(out_channels)] if batch_norm else [layer]
-
-        first, second = conv(channels, 3, stride), conv(out_channels, 3, 1)
-        self.main = TimeSequential(*first, nn.ReLU(), SharedDropout(dropout), *second)
-        changes = stride != 1 or channels != out_channels
-        self.shortcut = TimeSequential(*(conv(channels, 1, stride) if changes else []))
+        self.main, self.shortcut = _branches(channels, out_channels, stride, batch_norm, dropout)
         self.neuron: nn.Module = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, B, C, H, W] -> [T, B, out_channels, H / stride, W / stride]."""
         shortcut = self.shortcut(x)
         return self.neuron(self.main(x) + shortcut)
+
+
+class MembraneBlock(nn.Module):
+    """main(s) + x, s = neuron(x): neuron, conv, neuron, conv; the shortcut carries the current x.
+
+    No threshold lies on the shortcut, so what one block computes reaches all later ones as a real
+    value, and a gradient all earlier ones (Hu et al., arXiv 2112.08954; the order is that of He et
+    al., arXiv 1603.05027). Every convolution still sees spikes. The identity costs an addition a
+    value and timestep; where the shape changes a 1x1 convolution of s stands in its place.
+
+    Args: those of `ResidualBlock`.
+
+    Attributes:
+        neuron: ReLU or FusedLIF, before everything else.
+        main: TimeSequential of convolution, [BatchNorm,] neuron, dropout, convolution[, BatchNorm].
+        shortcut: TimeSequential, empty for the identity, else a 1x1 convolution[, BatchNorm].
+    """
+
+    over_time = True
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        stride: int = 1,
+        *,
+        batch_norm: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.neuron: nn.Module = nn.ReLU()
+        self.main, self.shortcut = _branches(channels, out_channels, stride, batch_norm, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, B, C, H, W] -> [T, B, out_channels, ceil(H / stride), ceil(W / stride)]."""
+        spikes = self.neuron(x)
+        return self.main(spikes) + (self.shortcut(spikes) if len(self.shortcut) else x)
+
+
+def _branches(
+    channels: int, out_channels: int, stride: int, batch_norm: bool, dropout: float
+) -> tuple[TimeSequential, TimeSequential]:
+    """What both kinds of blocks add: main, and the shortcut."""
+
+    def conv(width: int, size: int, stride: int) -> list[nn.Module]:
+        layer = nn.Conv2d(width, out_channels, size, stride, padding=size // 2, bias=not batch_norm)
+        return [layer, nn.BatchNorm2d(out_channels)] if batch_norm else [layer]
+
+    first, second = conv(channels, 3, stride), conv(out_channels, 3, 1)
+    main = TimeSequential(*first, nn.ReLU(), SharedDropout(dropout), *second)
+    changes = stride != 1 or channels != out_channels
+    return main, TimeSequential(*(conv(channels, 1, stride) if changes else []))
 
 
 @dataclass(frozen=True)
@@ -151,6 +194,58 @@ def resnet(
         hidden(nn.Linear(features, units, bias=not batch_norm), nn.BatchNorm1d(units), drop=True)
         features = units
     modules.append(Readout(features, classes))
+    network = Network(modules, image_shape)
+    network.apply(initialise)
+    return network
+
+
+def membrane_resnet(
+    layers: Sequence[int | str],
+    classes: int,
+    image_shape: tuple[int, int, int],
+    *,
+    batch_norm: bool = False,
+    dropout: float = 0.0,
+) -> Network:
+    """A residual network of `MembraneBlock`s as an ANN: stem, blocks, neurons, global average.
+
+    Args:
+        layers: output channels of the stem, a 3x3 convolution, then of each block; "A" before a
+            block halves the image: its stride is 2.
+        classes: number of classes.
+        image_shape: (channels, height, width) of an image.
+        batch_norm: after each convolution. Without it the shortcut adds currents of different
+            units once thresholds are balanced.
+        dropout: probability, one mask for all timesteps; in each block.
+
+    Raises:
+        ValueError: a description that gives no network.
+    """
+    if classes < 2:
+        raise ValueError(f"classes: expected at least 2, got {classes}")
+    widths = [wide for wide in layers if wide != "A"]
+    stray = any(a == "A" and not isinstance(b, int) for a, b in pairwise([*layers, None]))
+    if len(widths) < 2 or layers[0] == "A" or stray:
+        raise ValueError(
+            f"layers: expected a stem's channels and blocks, 'A' before a block, got {list(layers)}"
+        )
+    if not all(isinstance(wide, int) and wide > 0 for wide in widths):
+        raise ValueError(f"layers: expected positive widths and 'A', got {list(layers)}")
+    channels, height, width = image_shape
+    wide = int(layers[0])
+    stem: list[nn.Module] = [nn.Conv2d(channels, wide, 3, padding=1, bias=not batch_norm)]
+    modules = [*stem, nn.BatchNorm2d(wide)] if batch_norm else stem
+    channels, stride = wide, 1
+    for layer in layers[1:]:
+        if layer == "A":
+            stride, height, width = 2, -(-height // 2), -(-width // 2)
+            continue
+        wide = int(layer)
+        modules.append(
+            MembraneBlock(channels, wide, stride, batch_norm=batch_norm, dropout=dropout)
+        )
+        channels, stride = wide, 1
+    modules += [nn.ReLU(), nn.AvgPool2d((height, width)), nn.Flatten(), Readout(channels, classes)]
     network = Network(modules, image_shape)
     network.apply(initialise)
     return network

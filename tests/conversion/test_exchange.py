@@ -13,7 +13,7 @@ from torch import nn
 from iirsnn import FusedLIF, Network, Readout, convert, from_nir, to_nir, to_onnx
 from iirsnn.conversion import NeuronConfig
 from iirsnn.conversion.plain_graph import as_graph
-from iirsnn.models import ModelConfig, ResidualBlock, build
+from iirsnn.models import MembraneBlock, ModelConfig, ResidualBlock, build
 from iirsnn.nn import neurons
 
 from .networks import NETWORKS, Residual, Shuffle, images, trained_like
@@ -35,7 +35,10 @@ def networks():
     config = ModelConfig(layers=[6, "A", 8], hidden=[12], batch_norm=True)
     vgg = trained_like(build(config, 5, (3, 8, 8)))
     residual = Network([*stem_and_block(), nn.MaxPool2d(2), nn.Flatten(), Readout(24, 5)])
-    anns = {"vgg": vgg, "block": trained_like(residual)}
+    blocks = [MembraneBlock(4, 4, batch_norm=True), MembraneBlock(4, 6, 2, batch_norm=True)]
+    stem = [nn.Conv2d(3, 4, 3, padding=1), *blocks]
+    currents = Network([*stem, nn.ReLU(), nn.AvgPool2d(4), nn.Flatten(), Readout(6, 5)])
+    anns = {"vgg": vgg, "block": trained_like(residual), "currents": trained_like(currents)}
     anns |= {kind.__name__: trained_like(kind()) for kind in NETWORKS}
     x = images(16, seed=1)
     for name, ann in anns.items():

@@ -7,7 +7,8 @@ from torch import nn
 from iirsnn import FusedLIF, convert
 from iirsnn.conversion import NeuronConfig, to_spiking
 from iirsnn.event.network import EventNetwork
-from iirsnn.models import ModelConfig, build, resnet
+from iirsnn.measure.evaluation import count_operations
+from iirsnn.models import ModelConfig, build, membrane_resnet, resnet
 from tests.event.networks import PLAN, assert_same, engine_spikes, images, integers, spikes_of
 
 
@@ -25,6 +26,20 @@ def test_residual_networks(level, plan, pool, timesteps, per_channel):
     shortcuts = [layer.inputs[1] for layer in net.layers if len(layer.inputs) > 1]
     assert len(shortcuts) == 3
     assert sum(shortcut.weight is None for shortcut in shortcuts) == 2
+
+
+@pytest.mark.parametrize(("timesteps", "per_channel"), [(1, True), (2, False)])
+def test_shortcuts_of_currents(level, timesteps, per_channel):
+    ann = membrane_resnet([4, 4, "A", 6, 6], 5, (2, 8, 8))
+    snn = to_spiking(ann, timesteps, NeuronConfig(per_channel=per_channel))
+    network = integers(*snn.layers, timesteps=timesteps, image_shape=(2, 8, 8))
+    x = images(3, 2, 8, 8)
+    net = assert_same(network, x)
+    counted = count_operations(network, x)
+    found = net.statistics()
+    assert sum(layer.spikes for layer in found) == sum(counted.spikes.values())
+    multiplications = sum(layer.multiplications for layer in found)
+    assert multiplications == 3 * 2 * 4 * (3 * 8 - 2) ** 2  # the stem's, without its border
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])

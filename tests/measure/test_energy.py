@@ -8,10 +8,10 @@ from torch import nn
 
 from iirsnn import BatchNormLIF, FusedLIF, Network, Readout
 from iirsnn.conversion import to_spiking
-from iirsnn.measure.energy import EnergyPenalty, OperationCounter, fan_out
+from iirsnn.measure.energy import EnergyPenalty, OperationCounter, fan_out, with_memory
 from iirsnn.measure.evaluation import count_operations
 from iirsnn.models import ModelConfig, build
-from iirsnn.models.resnet import ResidualBlock
+from iirsnn.models.resnet import MembraneBlock, ResidualBlock
 from iirsnn.nn import neurons
 
 
@@ -291,6 +291,37 @@ def test_an_identity_shortcut_adds_each_spike_once(spikes):
     assert layers["layers.2.shortcut"].additions == spikes
     # the second convolution is silent, so the shortcut alone is what fires and is read out
     assert layers["layers.4"].additions == spikes * 3
+
+
+@pytest.mark.parametrize("timesteps", [1, 3])
+def test_a_shortcut_of_currents_adds_each_value_at_each_timestep(timesteps):
+    block = MembraneBlock(2, 2)
+    network = Network([nn.Conv2d(1, 2, 1), block, nn.ReLU(), nn.Flatten(), Readout(32, 3)])
+    images = torch.rand(5, 1, 4, 4)
+    counted = count_operations(network, images).layers["layers.1.shortcut"]
+    assert (counted.additions, counted.values) == (5 * 2 * 16, 5 * 2 * 16)
+    block.neuron, block.main[1], network.layers[2] = (FusedLIF(0.5) for _ in range(3))
+    network.timesteps = timesteps
+    counted = count_operations(network, images).layers["layers.1.shortcut"]
+    assert counted.additions == counted.additions_pooled_once == timesteps * 5 * 2 * 16
+
+
+def test_bytes_of_an_ann_counted_by_hand():
+    network = Network(
+        [nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Flatten(), Readout(32, 3)], (1, 4, 4)
+    )
+    counted = count_operations(network, torch.rand(5, 1, 4, 4))
+    operations = {"layers.0": 9 * 2 * 16, "layers.3": 32 * 3}
+    values = {"layers.0": 16 + 32, "layers.3": 32 + 3}
+    for name, layer in counted.layers.items():
+        assert layer.dense_bytes == 5 * 4 * (operations[name] + values[name])
+    assert counted.dense_bytes == 4 * (sum(operations.values()) + sum(values.values()))
+
+
+def test_memory_costs_what_the_table_says():
+    """8 KB SRAM: 10 pJ for 64 bits; DRAM: 640 pJ for 32 bits."""
+    found = with_memory(3.0, 2e6)
+    assert found == {"sram": pytest.approx(3 + 2.5), "dram": pytest.approx(3 + 320)}
 
 
 def test_counting_stops_with_its_context_and_adds_up():

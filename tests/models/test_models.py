@@ -9,7 +9,7 @@ from iirsnn import FusedLIF, Network, Readout, SharedDropout, TimeSequential, co
 from iirsnn.conversion import NeuronConfig, to_spiking
 from iirsnn.functional import lif
 from iirsnn.measure.evaluation import count_operations
-from iirsnn.models import ModelConfig, ResidualBlock, build, vgg
+from iirsnn.models import MembraneBlock, ModelConfig, ResidualBlock, build, membrane_resnet, vgg
 from iirsnn.nn import direct
 
 CIFAR, IMAGENET = (3, 32, 32), (3, 224, 224)
@@ -348,3 +348,55 @@ def test_a_residual_block_without_change_of_shape_adds_its_input():
 def test_a_residual_network_that_halves_too_often_is_refused():
     with pytest.raises(ValueError, match="expected a height and width that 16 divides, got 28 x"):
         build(ModelConfig(name="resnet20"), 10, (1, 28, 28))
+
+
+def test_a_block_of_currents_is_its_equation():
+    torch.manual_seed(0)
+    for stride, width in ((1, 4), (2, 6)):
+        block = MembraneBlock(4, width, stride)
+        block.neuron, block.main[1] = FusedLIF(0.5), FusedLIF(0.5)
+        x = torch.randn(3, 2, 4, 7, 7)
+        spikes = lif(x, 0.5)
+        inside = lif(block.main[0](spikes.flatten(0, 1)).unflatten(0, (3, 2)), 0.5)
+        expected = block.main[3](inside.flatten(0, 1)).unflatten(0, (3, 2))
+        if stride == 1:
+            expected = expected + x
+        else:
+            shortcut = block.shortcut[0](spikes.flatten(0, 1))
+            expected = expected + shortcut.unflatten(0, (3, 2))
+        assert torch.equal(block(x), expected)
+        assert expected.shape == (3, 2, width, *(7 if stride == 1 else 4,) * 2)
+
+
+def test_shortcuts_of_currents_carry_the_gradient_past_silent_neurons():
+    network = membrane_resnet([4, 4, 4], 3, (1, 6, 6))
+    snn = to_spiking(network, 1)
+    for neuron in [m for m in snn.modules() if isinstance(m, FusedLIF)][:-1]:
+        nn.init.constant_(neuron.threshold, 1e6)  # no spike, no surrogate
+    snn(torch.rand(2, 1, 6, 6)).square().sum().backward()
+    assert snn.layers[0].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([], "expected a stem's channels and blocks"),
+        ([4], "expected a stem's channels and blocks"),
+        (["A", 4, 4], "expected a stem's channels and blocks"),
+        ([4, 4, "A"], "'A' before a block"),
+        ([4, "A", "A", 4], "'A' before a block"),
+        ([4, -4], "expected positive widths"),
+        ([4, "B"], "expected positive widths"),
+    ],
+)
+def test_a_description_of_no_residual_network(layers, message):
+    with pytest.raises(ValueError, match=message):
+        build(ModelConfig("membrane-resnet", layers=layers), 10, (1, 28, 28))
+
+
+def test_a_residual_network_of_currents_is_as_it_is_written():
+    network = build(ModelConfig("membrane-resnet", layers=[4, 4, "A", 6]), 10, (1, 9, 9))
+    blocks = [m for m in network.layers if isinstance(m, MembraneBlock)]
+    assert [(b.main[0].in_channels, b.main[0].stride) for b in blocks] == [(4, (1, 1)), (4, (2, 2))]
+    assert [len(b.shortcut) for b in blocks] == [0, 2]
+    assert network(torch.rand(2, 1, 9, 9)).shape == (2, 10)
