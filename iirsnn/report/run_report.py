@@ -13,11 +13,12 @@ from rich.console import Console
 
 from .. import atomic_files
 from ..errors import RunError
+from ..measure.energy import BYTE_PJ, with_memory
 from ..measure.provenance import commit, machine
 from ..train.data import Splits
 from ..train.pipeline import Pipeline
 from ..train.run_folder import RunFolder
-from . import html_page, plot_files, run_times
+from . import engine_energy, html_page, plot_files, run_times
 from .run_times import ENGINE, PYTORCH, fastest
 from .tables import Column, print_table, short
 
@@ -42,7 +43,8 @@ def build(folder: RunFolder, splits: Splits) -> dict[str, Any]:
         accuracies are fractions, energies microjoules an image, operations per image, spike rates
         spikes per neuron and image summed over the timesteps, in the order of the layers. "times"
         of an entry is what `run_times.measure` returns for it; "milliseconds_per_image" is
-        PyTorch's at `TIMED_BATCH`.
+        PyTorch's at `TIMED_BATCH`. Where there is an engine, "bytes" of an entry are those moved
+        for an image and "energy_with_memory_uj" is {"sram": f, "dram": f}, see `with_memory`.
 
     Raises:
         RunError: the ANN is not finished.
@@ -61,6 +63,8 @@ def build(folder: RunFolder, splits: Splits) -> dict[str, Any]:
         }
         for name in names
     )
+    if not missing:
+        _add_memory(pipeline, ann, stages)
     return {
         "recipe": folder.recipe.name,
         "ann": ann,
@@ -72,6 +76,16 @@ def build(folder: RunFolder, splits: Splits) -> dict[str, Any]:
         "machine": machine(),
         "versions": {name: version(name) for name in ("iirsnn", "torch", "torchvision", "numpy")},
     }
+
+
+def _add_memory(pipeline: Pipeline, ann: dict[str, Any], stages: list[dict[str, Any]]) -> None:
+    """The bytes that the engine moved for a stage, the dense layers of the ANN's, their energy."""
+    ann["bytes"] = engine_energy.ann_operations(pipeline).dense_bytes
+    for entry in stages:
+        layers = engine_energy.counted(pipeline, entry["timesteps"], "fp32")
+        entry["bytes"] = sum(layer["bytes"] for layer in layers)
+    for entry in (ann, *stages):
+        entry["energy_with_memory_uj"] = with_memory(entry["energy_uj"], entry["bytes"])
 
 
 def write(report: dict[str, Any], path: Path) -> None:
@@ -123,7 +137,7 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 
 def tables(report: dict[str, Any]) -> list[tuple[str, list[Column], list[list[str]]]]:
-    """(title, columns, rows) of each table: the stages, their times, spikes by layer."""
+    """(title, columns, rows) of each table: the stages, times, energy, spikes by layer."""
     stages = report["stages"]
     layers = zip(*(entry["spike_rates"] for entry in stages), strict=True)
     return [
@@ -142,6 +156,7 @@ def tables(report: dict[str, Any]) -> list[tuple[str, list[Column], list[list[st
             [_stage_row(report, entry) for entry in (report["ann"], *stages)],
         ),
         ("Milliseconds an image", *_times(report)),
+        *([("Modelled energy of an image, uJ", *_energies(report))] if _has_memory(report) else []),
         (
             "Spikes per neuron and image",
             [Column("layer"), *(Column(f"T={entry['timesteps']}") for entry in stages)],
@@ -160,10 +175,15 @@ def notes(report: dict[str, Any]) -> list[str]:
         for batch, (path, _) in ((b, fastest(report["ann"]["times"], b)) for b in _batches(report))
     ]
     missing = f" No engine: {report['engine_missing']}." if report["engine_missing"] else ""
+    memory = (
+        f" With memory: {BYTE_PJ['sram']} pJ (SRAM of 8 KB) or {BYTE_PJ['dram']:.0f} pJ (DRAM) for "
+        "each byte that the engine moves, or the ANN's layers: a weight for each operation, spikes "
+        "and values."
+    )
     return [
         "All per image. Not retrained: the ANN converted to that T and left so. Energy is modelled:"
         " 4.6 pJ a multiply-accumulate, 0.9 pJ an addition (45 nm); each sub-spike of an "
-        "average-pooled value is an addition.",
+        f"average-pooled value is an addition.{memory if _has_memory(report) else ''}",
         "Times: medians, round robin. ANN's best is the fastest of "
         f"{len(report['ann']['times'][_batches(report)[0]])} dense paths: {'; '.join(best)}. "
         "PyTorch runs a T as it was trained; the engine (iirsnn deploy, fp32 weights, on the CPU) "
@@ -203,6 +223,25 @@ def _times(report: dict[str, Any]) -> tuple[list[Column], list[list[str]]]:
             engine = own.get(ENGINE)
             row.append(_brief(own[PYTORCH], 3))
             row += ["", ""] if engine is None else [_brief(engine, 3), f"{best / engine:.1f}x"]
+    return columns, rows
+
+
+def _has_memory(report: dict[str, Any]) -> bool:
+    return "energy_with_memory_uj" in report["ann"]
+
+
+def _energies(report: dict[str, Any]) -> tuple[list[Column], list[list[str]]]:
+    """The columns and rows of modelled energy: operations alone, and with the bytes they take."""
+    columns, rows = [Column("")], [[_label(entry)] for entry in (report["ann"], *report["stages"])]
+    for place in (None, *BYTE_PJ):
+        title = "operations" if place is None else f"and bytes\nin {place.upper()}"
+        columns += [Column(title), Column("ANN\n/ this")]
+        energies = [
+            entry["energy_uj"] if place is None else entry["energy_with_memory_uj"][place]
+            for entry in (report["ann"], *report["stages"])
+        ]
+        for row, energy in zip(rows, energies, strict=True):
+            row += [_brief(energy, 2), f"{energies[0] / energy:.1f}x"]
     return columns, rows
 
 

@@ -90,6 +90,15 @@ def test_energy_counts_the_engine_beside_the_ann(iirsnn, finished_copy):
         strict=True,
     ):
         assert spikes["spikes"] / spikes["neurons"] == pytest.approx(rate, rel=1e-3), layer
+    assert total["bytes"] == pytest.approx(
+        total["weight_bytes"] + total["spike_bytes"] + total["value_bytes"] + 4 * 64
+    )
+    for whose in ("", "ann_"):
+        assert total[f"{whose}energy_with_memory_uj"] == {
+            place: pytest.approx(total[f"{whose}energy_uj"] + pj * total[f"{whose}bytes"] * 1e-6)
+            for place, pj in (("sram", 1.25), ("dram", 160))
+        }
+    assert "Modelled energy of one image" in result.out
     other = iirsnn("energy", finished_copy, "--stage", 2, "--precision", "int8")
     assert "One image, T = 2, int8 weights" in other.out
 

@@ -95,6 +95,43 @@ def test_times_are_of_each_path_and_batch(finished):
         assert stage["milliseconds_per_image"] == stage["times"]["64"]["PyTorch"]
 
 
+def test_energy_with_memory_is_of_the_bytes_counted(finished):
+    found = json.loads((finished / "report.json").read_text())
+    entries = [found["ann"], *found["stages"]]
+    for entry in entries:
+        assert entry["bytes"] > 0
+        assert entry["energy_with_memory_uj"] == {
+            "sram": pytest.approx(entry["energy_uj"] + 1.25e-6 * entry["bytes"]),
+            "dram": pytest.approx(entry["energy_uj"] + 160e-6 * entry["bytes"]),
+        }
+    for stage in found["stages"]:
+        # a weight for each operation, and little else
+        assert stage["bytes"] < 5 * (stage["additions"] + stage["multiplications"])
+        assert stage["bytes"] < found["ann"]["bytes"]
+    assert found["ann"]["bytes"] > 4 * found["ann"]["multiplications"]
+
+
+def test_the_table_of_energy():
+    report = large_report((1,), 3)
+    assert not any("energy" in title for title, *_ in tables(report))
+    for entry, energy in ((report["ann"], 100.0), (report["stages"][0], 4.0)):
+        entry["energy_uj"] = energy
+        entry["energy_with_memory_uj"] = {"sram": 2 * energy + 2, "dram": 50 * energy + 50}
+    report["ann_energy_uj"] = 100.0
+    columns, rows = next(table[1:] for table in tables(report) if "Modelled energy" in table[0])
+    assert [column.header.replace("\n", " ") for column in columns] == [
+        *("", "operations", "ANN / this"),
+        *("and bytes in SRAM", "ANN / this", "and bytes in DRAM", "ANN / this"),
+    ]
+    assert rows == [
+        ["ANN", "100", "1.0x", "202", "1.0x", "5050", "1.0x"],
+        ["T=1", "4.00", "25.0x", "10.00", "20.2x", "250", "20.2x"],
+    ]
+    said = " ".join(printed(report).split())
+    assert "Energy is modelled" in said
+    assert "With memory: 1.25 pJ (SRAM of 8 KB) or 160 pJ (DRAM) for each byte" in said
+
+
 def test_the_engine_stands_beside_the_anns_best():
     report = large_report((2, 1), 3)
     report["ann"]["times"] = {"1": {"PyTorch": 9.0, "folded": 6.0}, "64": {"PyTorch": 3.0}}
