@@ -22,7 +22,7 @@ from ..runtime.image_files import Preparation, open_image, to_array
 Sample = tuple[Tensor, int]  # image float32 [C, H, W], label
 
 #: What an epoch draws, each from a stream of its own.
-ORDER, _AUGMENTATION, _CUTOUT = 0, 1, 2
+ORDER, _AUGMENTATION, _CUTOUT, _ERASING = 0, 1, 2, 3
 
 
 class ImageSet(Dataset[Sample], ABC):
@@ -194,16 +194,29 @@ class ImageFiles(ImageSet):
 
 
 class Augmented(Dataset[Sample]):
-    """The augmented images of one epoch; `cutout` is the side of the square that is erased."""
+    """The augmented images of one epoch.
 
-    def __init__(self, images: ImageSet, *, seed: int, epoch: int, cutout: int = 0) -> None:
-        self.images, self.cutout = images, cutout
+    Args:
+        images: not augmented.
+        seed, epoch: that all choices depend on, beside an image's index.
+        cutout: side of a square that is set to the mean; it may reach over the border.
+        erasing: probability of a rectangle inside the image that is set to the mean.
+    """
+
+    def __init__(
+        self, images: ImageSet, seed: int, epoch: int, *, cutout: int = 0, erasing: float = 0.0
+    ) -> None:
+        self.images = images
         self.draws = images.draw(random_stream(seed, epoch, _AUGMENTATION))
-        _, height, width = images.image_shape
-        centres = random_stream(seed, epoch, _CUTOUT).integers(
-            (height, width), size=(len(images), 2)
-        )
-        self.corners = centres - cutout // 2
+        self.boxes: list[np.ndarray] = []  # [N, 4] each: top, left, bottom, right
+        _, *size = images.image_shape
+        if cutout:
+            rng = random_stream(seed, epoch, _CUTOUT)
+            corners = rng.integers(size, size=(len(images), 2)) - cutout // 2
+            self.boxes.append(np.hstack([corners.clip(min=0), corners + cutout]))
+        if erasing:
+            rng = random_stream(seed, epoch, _ERASING)
+            self.boxes.append(_rectangles(rng, len(images), np.array(size), erasing))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -213,11 +226,25 @@ class Augmented(Dataset[Sample]):
 
     def __getitems__(self, indices: list[int]) -> list[Sample]:
         samples = self.images.augmented(indices, self.draws[indices])
-        if self.cutout:
-            for (image, _), (top, left) in zip(samples, self.corners[indices], strict=True):
-                bottom, right = top + self.cutout, left + self.cutout
-                image[:, max(top, 0) : bottom, max(left, 0) : right] = 0
+        for boxes in self.boxes:
+            for (image, _), (top, left, bottom, right) in zip(samples, boxes[indices], strict=True):
+                image[:, top:bottom, left:right] = 0
         return samples
+
+
+def _rectangles(
+    rng: np.random.Generator, count: int, size: np.ndarray, probability: float
+) -> np.ndarray:
+    """int [count, 4]: top, left, bottom, right of each; empty where none is to be erased.
+
+    size: height and width of an image.
+    """
+    area = rng.uniform(0.02, 1 / 3, count) * size.prod()
+    ratio = np.exp(rng.uniform(-1, 1, count) * np.log(0.3))  # height / width
+    sides = np.sqrt(np.stack([area * ratio, area / ratio], 1)).round().astype(int).clip(1, size)
+    sides[rng.random(count) >= probability] = 0
+    corners = rng.integers(size - sides + 1)
+    return np.hstack([corners, corners + sides])
 
 
 def random_stream(seed: int, epoch: int, purpose: int) -> np.random.Generator:

@@ -24,14 +24,17 @@ class Objective:
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
         self.mixup = v2.MixUp(alpha=config.mixup, num_classes=classes) if config.mixup else None
 
-    def targets(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def targets(self, images: Tensor, labels: Tensor, done: float = 0.0) -> tuple[Tensor, Tensor]:
         """What the network is to see and say: images, and labels or class probabilities.
 
         Args:
             images: [B, C, H, W].
             labels: int64 [B].
+            done: the fraction of the stage that is over, in [0, 1).
         """
-        return (images, labels) if self.mixup is None else self.mixup(images, labels)
+        if self.mixup is None or done >= self.config.mixup_until:
+            return images, labels
+        return self.mixup(images, labels)
 
     def loss(self, logits: Tensor, images: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of a batch, a scalar.

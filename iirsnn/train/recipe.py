@@ -53,13 +53,19 @@ class StageConfig:
         label_smoothing: share of a label that goes to all classes.
         accumulate: micro-batches a step is split into.
         neuron_rate: the learning rate of thresholds and leaks, as a factor on that of the weights.
+        shift_rate: the same of what shifts a channel's current before its neurons: the bias of
+            each norm or layer but the last; 0 learns none.
+        ema: decay of the moving average of the weights that is validated, kept and handed on in
+            their place (see `weight_average`); 0 for none.
         teacher: whose soft labels are learned too: none, ann, or previous (the stage before).
         teacher_weight: of the distillation loss; the labels' has 1 minus it.
         teacher_temperature: divides both networks' logits (Hinton et al., arXiv 1503.02531).
         energy_weight: on additions per operation of the ANN; see `measure.energy.EnergyPenalty`.
         energy_budget: additions per operation that are free, in each micro-batch of each process.
+        energy_from: fraction of the stage that goes by before additions have a price.
         mixup: alpha of the Beta distribution that images are mixed by (Zhang et al., arXiv
             1710.09412); 0 for none.
+        mixup_until: fraction of the stage after which images are no longer mixed.
         weights: of the ANN alone, a file with its trained weights (.safetensors, or .pt with a
             state_dict), which are tested and not trained.
     """
@@ -76,12 +82,16 @@ class StageConfig:
     label_smoothing: float = 0.0
     accumulate: int = 1
     neuron_rate: float = 1.0
+    shift_rate: float = 1.0
+    ema: float = 0.0
     teacher: str = "none"
     teacher_weight: float = 0.5
     teacher_temperature: float = 2.0
     energy_weight: float = 0.0
     energy_budget: float = 0.0
+    energy_from: float = 0.0
     mixup: float = 0.0
+    mixup_until: float = 1.0
     weights: str = ""
 
 
@@ -297,10 +307,13 @@ def _check_stage(name: str, stage: StageConfig) -> None:
     _number(f"{name}: decay", stage.decay, "positive", stage.decay > 0)
     _number(f"{name}: momentum", stage.momentum, "in [0, 1)", 0 <= stage.momentum < 1)
     _number(f"{name}: weight_decay", stage.weight_decay, "at least 0", stage.weight_decay >= 0)
-    smoothing = stage.label_smoothing
-    _number(f"{name}: label_smoothing", smoothing, "in [0, 1]", 0 <= smoothing <= 1)
-    _number(f"{name}: dropout", stage.dropout, "in [0, 1)", 0 <= stage.dropout < 1)
-    for key in ("neuron_rate", "energy_weight", "energy_budget", "mixup"):
+    for key in ("label_smoothing", "energy_from", "mixup_until"):
+        value = getattr(stage, key)
+        _number(f"{name}: {key}", value, "in [0, 1]", 0 <= value <= 1)
+    for key in ("dropout", "ema"):
+        value = getattr(stage, key)
+        _number(f"{name}: {key}", value, "in [0, 1)", 0 <= value < 1)
+    for key in ("neuron_rate", "shift_rate", "energy_weight", "energy_budget", "mixup"):
         value = getattr(stage, key)
         _number(f"{name}: {key}", value, "at least 0", 0 <= value < math.inf)
     check_choice(f"{name}: teacher", stage.teacher, ("none", "ann", "previous"))

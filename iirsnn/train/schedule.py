@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..nn import SharedDropout, neurons
+from ..nn import Readout, SharedDropout, neurons
 from .recipe import StageConfig
 
 
 def make_optimizer(network: nn.Module, config: StageConfig) -> torch.optim.Optimizer:
     """The optimiser of a stage; thresholds and leaks have no weight decay."""
     own = {id(p) for neuron in neurons(network) for p in neuron.parameters()}
+    shifts = set() if config.shift_rate == 1 else {id(p) for p in _shifts(network)}
     parameters = [p for p in network.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if id(p) not in own]},
+        {"params": [p for p in parameters if id(p) not in own | shifts]},
+        {"params": [p for p in parameters if id(p) in shifts], "factor": config.shift_rate},
         {
             "params": [p for p in parameters if id(p) in own],
             "weight_decay": 0.0,
@@ -35,6 +38,14 @@ def make_optimizer(network: nn.Module, config: StageConfig) -> torch.optim.Optim
     return torch.optim.Adam(
         groups, config.learning_rate, weight_decay=config.weight_decay, amsgrad=True
     )
+
+
+def _shifts(network: nn.Module) -> Iterator[nn.Parameter]:
+    """What shifts the current of a channel's neurons: each bias but a Readout's."""
+    for module in network.modules():
+        bias = module._parameters.get("bias")
+        if bias is not None and not isinstance(module, Readout):
+            yield bias
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: StageConfig, done: float) -> None:

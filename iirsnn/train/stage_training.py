@@ -35,6 +35,7 @@ from .schedule import make_optimizer, set_dropout, set_learning_rate
 from .seeds import derive_seed
 from .stage_order import Stage
 from .stopping import Stopped, StopRequest
+from .weight_average import WeightAverage
 
 #: Optimiser steps between two looks at the running sums on a GPU: each look waits for it.
 LOOK_STEPS = 50
@@ -110,6 +111,7 @@ class StageTraining:
         set_dropout(network, self.config.dropout)
         self.optimizer = make_optimizer(network, self.config)
         self.scaler = grad_scaler(device, self.runtime.precision)
+        self.average = WeightAverage(network, self.config.ema) if self.config.ema else None
         name, self.warning = self.processes.first(lambda: folder.newest_checkpoint(stage.name))
         if name is not None:
             self._restore(name)
@@ -222,7 +224,7 @@ class StageTraining:
         images, labels = images[: last - first], labels[: last - first]
         # as many micro-batches in every process: synchronised BatchNorms wait for each other
         count = max(1, min(config.accumulate, size // processes.count))
-        mixed, targets = self.objective.targets(images, labels)
+        mixed, targets = self.objective.targets(images, labels, done)
         parts = zip(*(t.tensor_split(count) for t in (mixed, targets, labels)), strict=True)
         for part, part_targets, part_labels in parts:
             with self._autocast():
@@ -232,7 +234,7 @@ class StageTraining:
                 continue
             with self._autocast():  # for the teacher
                 loss = self.objective.loss(logits, part, part_targets)
-            if config.energy_weight:
+            if config.energy_weight and done >= config.energy_from:
                 assert self.stage.timesteps is not None
                 excess = self.penalty.value(self.stage.timesteps) - config.energy_budget
                 loss = loss + config.energy_weight * excess.clamp(min=0)
@@ -245,6 +247,8 @@ class StageTraining:
         for neuron in neurons(self.network):
             neuron.constrain_()
         progress.step += 1
+        if self.average is not None:
+            self.average.update(self.network, progress.step)
         progress.seen += size
 
     def _own_seed(self) -> tuple[int, ...]:
@@ -291,6 +295,7 @@ class StageTraining:
             self._save_last()  # a validation may take longer than whoever stops the run will wait
         self._add_up()
         validation_set = self.splits.validation
+        network = self.network if self.average is None else self.average.network
         batches = stop.between(
             data.eval_batches(validation_set, self.data, processes.share),
             data.eval_rounds(validation_set, self.data, processes.count),
@@ -299,7 +304,7 @@ class StageTraining:
         )
         with self._autocast():
             validation_loss, validation = loss_and_accuracy(
-                self.network, batches, self.device, self.processes
+                network, batches, self.device, self.processes
             )
         self._require_finite("validation loss", validation_loss, progress.step)
         training_loss, training = progress.loss_sum / progress.seen, progress.right / progress.seen
@@ -323,8 +328,7 @@ class StageTraining:
         if self.processes.main:
             if best:
                 header = {"validation_accuracy": validation, "epoch": epoch + 1}
-                weights = self.network.state_dict()
-                self.folder.save_checkpoint(self.stage.name, "best", weights, header)
+                self.folder.save_checkpoint(self.stage.name, "best", network.state_dict(), header)
             self.folder.log(record)
         self._save_last()
         bar.epoch(epoch, training_loss, training, validation)
@@ -338,6 +342,8 @@ class StageTraining:
         if self.processes.main:
             tensors, scalars = checkpoint.pack_optimizer(self.optimizer)
             tensors |= _named("network", self.network)
+            if self.average is not None:
+                tensors |= _named("average", self.average.network)
             header = {
                 "progress": vars(progress),
                 "optimizer": scalars,
@@ -349,6 +355,8 @@ class StageTraining:
     def _restore(self, name: str) -> None:
         tensors, header = self.folder.load_checkpoint(self.stage.name, name)
         checkpoint.load_weights(self.network, _of("network", tensors))
+        if self.average is not None:
+            checkpoint.load_weights(self.average.network, _of("average", tensors))
         checkpoint.unpack_optimizer(self.optimizer, tensors, header["optimizer"])
         if header["scaler"]:  # empty but for fp16
             self.scaler.load_state_dict(header["scaler"])
