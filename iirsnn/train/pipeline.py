@@ -34,8 +34,9 @@ Module = TypeVar("Module", bound=nn.Module)
 #: Any converted network.
 SpikingNetwork = Network | GraphNetwork
 
-#: Values of calibration images that go through a network in one batch; more go in several.
-LARGE = 2**24
+#: Values of calibration images that go through a network in one batch; more go in several. A layer
+#: of VGG16 has 21 times as many for each timestep: 0.8 GB at T = 5.
+LARGE = 2**21
 
 #: Test images that operations and spikes are counted on at most.
 COUNTED_IMAGES = 2048
@@ -194,7 +195,10 @@ class Pipeline:
         network = self._place(self._spiking(self.trained("ann"), timesteps))
         conversion = self.recipe.conversion
         images = self.calibration_images(conversion.images)
-        batch_size = self.recipe.data.test_batch_size if images.numel() > LARGE else None
+        batch_size = None
+        if images.numel() > LARGE:
+            most = max(1, LARGE // images[0].numel())
+            batch_size = min(self.recipe.data.test_batch_size, most)
         balance_thresholds(
             network, images, conversion.percentile, conversion.scale, batch_size=batch_size
         )

@@ -91,11 +91,13 @@ def test_a_browser_shows_it(finished, tmp_path, width):
     assert seen["headings"][1:] == [title for title, _, _ in expected]
     for shown, (_, columns, rows) in zip(seen["tables"], expected, strict=True):
         assert shown == [[" ".join(column.header.split()) for column in columns], *rows]
-    stages, times, layers = seen["tables"]
+    stages, times, energies, layers = seen["tables"]
     assert stages[-1][1] == f"{report['stages'][-1]['test_accuracy']:.2%}"
     assert stages[0][6] == "energy uJ"
     assert times[0][2] == "engine batch 1"
     assert float(times[-1][2]) > 0
+    assert energies[0][3] == "and bytes in SRAM"
+    assert float(energies[-1][3]) > float(energies[-1][1]) > 0
     assert layers[0] == ["layer", "T=2", "T=1"]
     assert [picture["alt"] for picture in seen["pictures"]] == list(run_report.PICTURES.values())
     for picture in seen["pictures"]:
