@@ -68,7 +68,8 @@ class StageTraining:
 
     Writes `last` every few minutes or steps, and before and after the validation of each epoch;
     `best` after each epoch with a new best validation accuracy; both in the stage's folder. Of
-    `last` the one before is kept.
+    `last` the one before is kept. Where the stage has `ema`, what is validated and `best` is the
+    average of the weights.
 
     With many processes each takes its share of every batch, so their number changes nothing but
     the rounding of sums, and dropout: each process draws its own masks. A stage may be resumed by

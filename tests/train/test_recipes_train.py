@@ -44,7 +44,7 @@ def random_splits(name, batch):
 
 
 def train(line, stage, network):
-    """Ten steps; what they start from has come from the network's own device and is changed."""
+    """Ten steps of a stage, after which its first and its last layer have learned."""
     before = [p.detach().clone() for p in network.parameters()]
     training = StageTraining(
         line._by_events(network), stage, line.folder, line.splits, line.device, line.teacher(stage)
