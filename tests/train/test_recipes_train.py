@@ -15,11 +15,10 @@ from iirsnn.train.stage_training import StageTraining
 from tests.train.test_recipe import SHAPES
 
 STEPS = 10
-#: Two calibration images at a time, and fp32: a CPU without units for bf16 takes minutes for it.
+#: One thread is faster than two for small networks, and fp32 than bf16 on a CPU without its units.
 SMALL = [
     "data.test_batch_size=2",
     "data.workers=0",
-    "conversion.images=6",
     "ann.epochs=1",
     "snn.epochs=1",
     "runtime.device=cpu",
@@ -64,11 +63,13 @@ def train(line, stage, network):
 )
 def test_each_recipe_trains_at_its_real_size(name, tmp_path, monkeypatch):
     batch = 2 if name.startswith("imagenet") else 4
-    loaded = recipe.load(name, [*SMALL, f"data.batch_size={batch}", "snn.accumulate=1"])
+    sizes = [f"data.batch_size={batch}", f"conversion.images={batch}", "snn.accumulate=1"]
+    loaded = recipe.load(name, [*SMALL, *sizes])
     for settings in loaded.stages.values():
         settings |= {"epochs": 1, "accumulate": 1}  # a norm needs two images
     splits = random_splits(loaded.data.name, batch)
-    monkeypatch.setattr(pipeline, "LARGE", 2 * splits.train[0][0].numel())
+    # two batches of calibration images
+    monkeypatch.setattr(pipeline, "LARGE", batch // 2 * splits.train[0][0].numel())
     monkeypatch.setattr(RunFolder, "save_checkpoint", lambda *arguments: None)  # gigabytes
     with RunFolder.create(tmp_path / "run", loaded) as folder:
         line = Pipeline(folder, splits)
