@@ -152,7 +152,7 @@ def moments_kernel(
     group, first = tl.program_id(0) % groups, tl.program_id(0) // groups
     width = multiple(width, VEC)
     stride_t = multiple(x_stride_t, VEC)
-    plane, _, col_block = place(first, group, col_blocks, INDEX)
+    plane, row_block, col_block = place(first, group, col_blocks, INDEX)
     cols = columns(col_block, COLS)
     centre = channel_value(
         x_ptr, plane * multiple(plane_stride, VEC), cols, cols < width, INDEX
@@ -161,9 +161,9 @@ def moments_kernel(
     total = tl.zeros([ROWS, COLS], tl.float32)
     square = total
     for j in range(first, tiles, splits):
-        _, row_block, col_block = place(j, group, col_blocks, INDEX)
+        plane_j, row_block, col_block = place(j, group, col_blocks, INDEX)
         cols, r = columns(col_block, COLS), rows_of(row_block, ROWS)
-        n = plane * multiple(plane_stride, VEC) + r * multiple(row_stride, VEC) + cols
+        n = plane_j * multiple(plane_stride, VEC) + r * multiple(row_stride, VEC) + cols
         mask = (r < rows) & (cols < width)
         for t in range(timesteps):
             x = tl.load(x_ptr + tl.cast(t, tl.int64) * stride_t + n, mask=mask, other=0.0)
@@ -270,18 +270,18 @@ def fire_kernel(
     N = multiple(N, VEC)
     width = multiple(width, VEC)
     stride_t = multiple(x_stride_t, VEC)
-    plane, _, col_block = place(first, group, col_blocks, INDEX)
+    plane, row_block, col_block = place(first, group, col_blocks, INDEX)
     cols = columns(col_block, COLS)
     inside = cols < width
-    _, gain, shift = gain_and_shift(
+    _mean, gain, shift = gain_and_shift(
         mean_ptr, rstd_ptr, weight_ptr, bias_ptr, plane, cols, inside, INDEX
     )
     threshold = channel_value(threshold_ptr, plane, cols, inside, INDEX, THRESHOLDS)
     leak = channel_value(leak_ptr, plane, cols, inside, INDEX, LEAKS)
     for j in range(first, tiles, splits):
-        _, row_block, col_block = place(j, group, col_blocks, INDEX)
+        plane_j, row_block, col_block = place(j, group, col_blocks, INDEX)
         cols, r = columns(col_block, COLS), rows_of(row_block, ROWS)
-        n = plane * multiple(plane_stride, VEC) + r * multiple(row_stride, VEC) + cols
+        n = plane_j * multiple(plane_stride, VEC) + r * multiple(row_stride, VEC) + cols
         mask = (r < rows) & (cols < width)
         x_ptrs, s_ptrs = x_ptr + n, s_ptr + n
         same = load_same(x_ptrs, mask, X_MOVES)
@@ -336,7 +336,7 @@ def unwind(
         before = v
         if t > 0:
             before = discharge_again(hs[t - 1], threshold, v_reset, RESET)
-        g_h, g_v, g_threshold, g_leak = backward_step(
+        g_h, g_v, g_threshold = backward_step(
             gs[t].to(tl.float32),
             hs[t],
             before,
@@ -357,8 +357,8 @@ def unwind(
             tl.store(grad_x_ptrs + t * N, grad_x.to(grad_x_ptrs.dtype.element_ty), mask=mask)
         else:
             sum_threshold += g_threshold
-            if g_leak is not None:
-                sum_leak += g_leak
+            if before is not None:
+                sum_leak += g_h * before
             sum_grad += g_h
             sum_dot += g_h * centred
     return sum_threshold, sum_leak, sum_grad, sum_dot, g_v, g_h
@@ -414,7 +414,7 @@ def backward_kernel(
     width = multiple(width, VEC)
     x_stride = multiple(x_stride_t, VEC)
     g_stride = multiple(grad_stride_t, VEC)
-    plane, _, col_block = place(first, group, col_blocks, INDEX)
+    plane, row_block, col_block = place(first, group, col_blocks, INDEX)
     cols = columns(col_block, COLS)
     inside = cols < width
     mean, gain, shift = gain_and_shift(
@@ -434,9 +434,9 @@ def backward_kernel(
     sum_grad = zero
     sum_dot = zero
     for j in range(first, tiles, splits):
-        _, row_block, col_block = place(j, group, col_blocks, INDEX)
+        plane_j, row_block, col_block = place(j, group, col_blocks, INDEX)
         cols, r = columns(col_block, COLS), rows_of(row_block, ROWS)
-        n = plane * multiple(plane_stride, VEC) + r * multiple(row_stride, VEC) + cols
+        n = plane_j * multiple(plane_stride, VEC) + r * multiple(row_stride, VEC) + cols
         mask = (r < rows) & (cols < width)
         x_ptrs, g_ptrs = x_ptr + n, grad_s_ptr + n
         same_x, same_g = load_same(x_ptrs, mask, X_MOVES), load_same(g_ptrs, mask, G_MOVES)

@@ -192,7 +192,7 @@ def unwind(
         before = v
         if t > 0:
             before = discharge_again(hs[t - 1], threshold, v_reset, RESET)
-        g_h, g_v, g_threshold, g_leak = backward_step(
+        g_h, g_v, g_threshold = backward_step(
             gs[t].to(tl.float32),
             hs[t],
             before,
@@ -209,8 +209,8 @@ def unwind(
         )
         tl.store(grad_x_ptrs + t * N, g_h.to(grad_x_ptrs.dtype.element_ty), mask=mask)
         sum_threshold += g_threshold
-        if g_leak is not None:
-            sum_leak += g_leak
+        if before is not None:
+            sum_leak += g_h * before
     return g_v, g_h, sum_threshold, sum_leak
 
 

@@ -107,7 +107,10 @@ def backward_step(
     DETACH: tl.constexpr,
     SURROGATE: tl.constexpr,
 ):
-    """-> gradients of h (that is, of the current), of the membrane before, of threshold and leak"""
+    """-> gradients of h (that is, of the current), of the membrane before and of the threshold
+
+    That of leak is the first one times `before`.
+    """
     if not DETACH:
         if RESET == SOFT:
             g -= threshold * g_v
@@ -123,9 +126,6 @@ def backward_step(
     elif RESET == HARD:
         g_v = tl.where(h > threshold, 0.0, g_v)
     g_now = g_u + g_v
-    g_leak = None
-    if before is not None:
-        g_leak = g_now * before
-        if RESET == SOFT_DELAYED:
-            g_threshold -= spike(before, threshold) * g_now
-    return g_now, leak * g_now, g_threshold, g_leak
+    if before is not None and RESET == SOFT_DELAYED:
+        g_threshold -= spike(before, threshold) * g_now
+    return g_now, leak * g_now, g_threshold

@@ -197,7 +197,9 @@ def test_triton_bytes(cudarun, timesteps, dtype, layout):
     ]
     moments, _, fire, sums, _, grad_x = (stats.by_array for _, _, stats in launches)
     whole = a.x.nbytes
-    assert whole < moments["arg0"]["ld_bytes"] <= 1.1 * whole
+    # every thread reads the first value of its channels, from cache
+    centre = 128 * 16 * launches[0][2].blocks
+    assert whole < moments["arg0"]["ld_bytes"] <= whole + centre
     assert (fire["arg0"]["ld_bytes"], fire["arg7"]["st_bytes"]) == (whole, whole)
     assert sums["arg0"]["ld_bytes"] == sums["arg1"]["ld_bytes"] == whole
     assert grad_x["arg0"]["ld_bytes"] == grad_x["arg1"]["ld_bytes"] == whole

@@ -57,7 +57,7 @@ __device__ __forceinline__ float normalised(scalar_t x, const Channel& c) {
 // ---- spikes
 
 template <typename scalar_t, int kSize, bool kColumns>
-__global__ void __launch_bounds__(kWalkThreads)
+__global__ void __launch_bounds__(kWalkThreads, 1)
     single_fire_kernel(const scalar_t* __restrict__ x, scalar_t* __restrict__ s,
                        const __grid_constant__ ChannelInputs inputs, const __grid_constant__ Walk walk) {
   const Place<kSize, kColumns> place(walk);
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kWalkThreads)
 }
 
 template <typename scalar_t, int kSize, bool kColumns, Reset kReset>
-__global__ void __launch_bounds__(kWalkThreads)
+__global__ void __launch_bounds__(kWalkThreads, 1)
     fire_kernel(const scalar_t* __restrict__ x, int64_t x_stride_t, scalar_t* __restrict__ s, int64_t timesteps,
                 int64_t neurons, const __grid_constant__ ChannelInputs inputs, const __grid_constant__ Walk walk) {
   const Place<kSize, kColumns> place(walk);
@@ -192,7 +192,7 @@ __device__ __forceinline__ float through_statistics(float grad, float x, const C
 }
 
 template <typename scalar_t, int kSize, bool kColumns, Pass kPass>
-__global__ void __launch_bounds__(kWalkThreads)
+__global__ void __launch_bounds__(kWalkThreads, 1)
     single_backward_kernel(const scalar_t* __restrict__ grad_s, const scalar_t* __restrict__ x,
                            scalar_t* __restrict__ grad_x, const __grid_constant__ BackwardOptions<float> options,
                            const __grid_constant__ SumsOut out, const __grid_constant__ ChannelInputs inputs,
@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(kWalkThreads)
 
 // membranes: [segments - 1, N], those that each segment but the first starts from; the pass over the sums writes them.
 template <typename scalar_t, int kSize, bool kColumns, Reset kReset, Pass kPass>
-__global__ void __launch_bounds__(kWalkThreads, kPass == Pass::sums ? 3 : 4)
+__global__ void __launch_bounds__(kWalkThreads, 3)
     backward_kernel(const scalar_t* __restrict__ grad_s, int64_t grad_s_stride_t, const scalar_t* __restrict__ x,
                     int64_t x_stride_t, scalar_t* __restrict__ grad_x, float* membranes, int64_t timesteps,
                     int64_t neurons, const __grid_constant__ BackwardOptions<float> options,

@@ -25,7 +25,7 @@ __device__ __forceinline__ float centre_of(const scalar_t* x, const Walk& walk, 
 }
 
 template <typename scalar_t, int kSize, bool kColumns>
-__global__ void __launch_bounds__(kWalkThreads)
+__global__ void __launch_bounds__(kWalkThreads, 1)
     moments_kernel(const scalar_t* __restrict__ x, int64_t timesteps, int64_t stride_t,
                    const __grid_constant__ MomentsOut out, const __grid_constant__ Walk walk) {
   const Place<kSize, kColumns> place(walk);

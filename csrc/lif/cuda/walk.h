@@ -8,6 +8,7 @@
 namespace iirsnn::cuda {
 
 constexpr int kWalkThreads = 128, kWalkWarps = kWalkThreads / 32;
+// Kernels name the blocks that must fit on a multiprocessor, if only 1: ptxas spills a few bytes to fit one more.
 constexpr int64_t kWalkBlocks = 2048;  // enough for every device of today; a constant, so that sums have the same bits
 constexpr int64_t kLine = 128;         // bytes that threads side by side should read
 
