@@ -450,14 +450,14 @@ def backward_kernel(
                 currents_0 = normalised_steps(xs_0, gain, shift, FIRST)
                 v = advance(None, currents_0, None, N, mask, threshold, leak, v_reset, RESET, FIRST)
                 tl.store(membrane_ptr + n, v, mask=mask)
-                for k in range(1, segments):
-                    t = FIRST + SEGMENT * tl.cast(k - 1, tl.int64)
-                    xs_k = load_steps(x_ptrs + t * x_stride, x_stride, mask, same_x, SEGMENT)
-                    currents_k = normalised_steps(xs_k, gain, shift, SEGMENT)
+                for j in range(1, segments):
+                    t = FIRST + SEGMENT * tl.cast(j - 1, tl.int64)
+                    xs_j = load_steps(x_ptrs + t * x_stride, x_stride, mask, same_x, SEGMENT)
+                    currents_j = normalised_steps(xs_j, gain, shift, SEGMENT)
                     v = advance(
-                        v, currents_k, None, N, mask, threshold, leak, v_reset, RESET, SEGMENT
+                        v, currents_j, None, N, mask, threshold, leak, v_reset, RESET, SEGMENT
                     )
-                    tl.store(membrane_ptr + k * N + n, v, mask=mask)
+                    tl.store(membrane_ptr + j * N + n, v, mask=mask)
                 tl.debug_barrier()  # a membrane may come back to another thread than wrote it
             for i in range(segments):
                 k = tl.cast(segments - 1 - i, tl.int64)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -83,6 +84,11 @@ def _cases() -> list[BnCase]:
 
 BN_CASES = _cases()
 BN_FEW = [c for c in BN_CASES if c.name in ("T=1", "T=5 bfloat16", "T=5 channels_last", "T=9")]
+
+
+def most_are_slow(cases: list[Any], few: list[Any]) -> list[Any]:
+    """For pytest.mark.parametrize: those that are not among the few run in `make test-slow`."""
+    return [case if case in few else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 @dataclass

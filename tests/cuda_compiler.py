@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -62,10 +63,14 @@ def compile_kernels(
     folder = ROOT / "build" / "kernels" / digest(content + f"{arch} {flags}".encode())
     ptx = [folder / f"{source.stem}.ptx" for source in SOURCES]
     library = folder / library_name(link, launchers)
-    if library.is_file() if launchers else all(path.is_file() for path in ptx):
-        return ptx, library
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as part:
+    with (
+        (folder / "lock").open("a") as lock,  # of several test processes, one compiles
+        tempfile.TemporaryDirectory(dir=folder) as part,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if library.is_file() if launchers else all(path.is_file() for path in ptx):
+            return ptx, library
         command = [toolkit() / "bin" / "nvcc", *flags, "--keep", "--keep-dir", part]
         command += ["-gencode", f"arch=compute_{arch},code=compute_{arch}", *SOURCES]
         if launchers:

@@ -7,10 +7,10 @@ and 8; float16's are those of bfloat16 but for the conversion, and left out.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,16 +105,18 @@ def inspect_file(arch: int, file: Path, folder) -> list[Kernel]:
 
 @pytest.fixture(scope="module")
 def every_kernel(tmp_path_factory):
+    """{architecture: its kernels}, compiled where a test asks for them."""
     folder = tmp_path_factory.mktemp("cubin")
     disassembler()
-    with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda arch: inspect(arch, folder), [90, 80, 100, 120])
-        return dict(zip([90, 80, 100, 120], found, strict=True))
+    return functools.cache(lambda arch: inspect(arch, folder))
 
 
-@pytest.fixture(params=ARCHITECTURES, ids=lambda arch: f"sm_{arch}")
+@pytest.fixture(
+    params=[pytest.param(a, marks=[] if a == 90 else pytest.mark.slow) for a in ARCHITECTURES],
+    ids=lambda arch: f"sm_{arch}",
+)
 def kernels(request, every_kernel):
-    return every_kernel[request.param]
+    return every_kernel(request.param)
 
 
 def test_all_are_there(kernels):
@@ -133,14 +135,18 @@ def test_nothing_in_local_memory(kernels):
 
 
 def test_registers_leave_enough_loads_in_flight(kernels):
-    """32 KiB of an SM's loads can wait for memory at once, whatever the registers they take."""
+    """32 KiB of an SM's loads can wait for memory at once, whatever the registers they take.
+
+    20 KiB where the first pass of a BatchNorm loads 8 bytes at a time.
+    """
     for kernel in kernels:
         if kernel.name not in ("forward", "backward", "single_forward", "single_backward"):
             continue
         registers = int(re.search(r"Used (\d+) registers", kernel.usage)[1])
         threads = min(2048, 65536 // (128 * -(-registers // 8) * 8) * 128)
         if kernel.packet > 1:
-            assert kernel.access // 8 * loads(kernel) * threads >= 32 * 1024, (kernel, threads)
+            least = 20 if kernel.sums_only and kernel.access == 64 else 32
+            assert kernel.access // 8 * loads(kernel) * threads >= least * 1024, (kernel, threads)
 
 
 def loads(kernel: Kernel) -> int:

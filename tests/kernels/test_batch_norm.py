@@ -11,7 +11,16 @@ from torch.library import opcheck
 
 from iirsnn import BatchNormLIF, FusedLIF
 from tests import bn_lif_cases
-from tests.bn_lif_cases import BN_CASES, EPS, BnCase, BnImplementation, bn_inputs, bn_options
+from tests.bn_lif_cases import (
+    BN_CASES,
+    BN_FEW,
+    EPS,
+    BnCase,
+    BnImplementation,
+    bn_inputs,
+    bn_options,
+    most_are_slow,
+)
 from tests.composed import Composed
 
 TRITON = BnImplementation.of("triton_", truncates=True)  # Triton's interpreter does
@@ -21,12 +30,12 @@ def named(cases):
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
-@named(BN_CASES)
+@named(most_are_slow(BN_CASES, BN_FEW))
 def test_forward(case):
     bn_lif_cases.check_bn_forward(case, TRITON)
 
 
-@named(BN_CASES)
+@named(most_are_slow(BN_CASES, BN_FEW))
 def test_backward(case):
     bn_lif_cases.check_bn_backward(case, TRITON)
 

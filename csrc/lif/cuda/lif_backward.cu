@@ -55,7 +55,9 @@ __device__ __forceinline__ void finish_sums(const acc_t (&sums)[kSums * Place<kS
 
 // T = 1 from rest, and nothing arrives at the membrane.
 template <typename scalar_t, int kSize, bool kColumns, bool kSummed>
-__global__ void __launch_bounds__(kWalkThreads, kSize > 4 ? 6 : 8)
+__global__ void __launch_bounds__(kWalkThreads, sizeof(scalar_t) == 8 ? 5
+                                                : kSize > 4           ? 6
+                                                                      : 8)
     single_backward_kernel(const scalar_t* __restrict__ grad_s, const scalar_t* __restrict__ x,
                            const acc_of<scalar_t>* __restrict__ threshold, scalar_t* __restrict__ grad_x,
                            int64_t neurons, const __grid_constant__ BackwardOptions<acc_of<scalar_t>> options,
