@@ -62,6 +62,8 @@ class Predicting:
             stderr=subprocess.PIPE,
             text=True,
             bufsize=1,
+            # what starts the tests in the background may have it ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.lines, self.errors = [], []
         for stream, kept in (

@@ -3,9 +3,9 @@
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/ops/full.h>
+#include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <cmath>
 #include <cstring>
@@ -119,8 +119,11 @@ PyObject* lif_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-PyMethodDef method{"lif_call", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&lif_call)), METH_FASTCALL,
-                   "The shortest way to lif_forward: see iirsnn.functional.short_way."};
+PyMethodDef method{
+    "lif_call", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&lif_call)), METH_FASTCALL,
+    "lif_call(arg0: str, arg1: Tensor, arg2: object, arg3: object, arg4: object, arg5: str, arg6: float, "
+    "arg7: bool, arg8: str, arg9: float, arg10: bool) -> object\n\n"
+    "The shortest way to lif_forward: see iirsnn.functional.short_way."};
 
 }  // namespace
 
