@@ -112,6 +112,14 @@ inline Tensor with_strides(const Tensor& t, at::IntArrayRef strides) {
 
 // ---- Checks ----
 
+// Whether timesteps have no holes and do not overlap, as the kernels read them.
+inline bool is_dense(const Tensor& x) {
+  if (x.is_contiguous()) return true;
+  const int64_t neurons = c10::multiply_integers(x.sizes().slice(1));
+  const bool apart = x.size(0) == 1 || x.stride(0) == 0 || x.stride(0) >= neurons;
+  return apart && x.detach().select(0, 0).is_non_overlapping_and_dense();
+}
+
 inline LifShape check_x(const Tensor& x) {
   LifShape shape{};
   shape.dtype = parse_dtype("x", x.scalar_type());
@@ -119,8 +127,7 @@ inline LifShape check_x(const Tensor& x) {
   shape.timesteps = x.size(0);
   shape.neurons = c10::multiply_integers(x.sizes().slice(1));
   shape.x_stride_t = x.stride(0);
-  const bool apart = shape.timesteps == 1 || shape.x_stride_t == 0 || shape.x_stride_t >= shape.neurons;
-  TORCH_CHECK_VALUE(shape.neurons == 0 || x.is_contiguous() || (x.select(0, 0).is_non_overlapping_and_dense() && apart),
+  TORCH_CHECK_VALUE(shape.neurons == 0 || is_dense(x),
                     "x: expected x[0] dense and timesteps that do not overlap, got sizes ", x.sizes(), " strides ",
                     x.strides());
   shape.channels = 1;

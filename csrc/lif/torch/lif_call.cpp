@@ -24,14 +24,6 @@ const Tensor* plain_tensor(PyObject* value) {
   return THPVariable_CheckExact(value) ? &THPVariable_Unpack(value) : nullptr;
 }
 
-// Timesteps without holes that do not overlap, as the kernels read them.
-bool is_dense(const Tensor& x) {
-  if (x.is_contiguous()) return true;
-  const int64_t neurons = c10::multiply_integers(x.sizes().slice(1));
-  const bool apart = x.size(0) == 1 || x.stride(0) == 0 || x.stride(0) >= neurons;
-  return apart && x.detach().select(0, 0).is_non_overlapping_and_dense();
-}
-
 // threshold or leak as the op takes it; undefined where it needs more than this.
 Tensor parameter(PyObject* value, const Tensor& x, bool positive) {
   if (PyFloat_CheckExact(value)) {
@@ -88,7 +80,8 @@ PyObject* lif_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     return leave();
   }
   if (!std::isfinite(v_reset) || !std::isfinite(scale) || scale <= 0) return leave();
-  const bool detach_reset = PyObject_IsTrue(arguments[kDetach]), return_v = PyObject_IsTrue(arguments[kReturnV]);
+  if (!PyBool_Check(arguments[kDetach]) || !PyBool_Check(arguments[kReturnV])) return leave();
+  const bool detach_reset = arguments[kDetach] == Py_True, return_v = arguments[kReturnV] == Py_True;
   const at::ScalarType dtype = x.scalar_type();
   const bool float_type = dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
   if (!takes(backend, x) || !float_type || x.dim() < 1 || x.size(0) == 0 || !is_dense(x)) return leave();
