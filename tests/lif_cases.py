@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -357,3 +358,8 @@ def check_refused(ops: Implementation) -> None:
         except error:
             continue
         raise AssertionError(f"no {error.__name__} for {arguments[1:] or arguments[0].dtype}")
+
+
+def named(cases: list[Any]) -> Any:
+    """A test for each case, named after it."""
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)

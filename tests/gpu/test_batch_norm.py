@@ -1,34 +1,19 @@
 """BatchNorm and LIF in one on a device: pytest -m gpu, or make gpu-check for the whole of it."""
 
 import pytest
-import torch
 
-import iirsnn
 from tests import bn_lif_cases
 from tests.bn_lif_cases import BN_CASES, BnImplementation
+from tests.gpu.device import ON_A_DEVICE, PREFIXES, prefix
+from tests.lif_cases import named
 
-PREFIXES = {"cuda": "", "triton": "triton_"}  # of the ops, by backend
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available(),
-        reason="needs a CUDA device: run `make gpu-check` on a machine with one",
-    ),
-]
+pytestmark = ON_A_DEVICE
 
 
 @pytest.fixture(params=list(PREFIXES))
 def ops(request):
     """The ops of each backend."""
-    reason = iirsnn.ops.backend.why_not(request.param, "cuda")
-    if reason is not None:
-        pytest.fail(reason)
-    return BnImplementation.of(PREFIXES[request.param], "cuda")
-
-
-def named(cases):
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+    return BnImplementation.of(prefix(request.param), "cuda")
 
 
 @named(BN_CASES)

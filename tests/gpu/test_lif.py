@@ -13,17 +13,10 @@ import torch
 
 import iirsnn
 from tests import lif_cases
-from tests.lif_cases import CASES, FEW, Case, Implementation, inputs, options
+from tests.gpu.device import ON_A_DEVICE, PREFIXES, prefix
+from tests.lif_cases import CASES, FEW, Case, Implementation, inputs, named, options
 
-PREFIXES = {"cuda": "", "triton": "triton_"}  # of the ops, by backend
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available(),
-        reason="needs a CUDA device: run `make gpu-check` on a machine with one",
-    ),
-]
+pytestmark = ON_A_DEVICE
 
 
 @pytest.fixture(params=list(PREFIXES))
@@ -35,14 +28,7 @@ def backend(request):
 @pytest.fixture
 def ops(backend):
     """The ops of `backend`."""
-    reason = iirsnn.ops.backend.why_not(backend, "cuda")
-    if reason is not None:
-        pytest.fail(reason)
-    return Implementation.of(PREFIXES[backend], "cuda")
-
-
-def named(cases):
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+    return Implementation.of(prefix(backend), "cuda")
 
 
 def of(name):

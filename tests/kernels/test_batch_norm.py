@@ -22,12 +22,9 @@ from tests.bn_lif_cases import (
     most_are_slow,
 )
 from tests.composed import Composed
+from tests.lif_cases import named
 
 TRITON = BnImplementation.of("triton_", truncates=True)  # Triton's interpreter does
-
-
-def named(cases):
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
 @named(most_are_slow(BN_CASES, BN_FEW))

@@ -9,13 +9,9 @@ from iirsnn.kernels import tiles
 from iirsnn.functional import lif
 from iirsnn.ops import reference
 from tests import lif_cases
-from tests.lif_cases import CASES, Implementation
+from tests.lif_cases import CASES, Implementation, named
 
 TRITON = Implementation.of("triton_", truncates=True)  # Triton's interpreter does
-
-
-def named(cases):
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
 @named(CASES)
