@@ -21,7 +21,7 @@ from ..errors import RunError, check_choice
 from ..measure.evaluation import evaluating
 from ..nn import FusedLIF, neurons, recorder
 from ..ops.surrogates import SURROGATES
-from ..train.pipeline import Pipeline, SpikingNetwork
+from ..train.pipeline import Pipeline
 from . import plot_files
 from .tables import Column, MarkdownTable, markdown_tables, print_table
 
@@ -100,7 +100,7 @@ class _Sums:
         )
 
 
-def diagnose(network: SpikingNetwork, images: Tensor, labels: Tensor) -> list[LayerDiagnosis]:
+def diagnose(network: nn.Module, images: Tensor, labels: Tensor) -> list[LayerDiagnosis]:
     """Each spiking layer of a network, in the order in which they fire.
 
     The network computes as in a test: running statistics, no dropout. It and its gradients are left
