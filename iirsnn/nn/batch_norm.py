@@ -146,6 +146,8 @@ def _processes(norm: Any) -> Any:
 class _Synchronised(torch.autograd.Function):
     """BatchNorm over the batches of all processes, and LIF: their sums are added between passes."""
 
+    gives_spikes = True  # see origin.py
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -264,6 +266,8 @@ def _spikes(neuron: FusedLIF, current: Tensor, threshold: Tensor, leak: Tensor) 
 
 
 class _Recomputed(torch.autograd.Function):
+    gives_spikes = True  # see origin.py
+
     @staticmethod
     def forward(
         ctx: Any,

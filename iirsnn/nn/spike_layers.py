@@ -7,15 +7,16 @@ compute the forward pass and the weight's gradient by events, one addition of a 
 of gradients) for each spike, where spikes are sparse enough to gain from it. An input of another
 kind is kept as it is and computed as torch does: never wrong, only no cheaper.
 
-float32 and bfloat16 (sums in float32) on a CPU with iirsnn._C; anything else runs as torch's own
-layers. There is no second derivative. Under torch.compile each such layer is a graph break.
+Events: float32 and bfloat16 (sums in float32) on a CPU with iirsnn._C, where an input's values tell
+its kind. Elsewhere products are torch's own, and where an input comes from tells its kind (see
+origin.py). There is no second derivative. Under torch.compile each such layer is a graph break.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from ..errors import check_choice
 from ..ops.backend import why_not
 from . import events_or_dense
 from .neuron import FusedLIF
+from .origin import Layout, Origin, average, origin
 
 #: How a layer chooses between events and dense products.
 MODES = ("auto", "events", "dense")
@@ -155,11 +157,7 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "iirsnn: expected one backward pass through a spike layer, got one that is to be "
-                "differentiated again (create_graph=True)"
-            )
+        _refuse_second()
         kept, weight, table = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_x = grad_weight = grad_bias = None
@@ -175,18 +173,50 @@ class _Convolution(torch.autograd.Function):
                 grad, weight, ctx.size, padding, dilation, groups
             )
             need_x = False
-        x = None
-        if need_weight and not ctx.by_events:
-            x = kept.to(weight.dtype)
-            if ctx.kept:
+        dense_weight = need_weight and not ctx.by_events
+        if need_x or dense_weight:
+            if not dense_weight:
+                x = torch.empty(ctx.size, dtype=weight.dtype, memory_format=torch.channels_last)
+            elif ctx.kept:
                 x = torch.ops.iirsnn.spike_unpack(kept, table, ctx.size, weight.dtype)
-        if need_x or x is not None:
-            dense_x, dense_weight = _dense_backward(grad, x, weight, ctx.size, ctx.geometry, need_x)
-            grad_x = dense_x if need_x else grad_x
-            grad_weight = dense_weight if x is not None else grad_weight
+            else:
+                x = kept.to(weight.dtype)
+            mask = [need_x, dense_weight, False]
+            grads = _dense_backward(grad, x, weight, ctx.geometry, mask)
+            grad_x = grads[0] if need_x else grad_x
+            grad_weight = grads[1] if dense_weight else grad_weight
         if grad_x is not None:
             grad_x = grad_x.to(ctx.x_dtype)
         return grad_x, grad_weight, grad_bias, None, None
+
+
+class _DenseConvolution(torch.autograd.Function):
+    """The same by torch's own products, on any device, for an x of which it is known what it is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, known: Origin, geometry: Any
+    ) -> Tensor:
+        ctx.known, ctx.layout, ctx.geometry = known, Layout.of(x), geometry
+        ctx.save_for_backward(known.pack(x), weight)
+        return _dense_forward(x, weight, bias, geometry)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        _refuse_second()
+        packed, weight = ctx.saved_tensors
+        mask = list(ctx.needs_input_grad[:3])
+        x = ctx.known.unpack(packed, ctx.layout) if mask[1] else ctx.layout.empty(grad.device)
+        grad_x, *grads = _dense_backward(grad, x.to(weight.dtype), weight, ctx.geometry, mask)
+        return None if grad_x is None else grad_x.to(ctx.layout.dtype), *grads, None, None
+
+
+def _refuse_second() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "iirsnn: expected one backward pass through a spike layer, got one that is to be "
+            "differentiated again (create_graph=True)"
+        )
 
 
 class _Geometry(tuple[Any, ...]):
@@ -250,28 +280,25 @@ def _dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Ge
 
 
 def _dense_backward(
-    grad: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    size: Sequence[int],
-    geometry: _Geometry,
-    need_x: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of x, and of the weight where x is given."""
-    if size[2:] == list(weight.shape[2:]) == [1, 1] and geometry == _LINEAR:
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: _Geometry, mask: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, weight and bias that the mask asks for.
+
+    Where it does not ask for that of the weight, of x the layout alone is read.
+    """
+    if x.shape[2:] == weight.shape[2:] == (1, 1) and geometry == _LINEAR:
         flat = grad.flatten(1)
         return (
-            (flat @ weight.flatten(1))[..., None, None] if need_x else None,
-            None if x is None else (flat.t() @ x.flatten(1))[..., None, None],
+            (flat @ weight.flatten(1))[..., None, None] if mask[0] else None,
+            (flat.t() @ x.flatten(1))[..., None, None] if mask[1] else None,
+            flat.sum(0) if mask[2] else None,
         )
-    mask = [need_x, x is not None, False]
-    if x is None:  # only its size is read
-        x = torch.empty(size, dtype=weight.dtype, memory_format=torch.channels_last)
     stride, padding, dilation, groups = geometry
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
-    )
-    return grad_x, grad_weight
+    size = [weight.shape[0]] if mask[2] else None
+    rest = stride, padding, dilation, False, [0, 0], groups, mask
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None]
+    grads = torch.ops.aten.convolution_backward(grad, x, weight, size, *rest)
+    return grads
 
 
 class _SpikeLayer:
@@ -294,8 +321,8 @@ class _SpikeLayer:
         check_choice("mode", mode, MODES)
         self.mode = mode
 
-    def _plain(self, x: Tensor, dtype: torch.dtype) -> str | None:
-        """Why torch's own layer has to run; None where events can."""
+    def _no_events(self, x: Tensor, dtype: torch.dtype) -> str | None:
+        """Why events cannot run; None where they can."""
         if x.device.type != "cpu":
             return f"events run on a CPU, got a tensor on {x.device.type}"
         if x.dtype not in (torch.float32, torch.bfloat16) or dtype not in (
@@ -305,34 +332,45 @@ class _SpikeLayer:
             return f"expected float32 or bfloat16, got {x.dtype} and a weight of {dtype}"
         return why_not("cpu", "cpu")
 
-    def _cast(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """The parameters as autocast would have them; None where torch's own layer has to run."""
-        dtype = weight.dtype
-        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            dtype = torch.get_autocast_dtype("cpu")
-        reason = self._plain(x, dtype)
-        if reason is not None:
-            self.decision = Decision("tensor", "dense", "dense", float("nan"), reason)
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> _Product | None:
+        """The function that computes the layer, with the parameters as autocast would have them.
+
+        None where torch's own layer has to run.
+        """
+        device, dtype = x.device.type, weight.dtype
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        parameters = weight.to(dtype), None if bias is None else bias.to(dtype)
+        reason = self._no_events(x, dtype)
+        if reason is None:
+            return lambda x, geometry: _Convolution.apply(x, *parameters, self, geometry)
+        known = origin(x) if torch.is_grad_enabled() and weight.requires_grad else None
+        kept = "tensor" if known is None else known.name
+        self.decision = Decision(kept, "dense", "dense", float("nan"), reason)
+        if known is None:
             return None
-        return weight.to(dtype), None if bias is None else bias.to(dtype)
+        return lambda x, geometry: _DenseConvolution.apply(x, *parameters, known, geometry)
+
+
+#: (x [N, C, H, W], geometry) -> output
+_Product = Callable[[Tensor, _Geometry], Any]
 
 
 class SpikeConv2d(_SpikeLayer, nn.Conv2d):
-    """nn.Conv2d for an input of spikes; see the module's text. CPU; elsewhere it is nn.Conv2d.
+    """nn.Conv2d for an input of spikes; see the module's text.
 
-    x: [N, C, H, W] or [C, H, W], float32 or bfloat16, any layout (channels_last is what it computes
-       in). Kept as bits where its values are 0 and one other number (spikes, or spikes after
-       dropout), as uint8 counts where they are 0..255 times one number (average-pooled spikes),
-       else as it is.
+    x: [N, C, H, W] or [C, H, W], any layout (on a CPU channels_last is what it computes in). Kept
+       as bits where its values are 0 and one other number (spikes, or spikes after dropout), as
+       uint8 counts where they are 0..255 times one number (average-pooled spikes), else as it is.
+       Where events cannot run, on a GPU above all, that is known of spikes by the neurons of this
+       package, however sliced, joined, max-pooled, added, or averaged over 2, 4, 8... of them.
     Returns what nn.Conv2d returns. `decision` tells how it was computed, and why.
     """
 
     @_disable_dynamo
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        parameters = self._cast(input, weight, bias)
-        if parameters is None:
+        product = self._product(input, weight, bias)
+        if product is None:
             dense: Tensor = super()._conv_forward(input, weight, bias)
             return dense
         padding = self.padding
@@ -344,24 +382,23 @@ class SpikeConv2d(_SpikeLayer, nn.Conv2d):
                 input, padding = F.pad(input, [left, right, top, bottom], mode=mode), (0, 0)
         geometry = _Geometry((list(self.stride), list(padding), list(self.dilation), self.groups))
         x = input if input.dim() == 4 else input.unsqueeze(0)
-        out: Tensor = _Convolution.apply(x, *parameters, self, geometry)
+        out: Tensor = product(x, geometry)
         return out if input.dim() == 4 else out.squeeze(0)
 
 
 class SpikeLinear(_SpikeLayer, nn.Linear):
-    """nn.Linear for an input of spikes; see the module's text. CPU; elsewhere it is nn.Linear.
+    """nn.Linear for an input of spikes; see the module's text.
 
-    x: [..., in_features], float32 or bfloat16. `decision` tells how it was computed, and why.
+    x: [..., in_features]. `decision` tells how it was computed, and why.
     """
 
     @_disable_dynamo
     def forward(self, input: Tensor) -> Tensor:
-        parameters = self._cast(input, self.weight, self.bias)
-        if parameters is None:
+        product = self._product(input, self.weight[..., None, None], self.bias)
+        if product is None:
             return super().forward(input)
-        weight, bias = parameters
         x = input.reshape(-1, self.in_features, 1, 1)
-        out: Tensor = _Convolution.apply(x, weight[..., None, None], bias, self, _LINEAR)
+        out: Tensor = product(x, _LINEAR)
         return out.reshape(*input.shape[:-1], self.out_features)
 
 
@@ -369,6 +406,11 @@ class SpikeLinear(_SpikeLayer, nn.Linear):
 
 
 class _AveragePool(torch.autograd.Function):
+    @staticmethod
+    def origin(node: Any) -> Origin | None:
+        kernel, _, *options = node.options
+        return average(node, kernel, *options)
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, options: Any) -> Tensor:
         ctx.options, ctx.size, ctx.format = options, x.shape, _format(x)

@@ -72,6 +72,16 @@ def why_not(name: str, device: str) -> str | None:
     return _compiled(name)
 
 
+def _candidates(device: str) -> tuple[str, ...]:
+    """What `auto` looks for, best first."""
+    return ("cuda", "triton") if device == "cuda" else ("cpu",)
+
+
+def has_kernels(device: str) -> bool:
+    """Whether `auto` has kernels for tensors of `device`, and is not left with the reference."""
+    return any(why_not(name, device) is None for name in _candidates(device))
+
+
 def _resolve(name: str, device: str) -> str:
     check_choice("backend", name, NAMES)
     if name != "auto":
@@ -79,9 +89,8 @@ def _resolve(name: str, device: str) -> str:
         if reason is not None:
             raise RuntimeError(f"backend: expected one that can run, got {name!r}: {reason}")
         return name
-    candidates = ("cuda", "triton") if device == "cuda" else ("cpu",)
     reasons = []
-    for candidate in candidates:
+    for candidate in _candidates(device):
         reason = why_not(candidate, device)
         if reason is None:
             return candidate

@@ -28,6 +28,8 @@ def _heaviside(h: Tensor, threshold: Tensor) -> Tensor:
 
 
 class _Spike(torch.autograd.Function):
+    gives_spikes = True  # see iirsnn/nn/origin.py
+
     @staticmethod
     def forward(ctx: Any, h: Tensor, threshold: Tensor, surrogate: str, scale: float) -> Tensor:
         ctx.save_for_backward(h, threshold)
