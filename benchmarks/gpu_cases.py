@@ -67,9 +67,10 @@ def cases() -> list[Case]:
         for kind in ("lif", "bn_lif")
         for t, d, layout in ((1, "fp32", last), (5, "bf16", last), (5, "fp32", "contiguous"))
     ]
-    networks = [
+    networks = [Case("test", 120, "networks")]
+    networks += [
         Case("network", 90, what, timesteps, "bf16", last)
-        for what in ("vgg16", "vgg16 graph", "resnet18")
+        for what in ("vgg16", "vgg16 graph", "vgg16 bits", "resnet18")
         for timesteps in (1, 5)
     ]
     rest = [
@@ -353,10 +354,13 @@ def run_limit(case: Case, device: Device) -> list[Row]:
 
 
 def run_network(case: Case, device: Device) -> list[Row]:
-    """A training step (SGD) and inference: time, memory, launches."""
+    """A training step (SGD) and inference: time, memory, launches.
+
+    "graph": the step is a CUDA graph. "bits": layers behind neurons keep bits of their input.
+    """
     from networks import with_batch_norm_lif
 
-    from iirsnn import convert
+    from iirsnn import convert, use_spike_layers
     from iirsnn.conversion.ann_to_snn import NeuronConfig
     from iirsnn.models.resnet import PLANS, resnet
     from iirsnn.models.vgg import LAYERS, vgg
@@ -377,6 +381,8 @@ def run_network(case: Case, device: Device) -> list[Row]:
     network = network.to(device.name).train()
     memory = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
     network = network.to(memory_format=memory)
+    if case.what.endswith("bits"):
+        network = use_spike_layers(network, "dense")
     images = images.to(device.name).to(memory_format=memory)
     optimiser = torch.optim.SGD(network.parameters(), 1e-3, foreach=True)
 

@@ -141,7 +141,8 @@ _RULES: dict[str, Callable[[Any], Origin | None]] = {
     "StackBackward0": _together,
 }
 for _name in (
-    *("Alias", "Clone", "Expand", "MaxPool2DWithIndices", "Permute", "Select", "Slice", "Squeeze"),
-    *("Split", "ToCopy", "Transpose", "Unbind", "UnsafeView", "Unsqueeze", "View"),
+    *("Alias", "Clone", "Expand", "MaxPool2DWithIndices", "Permute", "ReshapeAlias", "Select"),
+    *("Slice", "Split", "Squeeze", "ToCopy", "Transpose", "Unbind", "UnsafeView", "Unsqueeze"),
+    "View",
 ):
     _RULES[f"{_name}Backward0"] = _RULES[f"{_name}Backward1"] = _same

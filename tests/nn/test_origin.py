@@ -53,9 +53,17 @@ def test_a_membrane_is_no_spike():
     assert origin(v) is None
 
 
+def _last(s):
+    return s.to(memory_format=torch.channels_last)
+
+
 #: s [6, 4, 8, 8] -> something else, and what that is.
 KNOWN = {
     "merged": (lambda s: s.view(2, 3, 4, 8, 8).flatten(0, 1), BITS),
+    "merged, channels_last": (
+        lambda s: FusedLIF()(_last(s).unflatten(0, (2, 3)) * 1).flatten(0, 1),
+        BITS,
+    ),
     "flat": (lambda s: s.flatten(1), BITS),
     "turned": (lambda s: s.transpose(0, 1).contiguous(), BITS),
     "channels_last": (lambda s: s.to(memory_format=torch.channels_last), BITS),
