@@ -187,4 +187,22 @@ inline Tensor check_grad_s(const Tensor& grad_s, const Tensor& x, int64_t neuron
   return with_strides(grad_s, spike_strides(x, neurons));
 }
 
+// ---- What calls have in common; the tensors that come back own what the pointers are to ----
+
+template <typename Call>
+Tensor take_grad_s(Call& call, const Tensor& grad_s, const Tensor& x) {
+  const int64_t neurons = call.shape.neurons;
+  Tensor like = check_grad_s(grad_s, x, neurons);
+  call.grad_s = like.const_data_ptr();
+  call.grad_s_stride_t = x.size(0) > 1 && like.stride(0) == 0 ? 0 : neurons;
+  return like;
+}
+
+template <typename Call>
+void take_surrogate(Call& call, bool detach_reset, std::string_view surrogate, double scale) {
+  call.detach_reset = detach_reset;
+  call.surrogate = parse_surrogate(surrogate);
+  call.surrogate_scale = scale;
+}
+
 }  // namespace iirsnn

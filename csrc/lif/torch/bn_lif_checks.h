@@ -7,14 +7,6 @@
 
 namespace iirsnn {
 
-struct BnLifOptions {
-  Reset reset;
-  double v_reset;
-  bool detach_reset;
-  Surrogate surrogate;
-  double surrogate_scale;
-};
-
 inline const float* check_channels(const char* name, const Tensor& value, const Tensor& x) {
   TORCH_CHECK_TYPE(value.scalar_type() == at::kFloat, name, ": expected float32, got ", value.scalar_type());
   TORCH_CHECK_VALUE(
@@ -36,6 +28,24 @@ inline LifShape check_bn_lif_x(const Tensor& x) {
     shape.inner = x.stride(2);
   }
   return shape;
+}
+
+// All of a call of `Call`, that of a CPU or of a GPU, but threshold and leak.
+template <typename Call>
+Call check_bn_lif(const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptionalTensor& weight,
+                  const OptionalTensor& bias, const std::string& reset, double v_reset, bool detach_reset,
+                  const std::string& surrogate, double surrogate_scale) {
+  Call call{};
+  call.shape = check_bn_lif_x(x);
+  call.reset = parse_reset(reset);
+  call.v_reset = v_reset;
+  take_surrogate(call, detach_reset, surrogate, surrogate_scale);
+  call.x = x.const_data_ptr();
+  call.mean = check_channels("mean", mean, x);
+  call.rstd = check_channels("rstd", rstd, x);
+  call.weight = weight ? check_channels("weight", *weight, x) : nullptr;
+  call.bias = bias ? check_channels("bias", *bias, x) : nullptr;
+  return call;
 }
 
 }  // namespace iirsnn

@@ -1,10 +1,9 @@
 // Checks, allocation and threads of the bn_lif ops, whose schemas are defined in iirsnn/ops/batch_norm.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 #include <tuple>
@@ -27,21 +26,16 @@ BnLifCall check_call(const Tensor& x, const Tensor& mean, const Tensor& rstd, co
                      double v_reset, bool detach_reset, const std::string& surrogate, double surrogate_scale) {
   BnLifCall call;
   BnLif& args = call.args;
-  args.shape = check_bn_lif_x(x);
+  args = check_bn_lif<BnLif>(x, mean, rstd, weight, bias, reset, v_reset, detach_reset, surrogate, surrogate_scale);
   std::tie(call.threshold, call.leak) = check_parameters(threshold, leak, x, args.shape);
-  args.reset = parse_reset(reset);
-  args.v_reset = v_reset;
-  args.detach_reset = detach_reset;
-  args.surrogate = parse_surrogate(surrogate);
-  args.surrogate_scale = surrogate_scale;
-  args.x = x.const_data_ptr();
-  args.mean = check_channels("mean", mean, x);
-  args.rstd = check_channels("rstd", rstd, x);
-  args.weight = weight ? check_channels("weight", *weight, x) : nullptr;
-  args.bias = bias ? check_channels("bias", *bias, x) : nullptr;
   args.threshold = call.threshold.const_data_ptr<float>();
   args.leak = call.leak.const_data_ptr<float>();
   return call;
+}
+
+Tensor empty_chunks(const Tensor& x, const LifShape& shape, int64_t sums) {
+  return empty_beside(x, {lif_chunks_cpu(shape), sums, shape.channels}, {sums * shape.channels, shape.channels, 1},
+                      at::kDouble);
 }
 
 template <typename F>
@@ -53,15 +47,14 @@ void for_all_chunks(const LifShape& shape, F f) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> moments(const Tensor& x, double eps) {
   const LifShape shape = check_bn_lif_x(x);
   const int64_t channels = shape.channels;
-  Tensor chunks = at::empty({lif_chunks_cpu(shape), kMoments, channels}, x.options().dtype(at::kDouble));
+  Tensor chunks = empty_chunks(x, shape, kMoments);
   double* sums = chunks.mutable_data_ptr<double>();
   for_all_chunks(shape,
                  [&](int64_t first, int64_t last) { moments_cpu(shape, x.const_data_ptr(), sums, first, last); });
   add_chunks_cpu(shape, kMoments, sums);
 
-  const auto options = x.options().dtype(at::kFloat);
-  Tensor mean = at::empty({channels}, options), var = at::empty({channels}, options);
-  Tensor rstd = at::empty({channels}, options);
+  Tensor mean = empty_beside(x, channels, at::kFloat), var = empty_beside(x, channels, at::kFloat);
+  Tensor rstd = empty_beside(x, channels, at::kFloat);
   const double count = double(shape.timesteps) * double(shape.neurons / channels);
   for (int64_t c = 0; c < channels; ++c) {
     const double centre = sums[c] / count, spread = sums[channels + c] / count - centre * centre;
@@ -104,16 +97,15 @@ std::tuple<Tensor, Tensor, Tensor> gradient_sums(const Tensor& grad_s, const Ten
                               surrogate_scale);
   BnLif& args = call.args;
   const LifShape& shape = args.shape;
-  const Tensor grad_s_like = check_grad_s(grad_s, x, shape.neurons);
-  args.grad_s = grad_s_like.const_data_ptr();
-  args.grad_s_stride_t = x.size(0) > 1 && grad_s_like.stride(0) == 0 ? 0 : shape.neurons;
+  const Tensor grad_s_like = take_grad_s(args, grad_s, x);
   Tensor grad_x = empty_spikes(x, shape.neurons);
   args.grad_x = grad_x.mutable_data_ptr();
-  Tensor chunks = at::zeros({lif_chunks_cpu(shape), kBnLifSums, shape.channels}, x.options().dtype(at::kDouble));
+  Tensor chunks = empty_chunks(x, shape, kBnLifSums);
   args.sums = chunks.mutable_data_ptr<double>();
+  std::fill_n(args.sums, chunks.numel(), 0.0);
   for_all_chunks(shape, [&](int64_t first, int64_t last) { bn_lif_backward_cpu(args, first, last); });
   add_chunks_cpu(shape, kBnLifSums, args.sums);
-  return {grad_x, chunks[0], at::empty({0}, x.options().dtype(at::kByte))};
+  return {grad_x, chunks[0], empty_beside(x, 0, at::kByte)};
 }
 
 // The gradient of the current, in grad_x, becomes that of x.
@@ -142,9 +134,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_s
   const double count = double(x.numel() / channels);
   const float* rstd_of = rstd.const_data_ptr<float>();
   const double* total = sums.const_data_ptr<double>();
-  const auto options = x.options().dtype(at::kFloat);
-  Tensor grad_weight = at::empty({channels}, options), grad_mean = at::empty({channels}, options);
-  Tensor slope = at::empty({channels}, options);
+  Tensor grad_weight = empty_beside(x, channels, at::kFloat), grad_mean = empty_beside(x, channels, at::kFloat);
+  Tensor slope = empty_beside(x, channels, at::kFloat);
   for (int64_t c = 0; c < channels; ++c) {
     const double dot = total[kDotSum * channels + c], scale = rstd_of[c];
     grad_weight.mutable_data_ptr<float>()[c] = float(dot * scale);
@@ -156,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_s
 
   // a scalar acts on every channel
   const auto gradient = [&](LifSum which, int64_t size) {
-    Tensor grad = at::empty({size}, options);
+    Tensor grad = empty_beside(x, size, at::kFloat);
     float* to = grad.mutable_data_ptr<float>();
     const double* from = total + which * channels;
     double all = 0;

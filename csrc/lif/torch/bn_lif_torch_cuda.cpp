@@ -2,7 +2,6 @@
 #if defined(IIRSNN_WITH_CUDA)
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
@@ -20,9 +19,11 @@ namespace {
 
 void* current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
-Tensor empty_bytes(const Tensor& x, int64_t bytes) { return at::empty({bytes}, x.options().dtype(at::kByte)); }
+Tensor empty_floats(const Tensor& x, int64_t count) { return empty_beside(x, count, at::kFloat); }
 
-Tensor empty_floats(const Tensor& x, int64_t count) { return at::empty({count}, x.options().dtype(at::kFloat)); }
+Tensor empty_sums(const Tensor& x, int64_t sums, int64_t channels) {
+  return empty_beside(x, {sums, channels}, {channels, 1}, at::kDouble);
+}
 
 const float* check_parameter_of(const char* name, const Tensor& value, const Tensor& x, bool& one) {
   LifShape shape{};
@@ -36,18 +37,8 @@ const float* check_parameter_of(const char* name, const Tensor& value, const Ten
 BnLifCuda check_call(const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptionalTensor& weight,
                      const OptionalTensor& bias, const Tensor& threshold, const Tensor& leak, const std::string& reset,
                      double v_reset, bool detach_reset, const std::string& surrogate, double surrogate_scale) {
-  BnLifCuda args{};
-  args.shape = check_bn_lif_x(x);
-  args.reset = parse_reset(reset);
-  args.v_reset = v_reset;
-  args.detach_reset = detach_reset;
-  args.surrogate = parse_surrogate(surrogate);
-  args.surrogate_scale = surrogate_scale;
-  args.x = x.const_data_ptr();
-  args.mean = check_channels("mean", mean, x);
-  args.rstd = check_channels("rstd", rstd, x);
-  args.weight = weight ? check_channels("weight", *weight, x) : nullptr;
-  args.bias = bias ? check_channels("bias", *bias, x) : nullptr;
+  BnLifCuda args =
+      check_bn_lif<BnLifCuda>(x, mean, rstd, weight, bias, reset, v_reset, detach_reset, surrogate, surrogate_scale);
   args.threshold = check_parameter_of("threshold", threshold, x, args.one_threshold);
   args.leak = check_parameter_of("leak", leak, x, args.one_leak);
   return args;
@@ -61,9 +52,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moments(const Tensor& x, double eps) 
   args.eps = eps;
   args.x = x.const_data_ptr();
   const int64_t channels = x.size(2);
-  Tensor sums = at::empty({2, channels}, x.options().dtype(at::kDouble));
+  Tensor sums = empty_sums(x, 2, channels);
   Tensor mean = empty_floats(x, channels), var = empty_floats(x, channels), rstd = empty_floats(x, channels);
-  const Tensor workspace = empty_bytes(x, bn_lif_moments_workspace_cuda(args.shape));
+  const Tensor workspace = empty_beside(x, bn_lif_moments_workspace_cuda(args.shape), at::kByte);
   const Tensor counters = zeroed_counters(x, bn_lif_counters_cuda(args.shape));
   args.sums = sums.mutable_data_ptr<double>();
   args.mean = mean.mutable_data_ptr<float>();
@@ -105,20 +96,19 @@ struct Backward {
 Backward sum_gradients(BnLifCuda args, const Tensor& grad_s, const Tensor& x, const Tensor& threshold,
                        const Tensor& leak) {
   const int64_t channels = x.size(2), neurons = args.shape.neurons;
+  Tensor grad_s_like = take_grad_s(args, grad_s, x);
   Backward b{args,
-             check_grad_s(grad_s, x, neurons),
+             grad_s_like,
              empty_spikes(x, neurons),
-             at::empty({kBnLifCudaSums, channels}, x.options().dtype(at::kDouble)),
+             empty_sums(x, kBnLifCudaSums, channels),
              empty_floats(x, channels),
              empty_floats(x, channels),
              empty_floats(x, threshold.numel()),
              empty_floats(x, leak.numel()),
              empty_floats(x, channels),
              empty_floats(x, channels),
-             empty_bytes(x, bn_lif_workspace_cuda(args.shape))};
+             empty_beside(x, bn_lif_workspace_cuda(args.shape), at::kByte)};
   const Tensor counters = zeroed_counters(x, bn_lif_counters_cuda(args.shape));
-  b.args.grad_s = b.grad_s.const_data_ptr();
-  b.args.grad_s_stride_t = x.size(0) > 1 && b.grad_s.stride(0) == 0 ? 0 : neurons;
   b.args.sums = b.sums.mutable_data_ptr<double>();
   b.args.grad_weight = b.grad_weight.mutable_data_ptr<float>();
   b.args.grad_bias = b.grad_bias.mutable_data_ptr<float>();
@@ -167,9 +157,7 @@ void grad_x(const Tensor& grad_x, const Tensor& workspace, const Tensor& grad_me
   const c10::cuda::CUDAGuard guard(x.device());
   BnLifCuda args = check_call(x, mean, rstd, weight, bias, threshold, leak, reset, v_reset, detach_reset, surrogate,
                               surrogate_scale);
-  const Tensor grad_s_like = check_grad_s(grad_s, x, args.shape.neurons);
-  args.grad_s = grad_s_like.const_data_ptr();
-  args.grad_s_stride_t = x.size(0) > 1 && grad_s_like.stride(0) == 0 ? 0 : args.shape.neurons;
+  const Tensor grad_s_like = take_grad_s(args, grad_s, x);
   args.grad_mean = const_cast<float*>(check_channels("grad_mean", grad_mean, x));
   args.slope = const_cast<float*>(check_channels("slope", slope, x));
   args.grad_x = grad_x.mutable_data_ptr();

@@ -43,6 +43,28 @@ OptionalTensor check_membrane(const char* name, const OptionalTensor& v, const T
 
 const void* pointer(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
+// What owns the memory that a call points to.
+struct Inputs {
+  Tensor threshold, leak;
+  OptionalTensor v0;
+};
+
+// What forward and backward are given alike.
+template <typename Call>
+Inputs take_inputs(Call& call, const Tensor& x, const Tensor& threshold, const Tensor& leak, const OptionalTensor& v0,
+                   const std::string& reset, double v_reset) {
+  call.shape = check_x(x);
+  call.reset = parse_reset(reset);
+  call.v_reset = v_reset;
+  auto [threshold_c, leak_c] = check_parameters(threshold, leak, x, call.shape);
+  Inputs held{std::move(threshold_c), std::move(leak_c), check_membrane("v0", v0, x)};
+  call.x = x.const_data_ptr();
+  call.threshold = held.threshold.const_data_ptr();
+  call.leak = held.leak.const_data_ptr();
+  call.v0 = pointer(held.v0);
+  return held;
+}
+
 // ---- Ops ----
 
 #if defined(IIRSNN_WITH_CUDA)
@@ -67,18 +89,10 @@ std::tuple<Tensor, Tensor> lif_forward(const Tensor& x, const Tensor& threshold,
                                        const OptionalTensor& v0, std::string reset, double v_reset, bool,
                                        std::string surrogate, double, bool return_v) {
   LifForward args{};
-  args.shape = check_x(x);
-  args.reset = parse_reset(reset);
   parse_surrogate(surrogate);
-  args.v_reset = v_reset;
-  const auto [threshold_c, leak_c] = check_parameters(threshold, leak, x, args.shape);
-  const OptionalTensor v0_like = check_membrane("v0", v0, x);
+  const Inputs held = take_inputs(args, x, threshold, leak, v0, reset, v_reset);
   Tensor s = empty_spikes(x, args.shape.neurons), v = empty_membrane(x, return_v);
   if (args.shape.neurons == 0) return {s, v};
-  args.x = x.const_data_ptr();
-  args.threshold = threshold_c.const_data_ptr();
-  args.leak = leak_c.const_data_ptr();
-  args.v0 = pointer(v0_like);
   args.s = s.mutable_data_ptr();
   args.v = return_v ? v.mutable_data_ptr() : nullptr;
   run_forward(x, args);
@@ -88,19 +102,11 @@ std::tuple<Tensor, Tensor> lif_forward(const Tensor& x, const Tensor& threshold,
 std::tuple<Tensor, Tensor> lif_packed(const Tensor& x, const Tensor& threshold, const Tensor& leak,
                                       const OptionalTensor& v0, std::string reset, double v_reset, bool return_v) {
   LifForward args{};
-  args.shape = check_x(x);
-  args.reset = parse_reset(reset);
-  args.v_reset = v_reset;
-  const auto [threshold_c, leak_c] = check_parameters(threshold, leak, x, args.shape);
-  const OptionalTensor v0_like = check_membrane("v0", v0, x);
+  const Inputs held = take_inputs(args, x, threshold, leak, v0, reset, v_reset);
   const int64_t bytes = packed_bytes(args.shape.neurons);
   Tensor bits = empty_beside(x, {x.size(0), bytes}, {bytes, 1}, at::kByte);
   Tensor v = empty_membrane(x, return_v);
   if (args.shape.neurons == 0) return {bits, v};
-  args.x = x.const_data_ptr();
-  args.threshold = threshold_c.const_data_ptr();
-  args.leak = leak_c.const_data_ptr();
-  args.v0 = pointer(v0_like);
   args.bits = bits.mutable_data_ptr<uint8_t>();
   args.v = return_v ? v.mutable_data_ptr() : nullptr;
   run_forward(x, args);
@@ -113,47 +119,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lif_backward(const Tensor& grad_s, co
                                                         bool detach_reset, std::string surrogate,
                                                         double surrogate_scale, bool need_parameter_grads) {
   LifBackward args{};
-  args.shape = check_x(x);
-  args.reset = parse_reset(reset);
-  args.v_reset = v_reset;
-  args.detach_reset = detach_reset;
-  args.surrogate = parse_surrogate(surrogate);
-  args.surrogate_scale = surrogate_scale;
-  const auto [threshold_c, leak_c] = check_parameters(threshold, leak, x, args.shape);
-  const OptionalTensor v0_like = check_membrane("v0", v0, x), grad_v_like = check_membrane("grad_v", grad_v, x);
-  const Tensor grad_s_like = check_grad_s(grad_s, x, args.shape.neurons);
+  take_surrogate(args, detach_reset, surrogate, surrogate_scale);
+  const Inputs held = take_inputs(args, x, threshold, leak, v0, reset, v_reset);
+  const OptionalTensor grad_v_like = check_membrane("grad_v", grad_v, x);
+  const Tensor grad_s_like = take_grad_s(args, grad_s, x);
 
   const int64_t channels = need_parameter_grads ? args.shape.channels : 0;
   Tensor grad_x = empty_spikes(x, args.shape.neurons), grad_v0 = empty_membrane(x, v0.has_value());
   Tensor grad_threshold = empty_beside(x, channels, acc_type(x)), grad_leak = empty_beside(x, channels, acc_type(x));
   if (args.shape.neurons == 0) return {grad_x, grad_threshold.zero_(), grad_leak.zero_(), grad_v0};
 
-  args.grad_s = grad_s_like.const_data_ptr();
-  args.grad_s_stride_t = x.size(0) > 1 && grad_s_like.stride(0) == 0 ? 0 : args.shape.neurons;
   args.grad_v = pointer(grad_v_like);
-  args.x = x.const_data_ptr();
-  args.threshold = threshold_c.const_data_ptr();
-  args.leak = leak_c.const_data_ptr();
-  args.v0 = pointer(v0_like);
   args.grad_x = grad_x.mutable_data_ptr();
   args.grad_threshold = need_parameter_grads ? grad_threshold.mutable_data_ptr() : nullptr;
   args.grad_leak = need_parameter_grads ? grad_leak.mutable_data_ptr() : nullptr;
   args.grad_v0 = v0 ? grad_v0.mutable_data_ptr() : nullptr;
 
-  const auto workspace = [&](int64_t bytes) {
-    Tensor memory = empty_beside(x, bytes, at::kByte);
-    args.workspace = memory.mutable_data_ptr();
-    return memory;
-  };
   const auto on_cpu = [&] {
-    const Tensor memory = workspace(lif_backward_workspace_cpu(args));
+    double few[16];  // a tensor costs small calls more than what is to be kept in it
+    const int64_t bytes = lif_backward_workspace_cpu(args);
+    const Tensor many = bytes > int64_t(sizeof(few)) ? empty_beside(x, bytes, at::kByte) : Tensor();
+    args.workspace = many.defined() ? many.mutable_data_ptr() : few;
     at::parallel_for(0, lif_chunks_cpu(args.shape), 1,
                      [&](int64_t first, int64_t last) { lif_backward_cpu(args, first, last); });
     if (need_parameter_grads) lif_backward_finish_cpu(args);
   };
 #if defined(IIRSNN_WITH_CUDA)
   IIRSNN_ON_CUDA(x) {
-    const Tensor memory = workspace(lif_backward_workspace_cuda(args));
+    const Tensor memory = empty_beside(x, lif_backward_workspace_cuda(args), at::kByte);
+    args.workspace = memory.mutable_data_ptr();
     const Tensor counters = zeroed_counters(x, need_parameter_grads ? lif_backward_counters_cuda(args) : 0);
     args.counters = reinterpret_cast<uint32_t*>(counters.mutable_data_ptr<int>());
     lif_backward_cuda(args, current_stream());
