@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import check_choice
-from .ops.backend import choose, direct
+from .ops.backend import choose, choose_compiled, direct
 from .ops.packed import PackedSpikes
 from .ops.reference import RESETS, acc_dtype
 from .ops.surrogates import SURROGATES
@@ -108,7 +108,10 @@ def lif(
     if not is_dense(x):
         x = x.contiguous()
 
-    run = choose(backend, x.device)
+    if torch.compiler.is_compiling() and not packed:
+        run = choose_compiled(backend, x, v0)
+    else:
+        run = choose(backend, x.device)
     s: Tensor | PackedSpikes
     if packed:
         if torch.is_grad_enabled() and _any_requires_grad(x, threshold, leak, v0):

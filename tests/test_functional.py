@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from iirsnn import FusedLIF, Network, Readout
 from iirsnn.functional import lif
 from iirsnn.ops import backend, reference
 
@@ -334,6 +336,59 @@ def test_compiled_whole_with_dynamic_time_and_batch(compiler):
         assert torch.equal(compiled(x, threshold, leak)[0], model(x, threshold, leak)[0])
 
 
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("surrogate", ["triangle", "atan"])
+def test_plain_operators_in_compiled_code(compiler, surrogate, monkeypatch):
+    """What torch.compile is given for a GPU at T = 1: the spikes and grad_x of the kernels."""
+    monkeypatch.setitem(backend.PLAIN_IN_COMPILED_CODE, "cpu", 1)
+    torch.compiler.reset()
+
+    def layer(x, threshold, leak):
+        return lif(x * 2, threshold, leak, surrogate=surrogate) * 0.5
+
+    graphs = []
+
+    def seen(graph, inputs):
+        graphs.append(str(graph.graph))
+        return torch._dynamo.lookup_backend(compiler)(graph, inputs)
+
+    compiled = torch.compile(layer, fullgraph=True, backend=seen, dynamic=False)
+    threshold = torch.tensor([0.9, 1.1, 0.7, 1.3], requires_grad=True)
+    leak = torch.tensor([0.8], requires_grad=True)
+    for timesteps, plain in ((1, True), (2, False)):
+        x = torch.randn(timesteps, 3, 4, 6, 5, requires_grad=True)
+        results = []
+        for f in (compiled, layer):
+            s = f(x, threshold, leak)
+            leaves = (x, threshold, leak)
+            grads = torch.autograd.grad(s, leaves, torch.ones_like(s) / 3, allow_unused=True)
+            results.append((s, *grads))
+        assert ("iirsnn" in graphs[-1]) != plain
+        (s, grad_x, *grads), (s_eager, grad_x_eager, *grads_eager) = results
+        assert torch.equal(s, s_eager)
+        assert torch.equal(grad_x, grad_x_eager)
+        for got, wanted in zip(grads, grads_eager, strict=True):
+            got, wanted = (torch.zeros(()) if g is None else g for g in (got, wanted))
+            torch.testing.assert_close(got, wanted.reshape(got.shape))
+
+
+def test_only_auto_and_no_membrane_is_plain_in_compiled_code():
+    x = torch.empty(1, 3, device="meta")
+    for table in ({"meta": 1}, {"meta": 0}):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backend, "PLAIN_IN_COMPILED_CODE", table)
+            chosen = [
+                backend.choose_compiled(*arguments).forward is reference.lif_forward
+                for arguments in (
+                    ("auto", x, None),
+                    ("cpu", x, None),
+                    ("auto", x, x[0]),
+                    ("auto", x.expand(2, 3), None),
+                )
+            ]
+            assert chosen == [table["meta"] == 1, False, False, False]
+
+
 def test_compiled_reference_and_packed():
     x = torch.randn(3, 4, 5)
     compiled = torch.compile(
@@ -372,6 +427,20 @@ def test_exported_with_dynamic_time_and_batch():
     for shape in ((3, 4, 5), (7, 2, 5)):
         x = torch.randn(shape)
         assert torch.equal(program.module()(x), net(x))
+
+
+def test_compiled_ahead_of_time(tmp_path):
+    """By AOTInductor, into a file that runs without this module: the same bits."""
+    network = Network([nn.Conv2d(3, 4, 3), FusedLIF(), nn.Flatten(), Readout(144, 5)]).eval()
+    network.timesteps = 3
+    x = torch.rand(2, 3, 8, 8)
+    with torch.no_grad():
+        program = torch.export.export(network, (x,))
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "network.pt2")
+        )
+        loaded = torch._inductor.aoti_load_package(path)
+        assert torch.equal(loaded(x), network(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -35,6 +35,14 @@ _COMPILED = Backend(
 _REFERENCE = Backend(reference.lif_forward, reference.lif_packed, reference.unpack_spikes)
 NAMES = ("auto", "cpu", "cuda", "triton", "reference")
 
+#: Timesteps up to which torch.compile sees plain operators in place of a kernel, by device.
+#:
+#: cuda, 1: one comparison, which Inductor fuses with the BatchNorm or the pool beside it, where a
+#: kernel would read and write once more. Its bits are those of the kernels, for there is nothing to
+#: contract. From two timesteps on there is: Triton makes one instruction of leak * v + x.
+#: cpu, 0: measured (docs/performance.md): fusing gains a little in cache and loses more beyond it.
+PLAIN_IN_COMPILED_CODE = {"cuda": 1, "cpu": 0}
+
 _compiled_reason: dict[str, str | None] = {}
 _warned: set[str] = set()
 
@@ -163,6 +171,12 @@ def direct() -> Callable[..., Any] | None:
     if _compiled_reason["import"] is not None:
         return None
     return getattr(sys.modules["iirsnn._C"], "lif_call", None)
+
+
+def choose_compiled(name: str, x: torch.Tensor, v0: torch.Tensor | None) -> Backend:
+    """As `choose`, for code that torch.compile traces: see PLAIN_IN_COMPILED_CODE."""
+    plain = v0 is None and x.shape[0] <= PLAIN_IN_COMPILED_CODE.get(x.device.type, 0)
+    return _REFERENCE if name == "auto" and plain else choose(name, x.device)
 
 
 def choose(name: str, device: torch.device) -> Backend:
