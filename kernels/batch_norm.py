@@ -24,11 +24,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from iirsnn.ops.reference import empty_spikes
 
-from .launch import check_current, code, gradient_in_order
+from .launch import check_current, code, gradient_in_order, traced
 from .lif import SEGMENT, advance, load_same, load_steps, segmented
 from .step import (
     RESETS,
@@ -612,12 +611,12 @@ def moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     p, channels = plan(x, 1, x.stride(0)), x.shape[2]
     timesteps = x.shape[0] if x.stride(0) != 0 else 1
     partial = x.new_empty(p.splits, 2, channels, dtype=torch.float64)
-    wrap_triton(moments_kernel)[(p.programs,)](
+    traced(moments_kernel)[(p.programs,)](
         x, partial, x_stride_t=x.stride(0), timesteps=timesteps, channels=channels, **p.arguments
     )
     sums = x.new_empty(2, channels, dtype=torch.float64)
     mean, var, rstd = (x.new_empty(channels, dtype=torch.float32) for _ in range(3))
-    wrap_triton(finish_moments_kernel)[(triton.cdiv(channels, _FINISH["CHANNELS"]),)](
+    traced(finish_moments_kernel)[(triton.cdiv(channels, _FINISH["CHANNELS"]),)](
         x,
         partial,
         sums,
@@ -650,7 +649,7 @@ def fire(
     check_input(x)
     s, p = empty_spikes(x), plan(x, _together(x), x.stride(0))
     first, segments = segmented(x.shape[0])
-    wrap_triton(fire_kernel)[(p.programs,)](
+    traced(fire_kernel)[(p.programs,)](
         x,
         mean,
         rstd,
@@ -690,7 +689,7 @@ def _backward(
     assert threshold is not None
     assert leak is not None
     first, segments = segmented(x.shape[0])
-    wrap_triton(backward_kernel)[(p.programs,)](
+    traced(backward_kernel)[(p.programs,)](
         grad_s,
         x,
         *parameters,
@@ -748,7 +747,7 @@ def gradient_sums(
     _backward((None, None), grad_x, partial, workspace, grad_s, x, parameters, p, how)
     sums = x.new_empty(4, channels, dtype=torch.float64)
     found = [x.new_empty(channels, dtype=torch.float32) for _ in range(4)]
-    wrap_triton(finish_sums_kernel)[(triton.cdiv(channels, _FINISH["CHANNELS"]),)](
+    traced(finish_sums_kernel)[(triton.cdiv(channels, _FINISH["CHANNELS"]),)](
         partial,
         parameters[1],
         sums,

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import wrap_triton
+from triton.runtime.interpreter import InterpretedFunction
 
 from iirsnn.errors import check_choice
 from iirsnn.ops.reference import empty_spikes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def traced(kernel: Any) -> Any:
+    """A kernel as torch.compile can see its launch; what Triton interprets torch 2.11 cannot."""
+    return kernel if isinstance(kernel, InterpretedFunction) else wrap_triton(kernel)
 
 
 def check_current(x: Tensor) -> None:

@@ -21,12 +21,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from iirsnn.ops.lif import empty_membrane
 from iirsnn.ops.reference import empty_spikes
 
-from .launch import check_current, code, gradient_in_order, in_order
+from .launch import check_current, code, gradient_in_order, in_order, traced
 from .step import (
     RESETS,
     SOFT_DELAYED,
@@ -380,7 +379,7 @@ def lif_forward(
         return s, v
     first, segments = segmented(x.shape[0])
     tiles = tile(x, max(threshold.numel(), leak.numel()), _BLOCK_BYTES // x.element_size())
-    wrap_triton(lif_forward_kernel)[(tiles.programs(tiles.row_blocks),)](
+    traced(lif_forward_kernel)[(tiles.programs(tiles.row_blocks),)](
         x,
         threshold,
         leak,
@@ -431,7 +430,7 @@ def lif_backward(
     )
     if grad_x.numel() > 0:
         grad_s = gradient_in_order(grad_s, x)
-        wrap_triton(lif_backward_kernel)[(tiles.programs(tiles.row_programs),)](
+        traced(lif_backward_kernel)[(tiles.programs(tiles.row_programs),)](
             grad_s,
             None if grad_v is None else in_order(grad_v, x[0]),
             x,

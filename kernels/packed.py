@@ -22,11 +22,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from iirsnn.ops.lif import empty_bits, empty_membrane
 
-from .launch import check_current, code, in_order
+from .launch import check_current, code, in_order, traced
 from .lif import SEGMENT, load_same, load_steps, segmented
 from .step import RESETS, charge, discharge, number
 from .tiles import COLUMN, ONE, multiple, tile, vector
@@ -192,7 +191,7 @@ def lif_packed(
     single = segments == 0 and first == 1
     block = (_SINGLE_STEP_BLOCK_BYTES if single else _BLOCK_BYTES) // x.element_size()
     row_bytes = bits.shape[1]
-    wrap_triton(lif_packed_kernel)[(triton.cdiv(8 * row_bytes, block),)](
+    traced(lif_packed_kernel)[(triton.cdiv(8 * row_bytes, block),)](
         x,
         threshold,
         leak,
@@ -228,7 +227,7 @@ def unpack_spikes(
         return s
     neurons = math.prod(size[1:])
     blocks = triton.cdiv(neurons, 8 * _UNPACK_BYTES)
-    wrap_triton(unpack_kernel)[(blocks * size[0],)](
+    traced(unpack_kernel)[(blocks * size[0],)](
         bits,
         s,
         N=neurons,

@@ -16,11 +16,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from iirsnn.ops.reference import empty_spikes
 
-from .launch import check_current, code, gradient_in_order
+from .launch import check_current, code, gradient_in_order, traced
 from .step import SURROGATES, number, spike, surrogate
 from .tiles import (
     columns,
@@ -148,7 +147,7 @@ def single_step_forward(x: Tensor, threshold: Tensor) -> Tensor:
     if s.numel() == 0:
         return s
     tiles = tile(x, threshold.numel(), _BLOCK_BYTES // x.element_size())
-    wrap_triton(single_step_forward_kernel)[(tiles.programs(tiles.row_blocks),)](
+    traced(single_step_forward_kernel)[(tiles.programs(tiles.row_blocks),)](
         x,
         threshold,
         s,
@@ -174,7 +173,7 @@ def single_step_backward(
     tiles = tile(x, threshold.numel(), _BLOCK_BYTES // x.element_size())
     partial = tiles.empty_partial(x) if need_parameter_grads else None
     if grad_x.numel() > 0:
-        wrap_triton(single_step_backward_kernel)[(tiles.programs(tiles.row_programs),)](
+        traced(single_step_backward_kernel)[(tiles.programs(tiles.row_programs),)](
             gradient_in_order(grad_s, x),
             x,
             threshold,
