@@ -356,9 +356,12 @@ def run_limit(case: Case, device: Device) -> list[Row]:
 def run_network(case: Case, device: Device) -> list[Row]:
     """A training step (SGD) and inference: time, memory, launches.
 
+    memory_ms: what the bytes that all of its ops ask for take at the speed of x.clone(). Less than
+        that only a cache gives; products may take longer, and how long is not predicted.
     "graph": the step is a CUDA graph. "bits": layers behind neurons keep bits of their input.
     """
     from networks import with_batch_norm_lif
+    from traffic import Traffic
 
     from iirsnn import convert, use_spike_layers
     from iirsnn.conversion.ann_to_snn import NeuronConfig
@@ -401,22 +404,24 @@ def run_network(case: Case, device: Device) -> list[Row]:
     def infer() -> Tensor:
         return loss()
 
-    calls: dict[str, Call] = {"step": step}
-    if case.what.endswith("graph") and device.real:
-        calls["step"] = _captured(step)
-    rows = [
-        {
-            **{"what": name, "implementation": "iirsnn", "ms": ms},
-            "peak_bytes": device.peak_bytes(calls[name]),
-            "launches": device.launches(calls[name]),
+    copied = torch.empty(2**26 if device.real else 2**10, device=device.name)
+    bytes_a_ms = 2 * copied.nbytes / device.compare({"clone": copied.clone})["clone"]
+
+    def row(what: str, call: Call, timed: Call) -> Row:
+        with Traffic() as moved:
+            call()
+        return {
+            **{"what": what, "implementation": "iirsnn"},
+            "ms": device.compare({what: timed}, cold=False)[what],
+            "memory_ms": moved.bytes / bytes_a_ms,
+            "peak_bytes": device.peak_bytes(timed),
+            "launches": device.launches(timed),
         }
-        for name, ms in device.compare(calls, cold=False).items()
-    ]
+
+    captured = case.what.endswith("graph") and device.real
+    rows = [row("step", step, _captured(step) if captured else step)]
     network.eval()
-    for name, ms in device.compare({"inference": infer}, cold=False).items():
-        found = {"peak_bytes": device.peak_bytes(infer), "launches": device.launches(infer)}
-        rows.append({"what": name, "implementation": "iirsnn", "ms": ms, **found})
-    return rows
+    return [*rows, row("inference", infer, infer)]
 
 
 def _captured(step: Call) -> Call:

@@ -26,17 +26,21 @@ CONTENDERS = (
 
 
 def kept(
-    timesteps: int, batch: int, dtype: torch.dtype, device: str, name: str = "vgg16"
+    timesteps: int,
+    batch: int,
+    dtype: torch.dtype,
+    device: str,
+    contenders: tuple[str, ...] = CONTENDERS,
 ) -> dict[str, float]:
     """{contender: bytes a neuron and timestep}."""
-    images = batch_of(batch)[0].to(device, dtype)
+    images, elements = batch_of(batch)[0].to(device, dtype), neurons("vgg16") * timesteps * batch
     found = {}
-    for contender, network in networks(name, timesteps, None, CONTENDERS)[0].items():
+    for contender, network in networks("vgg16", timesteps, None, contenders)[0].items():
         network = network.to(device, dtype).train()
         with Kept([*network.parameters(), *network.buffers(), images]) as counted:
             scores = network(images)
         del scores
-        found[contender] = counted.bytes / (neurons(name) * timesteps * batch)
+        found[contender] = counted.bytes / elements
     return found
 
 

@@ -14,6 +14,7 @@ from iirsnn.models.vgg import vgg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import contenders
+import kept
 import networks
 import one_process
 import plots
@@ -464,3 +465,11 @@ def test_the_neighbours_table_is_relative_to_one_thread_alone(tmp_path):
     results = {"capability": "avx2", "groups": {"neighbour/a": group}}
     lines = tables._neighbour_table(results)
     assert lines[-2] == "| engine | two threads, busy neighbour | 2.50 | 1.25 | 2.50 | 4.50 |"
+
+
+def test_kept_by_a_network_on_tensors_without_values():
+    """At most 0.35 of SpikingJelly's, as the documentation says of a GPU."""
+    pytest.importorskip("spikingjelly", reason="without it there is nothing to compare with")
+    ours, other = "iirsnn, spike layers, BatchNormLIF", "SpikingJelly"
+    found = kept.kept(5, 16, torch.bfloat16, "meta", (ours, other))
+    assert found[ours] <= 0.35 * found[other]
