@@ -10,7 +10,7 @@
 
 #include "event/file/json.h"
 
-#if defined(__unix__) || defined(__APPLE__)
+#if !defined(IIRSNN_NO_FILES) && (defined(__unix__) || defined(__APPLE__))
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -89,6 +89,7 @@ Bytes Bytes::borrowed(const void* data, int64_t size) {
   return bytes;
 }
 
+#if !defined(IIRSNN_NO_FILES)
 Bytes Bytes::of_file(const std::string& path) {
   const auto failed = [] {
     if (errno == ENOMEM) throw std::bad_alloc();
@@ -122,6 +123,7 @@ Bytes Bytes::of_file(const std::string& path) {
 #endif
   return bytes;
 }
+#endif
 
 void Bytes::forget() const {
 #if IIRSNN_MAPS_FILES
