@@ -27,8 +27,8 @@ def board(tmp_path_factory):
         needed = subprocess.run(["nm", "-u", objects[-1]], capture_output=True, text=True).stdout
         assert not {"open", "open64", "fopen", "mmap", "stat"} & {*needed.split()}
     subprocess.run(["cc", *FLAGS, "-c", HERE / "board.c", "-o", folder / "board.o"], check=True)
-    linked = [HOST.compiler, folder / "board.o", *objects, *HOST.link, "-o", folder / "board"]
-    subprocess.run(linked, check=True)
+    linked = [HOST.compiler, "-s", folder / "board.o", *objects, *HOST.link]
+    subprocess.run([*linked, "-o", folder / "board"], check=True)
     return folder / "board"
 
 
@@ -44,6 +44,10 @@ def test_a_network_in_memory_gives_the_same_bits(board, tmp_path):
     white = np.ones((1, *x.shape[1:]), np.float32)
     expected = runtime.load(tmp_path / "net")(white)[0]
     assert [float.fromhex(line.decode()) for line in done.stdout.split()] == expected.tolist()
+
+
+def test_the_program_is_smaller_than_a_megabyte(board):
+    assert board.stat().st_size < 1_000_000
 
 
 def test_bytes_that_are_no_network(board, tmp_path):
