@@ -373,7 +373,7 @@ def test_loading_takes_little_more_than_the_weights(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     peak, weights = map(int, done.stdout.split())
     assert weights > 20e6
-    assert peak < 1.1 * weights + 4e6  # of the library and of the file what Linux maps at once
+    assert peak < weights + 10e6  # pages of the library and of the file, some of them of 2 MB
 
 
 def test_no_memory_is_an_error(tmp_path, digits):
