@@ -16,7 +16,8 @@ int main(void) {
   static unsigned char bytes[1 << 20]; /* a board has the network in its flash memory */
   const size_t size = fread(bytes, 1, sizeof bytes, stdin);
   iirsnn_network* network = NULL;
-  need(iirsnn_load_file("/dev/null", &network) == IIRSNN_FAILED && network == NULL, "no status of a build without files");
+  need(iirsnn_load_file("/dev/null", &network) == IIRSNN_FAILED && network == NULL,
+       "no status of a build without files");
   fprintf(stderr, "%s\n", iirsnn_message());
   ask(iirsnn_load_memory(bytes, size, &network));
   iirsnn_facts facts;
