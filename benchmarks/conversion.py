@@ -1,12 +1,14 @@
 """Networks of torchvision and timm as spiking ones: how well their rates track the ANN's logits.
 
-    python benchmarks/conversion.py                  the table of docs/conversion.md
-    python benchmarks/conversion.py resnet18 ...     some rows of it
+    python benchmarks/conversion.py                   the table of rates in docs/conversion.md
+    python benchmarks/conversion.py resnet18 ...      some rows of it
+    python benchmarks/conversion.py --engine ...      the table of engines there: spikes at T = 1
 
 Weights are random (Kaiming's), norms have the statistics of random images, and nothing is trained:
 what is shown is the conversion: soft reset, leak 1, the 99.9th percentile, converted anew for each
 T. Two correlations with the ANN's logits: of all of them, and of what sets an image apart from the
-mean of the images. 0 where nothing spikes.
+mean of the images. 0 where nothing spikes. The engine runs each network at T = 1 and the 90th
+percentile, as a training would start.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import iirsnn
+from iirsnn.event import EventNetwork
+from iirsnn.event.flips import trace_flips
 from iirsnn.nn import neurons
 
 TORCHVISION = (
@@ -40,6 +44,25 @@ class Tracking:
     neurons: int
     all: tuple[float, ...]
     between: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class InEngine:
+    """Attributes:
+    layers: of the engine.
+    neurons, spikes: of all images.
+    roots, consequences, unexplained: spikes that are not PyTorch's, see `trace_flips`.
+    classes_that_differ: images.
+    """
+
+    network: str
+    layers: int
+    neurons: int
+    spikes: int
+    roots: int
+    consequences: int
+    unexplained: int
+    classes_that_differ: int
 
 
 def network(name: str, **options: Any) -> nn.Module:
@@ -94,6 +117,28 @@ def tracking(name: str, ann: nn.Module, images: int = 2, steps: Sequence[int] = 
     return Tracking(name, len(neurons(snn)), tuple(everything), tuple(apart))
 
 
+@torch.no_grad()
+def in_engine(name: str, ann: nn.Module, images: int = 2) -> InEngine:
+    """Converts the ANN and compares the engine's spikes of random images with PyTorch's."""
+    snn = iirsnn.convert(ann, random_images(images, seed=2), 90.0, timesteps=1).eval()
+    net = EventNetwork.from_model(snn)
+    shown = random_images(images, seed=3)
+    different = int((net(shown).argmax(1) != snn(shown).argmax(1)).sum())
+    layers = net.statistics()
+    flips = trace_flips(net, snn, shown)
+    roots = sum(flip.root for flip in flips)
+    return InEngine(
+        network=name,
+        layers=len(layers),
+        neurons=images * sum(layer.neurons for layer in layers),
+        spikes=sum(layer.spikes for layer in layers),
+        roots=roots,
+        consequences=len(flips) - roots,
+        unexplained=sum(not flip.explained for flip in flips),
+        classes_that_differ=different,
+    )
+
+
 def _apart(logits: Tensor) -> Tensor:
     return logits - logits.mean(0)
 
@@ -102,19 +147,34 @@ def _correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].nan_to_num())
 
 
+def _rates(name: str) -> list[str]:
+    row = tracking(name, network(name))
+    return [str(row.neurons), *(f"{value:.3f}" for value in (*row.all, *row.between))]
+
+
+def _spikes(name: str) -> list[str]:
+    row = in_engine(name, network(name))
+    counts = (row.layers, row.neurons, row.spikes, row.roots, row.consequences, row.unexplained)
+    return [f"{count:,}" for count in (*counts, row.classes_that_differ)]
+
+
+RATES = "network | neuron layers | all logits: T = 1 | 8 | 64 | between images: T = 1 | 8 | 64"
+SPIKES = (
+    "network | layers | neurons | spikes | differ: roots | consequences | unexplained | classes"
+)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", help="parts of names; all of them without any")
-    chosen = parser.parse_args().names
-    print(
-        "| network | neuron layers | all logits: T = 1 | 8 | 64 | between images: T = 1 | 8 | 64 |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    parser.add_argument("--engine", action="store_true", help="spikes of the engine at T = 1")
+    options = parser.parse_args()
+    title, row = (SPIKES, _spikes) if options.engine else (RATES, _rates)
+    print(f"| {title} |")
+    print("|---" * len(title.split(" | ")) + "|")
     for name in NETWORKS:
-        if not chosen or any(part in name for part in chosen):
-            row = tracking(name, network(name))
-            cells = [f"{value:.3f}" for value in (*row.all, *row.between)]
-            print("|", " | ".join([name, str(row.neurons), *cells]), "|", flush=True)
+        if not options.names or any(part in name for part in options.names):
+            print("|", " | ".join([name, *row(name)]), "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -93,6 +93,9 @@ const char* iirsnn_message(void) { return message.c_str(); }
 
 iirsnn_status iirsnn_load_file(const char* path, iirsnn_network** network) {
   if (!path || !network) return failed(IIRSNN_BAD_ARGUMENT, "expected a path and a place for the network, got NULL");
+#if defined(IIRSNN_NO_FILES)
+  return failed(IIRSNN_FAILED, "built without files: expected iirsnn_load_memory");
+#else
   return guarded(IIRSNN_BAD_FILE, [&] {
     try {
       load(Bytes::of_file(path), network);
@@ -100,6 +103,7 @@ iirsnn_status iirsnn_load_file(const char* path, iirsnn_network** network) {
       throw std::invalid_argument(std::string(path) + ": " + error.what());
     }
   });
+#endif
 }
 
 iirsnn_status iirsnn_load_memory(const void* bytes, size_t size, iirsnn_network** network) {

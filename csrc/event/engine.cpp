@@ -72,6 +72,27 @@ void share_slots(Network& network) {
   }
 }
 
+// Writes the outputs [from, to) of a piece, whose rows begin with the output `begin` of their tile.
+void fill(const Filters& filters, Precision precision, const Piece& piece, bool values, char* weights, int64_t pitch,
+          int64_t begin, int64_t from, int64_t to) {
+  const int64_t group_channels = filters.group_channels, group_outputs = filters.outputs / filters.groups;
+  const int64_t end = piece.first + piece.channels;
+  int64_t row = piece.offset;
+  for (int64_t block = piece.first; block < end;) {  // the channels of one word, or all values of a pixel
+    const int64_t next = values ? end : std::min(end, (block / kWord + 1) * kWord);
+    for (int64_t tap = 0; tap < filters.taps; ++tap) {
+      for (int64_t c = block; c < next; ++c, row += pitch) {
+        const int64_t group = c / group_channels;
+        const int64_t last = std::min(to, (group + 1) * group_outputs);
+        for (int64_t k = std::max(from, group * group_outputs); k < last; ++k) {
+          store_weight(precision, weights, row, k - begin, filters.at(k, c % group_channels, tap));
+        }
+      }
+    }
+    block = next;
+  }
+}
+
 constexpr int64_t kMostCount = (1 << 16) - 1;  // of spikes in one count
 constexpr int64_t kMostValues = int64_t(1) << 31;
 
@@ -88,8 +109,8 @@ std::vector<int64_t> sources_of(const Step& step) {
   return found;
 }
 
-Engine::Engine(Shape image, int64_t timesteps)
-    : network_(new Network{image, timesteps, {}, {}}), shelf_(std::make_shared<Shelf>()) {
+Engine::Engine(Shape image, int64_t timesteps, Loading loading)
+    : network_(new Network{image, timesteps, {}, {}}), loading_(std::move(loading)), shelf_(std::make_shared<Shelf>()) {
   check(image.channels > 0 && image.height > 0 && image.width > 0,
         "image: expected a positive number of channels, rows and columns");
   check(image.channels < kMostValues && image.height < kMostValues && image.width < kMostValues &&
@@ -122,7 +143,7 @@ Shape Engine::gives(int64_t step) const { return network_->steps[step].out; }
 int64_t Engine::memory() const {
   int64_t bytes = 0;
   for (const Step& step : network_->steps) {
-    for (const Connection& c : step.connections) bytes += c.bytes;
+    for (const Connection& c : step.connections) bytes += round_up(c.bytes, kCacheLine);
   }
   return bytes;
 }
@@ -228,73 +249,82 @@ void Engine::add_output(int64_t number, float unit) {
   finish();
 }
 
-Connection Engine::connect(const Synapses& s, Precision precision, bool rows) const {
+Connection Engine::connect(const Synapses& s, Precision precision, bool rows) {
   const Shape in = shape(s.source);
   check(s.outputs > 0, "outputs: expected at least 1, got " + std::to_string(s.outputs));
   check(s.groups > 0 && in.channels % s.groups == 0 && s.outputs % s.groups == 0,
         "groups: expected a divisor of " + std::to_string(in.channels) + " channels and " + std::to_string(s.outputs) +
             " outputs, got " + std::to_string(s.groups));
   const bool values = real(s.source);
+  const int64_t most = s.source == 0 ? 0 : source(s.source).most;
   const Filters filters{s.weight, s.outputs, s.groups, in.channels / s.groups, s.window.kernel.y * s.window.kernel.x};
-  const int64_t taps = filters.taps, group_channels = filters.group_channels, group_outputs = s.outputs / s.groups;
   check(!is_integer(precision) ||
-            group_channels * taps * source(s.source).most < std::numeric_limits<int32_t>::max() / 127,
+            filters.group_channels * filters.taps * most < std::numeric_limits<int32_t>::max() / 127,
         "int8: expected fewer than 2^31 / 127 spikes for a neuron, which 32-bit sums hold");
 
   Connection made{s.source, in, s.window, {}, nullptr, 0};
   const int64_t padded = round_up(s.outputs, row_unit(precision));
   if (values && s.source > 0 && s.groups == in.channels && s.outputs == in.channels) {
     made.each = true;
-    made.bytes = taps * padded * int64_t(sizeof(float));
-    made.weights = std::make_shared<Memory>(made.bytes);
-    for (int64_t tap = 0; tap < taps; ++tap) {
+    made.bytes = filters.taps * padded * int64_t(sizeof(float));
+    if (!s.weight.data) return made;
+    place(made);
+    for (int64_t tap = 0; tap < filters.taps; ++tap) {
       for (int64_t k = 0; k < s.outputs; ++k) {
-        store_weight(Precision::fp32, made.weights->data(), tap * padded, k, filters.at(k, 0, tap));
+        store_weight(Precision::fp32, made.weights->data() + made.start, tap * padded, k, filters.at(k, 0, tap));
       }
     }
     return made;
   }
   const int64_t tile = rows ? padded : tile_width(precision);
-  const auto pitch = [&](int64_t width) { return rows ? row_pitch(precision, padded) : width; };
+  const auto pitch = [&](int64_t from) { return rows ? row_pitch(precision, padded) : std::min(tile, padded - from); };
   int64_t size = 0;
   for (int64_t from = 0; from < padded; from += tile) {
     made.tiles.push_back(pieces(from, from + tile, s.outputs, in.channels, s.groups));
     for (Piece& piece : made.tiles.back()) {
       piece.offset = size;
-      size += piece.channels * taps * pitch(std::min(tile, padded - from));
+      size += piece.channels * filters.taps * pitch(from);
     }
   }
   made.bytes = size * weight_bytes(precision);
-  made.weights = std::make_shared<Memory>(made.bytes);
-
-  for (int64_t from = 0; from < padded; from += tile) {
-    const int64_t width = std::min(tile, padded - from);
-    for (Piece& piece : made.tiles[from / tile]) {
-      int64_t row = piece.offset;
-      const int64_t end = piece.first + piece.channels;
-      for (int64_t block = piece.first; block < end;) {  // the channels of one word, or all values of a pixel
-        const int64_t next = values ? end : std::min(end, (block / kWord + 1) * kWord);
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          for (int64_t c = block; c < next; ++c, row += pitch(width)) {
-            const int64_t group = c / group_channels;
-            const int64_t first = std::max(from, group * group_outputs);
-            const int64_t last = std::min({from + width, (group + 1) * group_outputs, s.outputs});
-            for (int64_t k = first; k < last; ++k) {
-              store_weight(precision, made.weights->data(), row, k - from, filters.at(k, c % group_channels, tap));
-            }
-          }
-        }
-        block = next;
+  if (!s.weight.data) return made;
+  place(made);
+  // A part of the outputs after the other, as they lie in the file.
+  constexpr int64_t kPart = 64;
+  for (int64_t from = 0; from < s.outputs; from += std::min(tile, kPart)) {
+    const int64_t begin = from / tile * tile, to = std::min({from + kPart, begin + tile, s.outputs});
+    for (const Piece& piece : made.tiles[from / tile]) {
+      char* const weights = made.weights->data() + made.start;
+      fill(filters, precision, piece, values, weights, pitch(begin), begin, from, to);
+    }
+    if (loading_.part_taken) loading_.part_taken();
+  }
+  if (is_integer(precision)) {
+    for (int64_t from = 0; from < padded; from += tile) {
+      const int64_t to = std::min(padded, from + tile);
+      for (Piece& piece : made.tiles[from / tile]) {
+        piece.carries = carries(filters, from, to, piece.first, piece.first + piece.channels, most);
       }
-      if (is_integer(precision))
-        piece.carries = carries(filters, from, from + width, piece.first, end, source(s.source).most);
     }
   }
   return made;
 }
 
+// Memory for its weights: a place among all of them, where it is known how much they need.
+void Engine::place(Connection& made) {
+  if (loading_.bytes == 0) {
+    made.weights = std::make_shared<Memory>(made.bytes);
+    return;
+  }
+  if (!weights_) weights_ = std::make_shared<Memory>(loading_.bytes);
+  made.weights = weights_;
+  made.start = placed_;
+  placed_ += round_up(made.bytes, kCacheLine);
+  check(placed_ <= loading_.bytes, "weights: expected at most " + std::to_string(loading_.bytes) + " bytes of them");
+}
+
 Step Engine::layer(const std::vector<Synapses>& synapses, const std::vector<Skip>& skips,
-                   const LayerParameters& parameters) const {
+                   const LayerParameters& parameters) {
   check(!synapses.empty() || !skips.empty(), "synapses: expected at least one source, got none");
   Step step{};
   step.out = synapses.empty() ? source(skips[0].source).shape
@@ -365,14 +395,20 @@ void Engine::add_readout(const Synapses& synapses, const LayerParameters& parame
   finish();
 }
 
-// Moves all weights into one piece of memory, in the order of their use: on huge pages, whatever a layer's size.
+// Moves all weights into one piece of memory, in the order of their use, unless they are there already: on huge pages,
+// whatever a layer's size.
 void Engine::finish() {
   share_slots(*network_);
+  if (loading_.bytes > 0) {
+    loading_ = {};
+    return;
+  }
   int64_t size = 0;
   for (Step& step : network_->steps) {
     for (Connection& c : step.connections) {
+      if (!c.weights) return;  // only counted
       c.start = size;
-      size += round_up(c.bytes, 64);
+      size += round_up(c.bytes, kCacheLine);
     }
   }
   const auto weights = std::make_shared<Memory>(size);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -22,7 +23,8 @@ namespace iirsnn::event {
 // A convolution.
 struct Synapses {
   int64_t source;
-  StoredWeights weight;  // [outputs][channels / groups][kernel.y][kernel.x]; integers in [-127, 127] when int8
+  StoredWeights weight;  // [outputs][channels / groups][kernel.y][kernel.x]; integers in [-127, 127] when int8;
+                         // null: only counted, in an engine that is asked for its memory() alone
   int64_t outputs;
   int64_t groups;
   Window window;
@@ -80,6 +82,13 @@ struct Call {
   Memory sums;
 };
 
+// How weights are taken over, where all that an engine will hold is known beforehand: no copy of a layer is made on the
+// way to its place.
+struct Loading {
+  int64_t bytes = 0;                 // memory() of the whole network; 0: unknown
+  std::function<void()> part_taken;  // called when another part of a layer's weights has been read
+};
+
 struct Network;
 struct Source;
 struct Step;
@@ -89,7 +98,7 @@ class Shelf;
 // Once its readout or output is there an engine does not change: any number of threads may run it at once.
 class Engine {
  public:
-  Engine(Shape image, int64_t timesteps);
+  Engine(Shape image, int64_t timesteps, Loading loading = {});
   ~Engine();
 
   // Each returns the number that stands for the spikes it gives. std::invalid_argument says what cannot be.
@@ -111,7 +120,7 @@ class Engine {
   Shape shape(int64_t source) const;
   bool real(int64_t source) const;  // gives real values
   int64_t outputs() const;          // logits
-  int64_t memory() const;           // in memory
+  int64_t memory() const;           // bytes of all weights
   Shape gives(int64_t step) const;  // of the steps in the order of adding
 
   // images [count][channels][height][width] -> logits [count][outputs], summed over the timesteps; by the calling
@@ -121,13 +130,16 @@ class Engine {
  private:
   const Source& source(int64_t number) const;
   int64_t add_step(Step step, int64_t most);
-  Connection connect(const Synapses& synapses, Precision precision, bool rows) const;
-  Step layer(const std::vector<Synapses>& synapses, const std::vector<Skip>& skips,
-             const LayerParameters& parameters) const;
+  Connection connect(const Synapses& synapses, Precision precision, bool rows);
+  void place(Connection& made);
+  Step layer(const std::vector<Synapses>& synapses, const std::vector<Skip>& skips, const LayerParameters& parameters);
   Step pool(int64_t source, const Shape& out) const;
   void finish();
 
   std::unique_ptr<Network> network_;
+  Loading loading_;
+  std::shared_ptr<Memory> weights_;  // all of them, where their bytes are known
+  int64_t placed_ = 0;               // bytes of it
   std::shared_ptr<Shelf> shelf_;
 };
 

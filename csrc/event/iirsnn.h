@@ -63,7 +63,8 @@ IIRSNN_API iirsnn_status iirsnn_set_capability(const char* name);
 /* Why the last call of this thread that did not return IIRSNN_OK failed: one line, valid until the next one. */
 IIRSNN_API const char* iirsnn_message(void);
 
-/* Reads a network and takes what it needs: the file or the bytes may go afterwards. */
+/* Reads a network and takes what it needs: the file or the bytes may go afterwards. A build without files gives
+ * IIRSNN_FAILED for every path. */
 IIRSNN_API iirsnn_status iirsnn_load_file(const char* path, iirsnn_network** network);
 IIRSNN_API iirsnn_status iirsnn_load_memory(const void* bytes, size_t size, iirsnn_network** network);
 

@@ -15,7 +15,7 @@ from ..models.graph import GraphNetwork
 from ..nn import FusedLIF, SharedDropout
 from .batch_norm_folding import fold_batch_norm
 from .graph_conversion import graph_to_spiking
-from .normal_form import DROPOUTS, EXPECTED, LAYERS, MOVING, NORMS, SPATIAL
+from .node_kinds import DROPOUTS, EXPECTED, LAYERS, MOVING, NORMS, SPATIAL
 from .thresholds import Images, balance_thresholds, batches_of
 
 #: What a Network takes as it is, beside ReLU and SharedDropout.

@@ -2,7 +2,8 @@
 
 NIR's neurons are differential equations; libraries step them in two ways, and a NIR graph does not
 say which. `decay="euler"` (snnTorch): leak = 1 - dt / tau, gain = r dt / tau. `"exponential"`
-(sinabs, with dt = 1): leak = exp(-dt / tau), gain = r (1 - leak). Needs the package nir.
+(sinabs, with dt = 1): leak = exp(-dt / tau), gain = r (1 - leak). Nor does it say how a neuron is
+reset: snnTorch's default is `reset="soft_delayed"`. Needs the package nir.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ..nn import FusedLIF
 from .plain_graph import GraphBuilder, Step, as_graph, steps
 
 DECAYS = ("euler", "exponential")
+RESETS = ("soft", "soft_delayed", "hard")
 
 #: NIR has no more than these.
 _KNOWN = (
@@ -64,7 +66,12 @@ def to_nir(snn: nn.Module, image_shape: tuple[int, ...] | None = None, *, dt: fl
 
 
 def from_nir(
-    graph: Any, timesteps: int = 1, *, dt: float = 1e-4, decay: str = "euler"
+    graph: Any,
+    timesteps: int = 1,
+    *,
+    dt: float = 1e-4,
+    decay: str = "euler",
+    reset: str = "soft",
 ) -> GraphNetwork:
     """A nir.NIRGraph as a network: what an image is to it, NIR's input is at every timestep.
 
@@ -76,13 +83,16 @@ def from_nir(
         timesteps: T of the network.
         dt: seconds of a timestep, the unit of tau.
         decay: euler or exponential, see the module.
+        reset: of every neuron with a leak: soft, soft_delayed, or hard (to 0).
 
     Raises:
-        ValueError: a node that no layer of ours equals, by its name; a cycle; an unknown decay.
+        ValueError: a node that no layer of ours equals, by its name; a cycle; an unknown decay or
+            reset.
     """
     import nir
 
     check_choice("decay", decay, DECAYS)
+    check_choice("reset", reset, RESETS)
     into: dict[str, list[str]] = {name: [] for name in graph.nodes}
     for source, target in graph.edges:
         into[target].append(source)
@@ -105,7 +115,7 @@ def from_nir(
         if isinstance(node, nir.Output):
             last = x
             continue
-        known[name] = builder.call(_module(name, node, dt, decay), x, name.replace(".", "_"))
+        known[name] = builder.call(_module(name, node, dt, decay, reset), x, name.replace(".", "_"))
     if last is None:
         raise ValueError("graph: expected an Output, got none")
     return builder.network(last, timesteps, shape)
@@ -231,11 +241,11 @@ def _ordered(into: dict[str, list[str]]) -> list[str]:
     return list(ordered)
 
 
-def _module(name: str, node: Any, dt: float, decay: str) -> nn.Module:
+def _module(name: str, node: Any, dt: float, decay: str, reset: str) -> nn.Module:
     import nir
 
     if isinstance(node, (nir.IF, nir.LIF, nir.Threshold)):
-        return _fused(name, node, dt, decay)
+        return _fused(name, node, dt, decay, reset)
     if isinstance(node, (nir.Linear, nir.Affine)):
         bias = getattr(node, "bias", None)
         linear = nn.Linear(node.weight.shape[1], node.weight.shape[0], bias is not None)
@@ -261,7 +271,7 @@ def _module(name: str, node: Any, dt: float, decay: str) -> nn.Module:
     raise ValueError(f"{name}: expected a node that a layer of ours equals, got {kind}")
 
 
-def _fused(name: str, node: Any, dt: float, decay: str) -> FusedLIF:
+def _fused(name: str, node: Any, dt: float, decay: str, reset: str) -> FusedLIF:
     import nir
 
     if isinstance(node, nir.Threshold):
@@ -274,6 +284,7 @@ def _fused(name: str, node: Any, dt: float, decay: str) -> FusedLIF:
         tau, threshold = _numpy(node.tau).astype(np.float64), _numpy(node.v_threshold)
         leak = 1 - dt / tau if decay == "euler" else np.exp(-dt / tau)
         gain = _numpy(node.r) * (1 - leak)
+        gain = np.where(np.abs(gain - 1) < 2.0**-22, 1, gain)  # what rounding made of r and tau
     if np.any(_numpy(getattr(node, "v_reset", 0))):
         raise ValueError(f"{name}: expected v_reset = 0")
     if not (gain > 0).all() or not (threshold > 0).all():
@@ -283,7 +294,7 @@ def _fused(name: str, node: Any, dt: float, decay: str) -> FusedLIF:
         for what, value in (("leak", leak), ("threshold", threshold / gain))
     )
     channels = max(len(leak), len(threshold))
-    lif = FusedLIF(channels=channels if channels > 1 else None)
+    lif = FusedLIF(channels=channels if channels > 1 else None, reset=reset)
     with torch.no_grad():
         lif.leak.copy_(torch.from_numpy(leak))
         lif.threshold.copy_(torch.from_numpy(threshold))

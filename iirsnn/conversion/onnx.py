@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..models.graph import Affine
 from ..nn import BatchNormLIF, FusedLIF
 from .batch_norm_folding import affine
-from .normal_form import NORMS
+from .node_kinds import NORMS
 from .plain_graph import Step, as_graph, steps
 
 OPSET = 17

@@ -16,7 +16,7 @@ from ..models.graph import TIME_FUNCTIONS, GraphNetwork, GraphTracer
 from ..nn import Readout, SharedDropout
 from .batch_norm_folding import fold_batch_norm
 from .graph_conversion import lay_in_time
-from .normal_form import DROPOUTS
+from .node_kinds import DROPOUTS
 
 
 @dataclass(frozen=True)

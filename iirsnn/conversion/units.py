@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from ..models.graph import TIME_FUNCTIONS, Affine
 from ..nn import BatchNormLIF, FusedLIF, SharedDropout
-from .normal_form import DROPOUTS, LAYERS, MOVING, SPATIAL
+from .node_kinds import DROPOUTS, LAYERS, MOVING, SPATIAL
 from .tracing import on_meta
 
 #: A spike's number is neuron * _CHANNELS + channel, from neuron 1; 0 is a value of the ANN's unit.

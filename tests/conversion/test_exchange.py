@@ -1,6 +1,10 @@
 """NIR and ONNX: networks written, read and run by others give the same spikes and classes."""
 
+import os
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import nir
 import numpy as np
@@ -220,3 +224,26 @@ def test_a_network_of_sinabs_loads():
     expected = network(x.expand(5, -1, -1, -1)).mean(0, keepdim=True)
     # sinabs gives several spikes where a membrane has passed the threshold as often: here none has
     torch.testing.assert_close(snn(x), expected, rtol=0, atol=1e-5)
+
+
+def test_a_network_of_snntorch_loads(tmp_path):
+    """In a process with a nir that snnTorch can write with: sinabs holds the installed one back."""
+    pytest.importorskip("snntorch")
+    newer = Path(sys.prefix) / "newer-nir"
+    if not newer.is_dir():
+        pytest.skip(
+            "snnTorch writes NIR with nir 1.0.6 or later: "
+            f"pip install --no-deps --target {newer} 'nir>=1.0.8'"
+        )
+    script = Path(__file__).with_name("nir_of_snntorch.py")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(newer), *sys.path[1:]])}
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "net.nir"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    fired, different = map(int, done.stdout.split()[-2:])
+    assert fired > 100, "the case says nothing"
+    assert different == 0

@@ -166,6 +166,38 @@ class TwoNorms(nn.Module):
         return self.head(torch.cat([two, three], 1).mean((2, 3)))
 
 
+class NormAndActivation(nn.BatchNorm2d):
+    """As timm has it: a norm that holds the activation behind it."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        norm = (self.running_mean, self.running_var, self.weight, self.bias)
+        return self.act(F.batch_norm(x, *norm))
+
+
+class ActivationsInNorms(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm1 = nn.Conv2d(3, 4, 3), NormAndActivation(4)
+        self.conv, self.norm2 = nn.Conv2d(4, 4, 3), NormAndActivation(4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.norm2(self.conv(self.norm1(self.stem(x))))
+        return self.head(x.mean((2, 3)))
+
+
+def test_an_activation_inside_a_norm():
+    ann = made(ActivationsInNorms)
+    x = images(8, seed=1)
+    snn = convert(ann, x, 100.0, timesteps=256)
+    assert kinds(snn).count(FusedLIF) == 2
+    torch.testing.assert_close(snn(x), ann(x), rtol=0, atol=0.05)
+
+
 def test_a_convolution_of_two_norms_is_not_folded_twice():
     ann = made(TwoNorms)
     x = images(8, seed=1)

@@ -348,6 +348,34 @@ def test_unloading_while_it_runs(tmp_path):
         assert all(np.array_equal(call.result(), expected) for call in calls)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self")
+def test_loading_takes_little_more_than_the_weights(tmp_path):
+    """24 MB of them: neither a layer nor the file is in memory beside its copy."""
+    model = integers(
+        *(torch.nn.Flatten(), torch.nn.Linear(768, 2048), FusedLIF(channels=2048)),
+        *(torch.nn.Linear(2048, 2048), FusedLIF(channels=2048), torch.nn.Linear(2048, 10)),
+        image_shape=(3, 16, 16),
+    )
+    saved(tmp_path / "net", model, images(1, 3, 16, 16))
+    code = (
+        "import sys, iirsnn.runtime\n"
+        "from iirsnn.runtime.library import library\n"
+        "def kilobytes(name):\n"
+        "    rows = (line.split() for line in open('/proc/self/status'))\n"
+        "    return next(int(row[1]) for row in rows if row[0] == name + ':')\n"
+        "library()\n"
+        "open('/proc/self/clear_refs', 'w').write('5')\n"  # the peak starts here
+        "before = kilobytes('VmRSS')\n"
+        "network = iirsnn.runtime.load(sys.argv[1])\n"
+        "print(1024 * (kilobytes('VmHWM') - before), network.weight_bytes)\n"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "net"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak, weights = map(int, done.stdout.split())
+    assert weights > 20e6
+    assert peak < weights + 10e6  # pages of the library and of the file, some of them of 2 MB
+
+
 def test_no_memory_is_an_error(tmp_path, digits):
     """Of an image larger than memory: refused before anything is written."""
     code = (

@@ -164,17 +164,20 @@ class Reader {
     precision_ = choice<Precision>("precision", text("", header_, "precision"),
                                    {{"fp32", Precision::fp32}, {"bf16", Precision::bf16}, {"int8", Precision::int8}});
     const std::vector<int64_t> size = integers("", header_, "image_shape", 3, 1, kMostValues);
-    file.engine = std::make_unique<Engine>(Shape{size[0], size[1], size[2]}, file.timesteps);
+    const Shape image{size[0], size[1], size[2]};
     const std::vector<Json>& layers = list("", header_, "layers");
+    Engine counted(image, file.timesteps);  // all is checked before memory for weights is asked for
     for (size_t i = 0; i < layers.size(); ++i) {
-      const std::string where = "layers." + std::to_string(i);
-      at_ = i;
-      file.layers.push_back(add(*file.engine, layers[i], where, i + 1 == layers.size()));
-      const Shape out = file.engine->gives(i);
+      file.layers.push_back(add(counted, layers[i], i, i + 1 == layers.size()));
+      const Shape out = counted.gives(i);
       check(out.channels * out.height * out.width * file.timesteps < kMostOverTime,
-            where + ": expected fewer than 2^31 values, got " + named(out));
+            where_of(i) + ": expected fewer than 2^31 values, got " + named(out));
       bytes_.forget();
     }
+    takes_weights_ = true;
+    const Loading loading{counted.memory(), [this] { bytes_.forget(); }};
+    file.engine = std::make_unique<Engine>(image, file.timesteps, loading);
+    for (size_t i = 0; i < layers.size(); ++i) add(*file.engine, layers[i], i, i + 1 == layers.size());
     for (const auto& [name, tensor] : tensors_.all()) {
       check(used_.count(name), "tensors: expected those of the layers, got " + name + " as well");
     }
@@ -286,13 +289,13 @@ class Reader {
       check(weight.shape == shape && shape[1] > 0, at + ": expected " + wanted + "], got " + listed(weight.shape));
       check(outputs % each.groups == 0,
             at + ": expected outputs in " + std::to_string(each.groups) + " groups, got " + std::to_string(outputs));
-      check(usable(weight, each.stored),
+      check(takes_weights_ || usable(weight, each.stored),
             at + (each.stored == Precision::int8 ? ": expected integers from -127 to 127, got -128"
                                                  : ": expected finite numbers, got inf or NaN"));
     }
   }
 
-  static Synapses synapses(const Engine& engine, const Input& each) {
+  Synapses synapses_of(const Engine& engine, const Input& each) const {
     const Shape in = engine.shape(each.source);
     const std::vector<int64_t>& shape = each.weight->shape;
     Window over;
@@ -307,11 +310,14 @@ class Reader {
       check(shape[1] == features && each.groups == 1,
             each.where + ": expected " + std::to_string(features) + " input features, got " + std::to_string(shape[1]));
     }
-    return {each.source, {each.weight->data, each.stored}, shape[0], each.groups, over};
+    return {each.source, {takes_weights_ ? each.weight->data : nullptr, each.stored}, shape[0], each.groups, over};
   }
 
-  LayerName add(Engine& engine, const Json& layer, const std::string& where, bool last) {
-    const std::string of = where + ".";
+  static std::string where_of(size_t layer) { return "layers." + std::to_string(layer); }
+
+  LayerName add(Engine& engine, const Json& layer, size_t index, bool last) {
+    at_ = index;
+    const std::string where = where_of(index), of = where + ".";
     check_keys(where, layer, {"kind", "name", "inputs"}, {"window", "size", "reset", "v_reset"});
     kind_ = text(of, layer, "kind");
     const Kind kind = choice<Kind>(of + "kind", kind_,
@@ -387,7 +393,7 @@ class Reader {
         Precision stored = Precision::fp32;
         for (const Input& each : inputs) {
           if (each.weight) {
-            synapses.push_back(Reader::synapses(engine, each));
+            synapses.push_back(synapses_of(engine, each));
             stored = each.stored;
           } else {
             skips.push_back({each.source, each.unit});
@@ -416,6 +422,7 @@ class Reader {
   Tensors tensors_;
   Json header_;
   Precision precision_ = Precision::fp32;
+  bool takes_weights_ = false;  // else it checks and counts them
   size_t at_ = 0;               // layer
   std::string kind_;            // of it
   std::set<std::string> used_;  // names of tensors

@@ -10,7 +10,7 @@
 
 #include "event/file/json.h"
 
-#if defined(__unix__) || defined(__APPLE__)
+#if !defined(IIRSNN_NO_FILES) && (defined(__unix__) || defined(__APPLE__))
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -89,6 +89,7 @@ Bytes Bytes::borrowed(const void* data, int64_t size) {
   return bytes;
 }
 
+#if !defined(IIRSNN_NO_FILES)
 Bytes Bytes::of_file(const std::string& path) {
   const auto failed = [] {
     if (errno == ENOMEM) throw std::bad_alloc();
@@ -104,11 +105,17 @@ Bytes Bytes::of_file(const std::string& path) {
     throw std::invalid_argument("expected a file that is not empty");
   }
   bytes.size_ = facts.st_size;
-  void* const data = mmap(nullptr, bytes.size_, PROT_READ, MAP_PRIVATE, file, 0);
+  // A page off where the system would put it: there, touching a byte may map 2 MB, a large page of the cache.
+  const int64_t page = sysconf(_SC_PAGESIZE), mapped = bytes.size_ + page;
+  void* const place = mmap(nullptr, mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* data = place;
+  if (place != MAP_FAILED) {
+    data = mmap(static_cast<char*>(place) + page, bytes.size_, PROT_READ, MAP_PRIVATE | MAP_FIXED, file, 0);
+  }
   close(file);
+  if (place != MAP_FAILED) bytes.owner_.reset(place, [mapped](void* all) { munmap(all, mapped); });
   if (data == MAP_FAILED) failed();
   bytes.data_ = static_cast<const char*>(data);
-  bytes.owner_ = std::shared_ptr<void>(data, [size = bytes.size_](void* mapped) { munmap(mapped, size); });
 #else
   std::FILE* const file = std::fopen(path.c_str(), "rb");
   if (!file) failed();
@@ -122,6 +129,7 @@ Bytes Bytes::of_file(const std::string& path) {
 #endif
   return bytes;
 }
+#endif
 
 void Bytes::forget() const {
 #if IIRSNN_MAPS_FILES

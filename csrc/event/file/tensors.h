@@ -22,7 +22,8 @@ struct TensorView {
 // The bytes of a file: mapped where the system can, else read.
 class Bytes {
  public:
-  static Bytes of_file(const std::string& path);          // std::invalid_argument: why it cannot be read
+  static Bytes of_file(const std::string& path);          // std::invalid_argument: why it cannot be read; not in a
+                                                          // build without files
   static Bytes borrowed(const void* data, int64_t size);  // has to outlive this
   std::string_view view() const { return {data_, size_t(size_)}; }
   void forget()
