@@ -334,11 +334,14 @@ POINT = (1, 1, (1, 1), (1, 1), (0, 0), (1, 1), 1, True)  # a convolution of one 
 
 
 def found(*operations: tuple[str, tuple[int, ...], Any], end=("plain", ())) -> Case:
-    """What the engine once got wrong, at its smallest."""
+    """What the engine once got wrong, or what no other test saw, at its smallest."""
     return Case((1, 2, 2), (POINT, None, (None, "soft")), operations, end, 1, "fp32", 2, 1, 0)
 
 
 FOUND = {
+    "an average pool of real values beyond their edge": found(
+        ("conv", (0,), POINT), ("average_pool", (1,), ((2, 2), (1, 1), (1, 1)))
+    ),
     "a Flatten behind a sum of spikes": found(("add", (0, 0), ()), end=("linear", (4, 1))),
     "a layer that one concat reads twice": found(("conv", (0,), POINT), ("cat", (1, 1), ())),
     "the image as the output": found(("image", (), ())),
