@@ -196,7 +196,7 @@ def differentiated(call: Call, backend: str) -> tuple[list[Tensor], list[Tensor]
     return [o.detach() for o in outputs], found
 
 
-@fuzzed(few=60, share=0.2)
+@fuzzed(few=60, share=0.12)
 @given(calls())
 def test_a_call_is_the_definition(call):
     wanted, near = differentiated(call, "reference")
