@@ -131,9 +131,9 @@ def test_one_layer_may_slice_and_concat():
     network, x = made(Cut)
     net = EventNetwork.from_model(network, image_shape=tuple(x.shape[1:]))
     check(net, network, x)
-    stem, wide, cut, both, head = copy.deepcopy(net.layers)
-    both.inputs[1] = replace(cut.inputs[0], unit=1.0)
-    head.inputs[0].source = 4
+    stem, cut, wide, both, head = copy.deepcopy(net.layers)
+    both.inputs[0].source, both.inputs[1] = 2, replace(cut.inputs[0], unit=1.0)
+    head.inputs[0].source = 3
     one = EventNetwork([stem, wide, both, head], 1, image_shape=net.image_shape)
     assert torch.equal(one(x), net(x))
 
