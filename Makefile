@@ -78,19 +78,20 @@ fuzz: $(VENV)/.installed
 	FUZZ_CASES=$(FUZZ_CASES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FUZZ) $(FUZZ_FLAGS)
 
 # csrc but for what needs torch or Python, so that nothing else is reported, under ASan and UBSan and under TSan: the
-# engine shared by threads, its reader of files, and (sanitize) every kernel. Unoptimised and for one instruction set:
-# minutes, not hours.
+# engine shared by threads and its reader of files (sanitize-engine: some of their cases), and (sanitize) every kernel.
+# Unoptimised and for one instruction set: minutes, not hours.
 NATIVE := $(filter-out %/module.cpp %/torch_ops.cpp %_torch.cpp csrc/lif/torch/%,$(shell find csrc -name '*.cpp'))
 ENGINE := $(filter csrc/event/% csrc/simd/%,$(NATIVE))
 SANITIZE_FLAGS := -std=c++17 -O0 -g1 -ffp-contract=off -Wno-psabi -pthread -Icsrc -DIIRSNN_PORTABLE_ONLY
 SANITIZED = build/sanitize/$(KINDS)
 sanitize: NATIVE_TESTS := shared_engine reader driver
 sanitize-engine: NATIVE_TESTS := shared_engine reader
+sanitize-engine: export SHORT := short
 sanitize sanitize-engine:
 	$(MAKE) KINDS=address,undefined $(NATIVE_TESTS:%=sanitized-%)
 	$(MAKE) KINDS=thread $(NATIVE_TESTS:%=sanitized-%)
 sanitized-%: $(SANITIZED)/%
-	$< > /dev/null
+	$< $(SHORT) > /dev/null
 
 OBJECTS = $(patsubst %.cpp,$(SANITIZED)/%.o,$(1))
 $(SANITIZED)/shared_engine: $(call OBJECTS,$(ENGINE) tests/native/sanitized/shared_engine.cpp)

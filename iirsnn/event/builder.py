@@ -92,10 +92,11 @@ class Builder:
         terms = value.terms
         if not bool(value.bias.any()) and all(t.weight is None for t in terms):
             units = [term.source.unit for term in terms]
-            if (source := self._sum([t.source for t in terms], value.name)) is not None:
-                return source
-            if len(terms) == 1 and units[0] == 1:
-                return terms[0].source
+            source = self._sum([t.source for t in terms], value.name)
+            if source is None and len(terms) == 1 and units[0] == 1:
+                source = terms[0].source
+            if source is not None:
+                return replace(source, flat=value.flat)
         layer = self._layer("currents", value)
         return self._add(layer, Source(0, 0, value.shape, flat=value.flat))
 
@@ -225,6 +226,7 @@ class Builder:
         source = self.settle(value, name)
         if order == list(range(self._shape(source, name, "channels")[0])):
             return source
+        source = self._values(source)
         parts: list[tuple[Source, int, int]] = []
         for channel in order:
             if parts and parts[-1][1] + parts[-1][2] == channel:
@@ -289,7 +291,7 @@ class Builder:
                     layer.bias = layer.bias / divisor
                 self.layers.append(layer)
                 return
-        source = self.settle(value, "output")
+        source = self._values(self.settle(value, "output"))
         unit = float(source.unit / divisor)
         self.layers.append(Layer("output", "output", [Input(source.number, unit=unit)]))
 

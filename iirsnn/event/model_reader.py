@@ -94,7 +94,7 @@ class _Reader:
                 made = self.module(inner, child, args[0])
             else:
                 made = self._call(place, node, args, kwargs)
-            if len(node.users) > 1 and isinstance(made, Value):
+            if _uses(node) > 1 and isinstance(made, Value):
                 made = self.builder.settle(made, place)
             known[node] = made
         raise UsageError(f"{name or 'model'}: expected a graph with an output")
@@ -390,6 +390,14 @@ def _traced(name: str, module: nn.Module) -> fx.Graph:
         return _Tracer(autowrap_functions=TIME_FUNCTIONS).trace(module)
     except Exception as error:  # whatever its forward raises for a proxy
         raise unsupported(name, module, f"torch.fx cannot trace it ({error})") from error
+
+
+def _uses(node: fx.Node) -> int:
+    """How often other nodes read it: one of them may read it twice, as torch.cat([x, x]) does."""
+    reads: list[fx.Node] = []
+    for user in node.users:
+        map_arg((user.args, user.kwargs), reads.append)
+    return reads.count(node)
 
 
 def _children(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:

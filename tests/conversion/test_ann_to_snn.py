@@ -157,6 +157,10 @@ def test_batch_norm_is_folded_into_what_is_before_it(bias):
     assert [type(m).__name__ for m in folded] == [
         *["Conv2d", "ReLU", "AvgPool2d", "Conv2d", "ReLU", "Flatten", "Linear", "ReLU", "Linear"]
     ]
+    assert not any(module.training for module in folded.modules())
+    training = copy.deepcopy(ann).train()
+    fold_batch_norm(training)
+    assert all(module.training for module in training.modules())
     images = torch.randn(8, 2, 8, 8)
     torch.testing.assert_close(folded(images), ann(images), rtol=1e-5, atol=1e-5)
     assert (ann(images) - ann.train()(images)).abs().max() > 0.1  # the statistics do matter

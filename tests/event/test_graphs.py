@@ -1,5 +1,8 @@
 """Networks that are graphs: the spikes and logits of PyTorch, file and all."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import fx, nn
@@ -110,6 +113,29 @@ def test_bf16_holds_quarters():
     network, x = made(Bottlenecks)
     net = EventNetwork.from_model(network, precision="bf16", image_shape=tuple(x.shape[1:]))
     check(net, network, x)
+
+
+class Cut(Graph):
+    """Real values beside some channels of spikes."""
+
+    def build(self):
+        self.stem, self.a, self.wide = conv(2, 70), FusedLIF(), conv(70, 20, 1)
+        self.flat, self.head = nn.Flatten(), nn.Linear(28 * 64, 5)
+
+    def body(self, x, timesteps):
+        x = first(self.a, self.stem(x), timesteps)
+        return self.head(self.flat(torch.cat([self.wide(x), x[:, 59:67]], 1)))
+
+
+def test_one_layer_may_slice_and_concat():
+    network, x = made(Cut)
+    net = EventNetwork.from_model(network, image_shape=tuple(x.shape[1:]))
+    check(net, network, x)
+    stem, cut, wide, both, head = copy.deepcopy(net.layers)
+    both.inputs[0].source, both.inputs[1] = 2, replace(cut.inputs[0], unit=1.0)
+    head.inputs[0].source = 3
+    one = EventNetwork([stem, wide, both, head], 1, image_shape=net.image_shape)
+    assert torch.equal(one(x), net(x))
 
 
 def test_statistics_of_real_values():

@@ -1,11 +1,13 @@
 """bf16 and int8 weights."""
 
+import pytest
 import torch
 from torch import nn
 
 from iirsnn import FusedLIF, Readout, convert
 from iirsnn.event.network import EventNetwork
 from iirsnn.models import ModelConfig, build
+from tests.event.graphs import Residual
 from tests.event.networks import assert_same, engine_spikes, images, integers, spikes_of
 
 
@@ -20,12 +22,15 @@ def test_bf16_is_the_model_with_rounded_weights():
     assert all(layer.weights[0].dtype == torch.bfloat16 for layer in others)
 
 
-def test_int8_sums_do_not_overflow_in_the_worst_case():
+@pytest.mark.parametrize("pool", [1, 2, 4])
+def test_int8_sums_do_not_overflow_in_the_worst_case(pool):
     """All channels spike into weights of the largest magnitude, pooled counts at their most."""
+    side = 8 // pool
     for sign in (1.0, -1.0):
         network = integers(
-            nn.Conv2d(1, 640, 3, padding=1), FusedLIF(), nn.AvgPool2d(4),
-            nn.Conv2d(640, 40, 3, padding=1), FusedLIF(), nn.Flatten(), nn.Linear(160, 40),
+            nn.Conv2d(1, 640, 3, padding=1), FusedLIF(), nn.AvgPool2d(pool),
+            nn.Conv2d(640, 40, 3, padding=1), FusedLIF(), nn.Flatten(),
+            nn.Linear(40 * side * side, 40),
             FusedLIF(), Readout(40, 3),
         )  # fmt: skip
         network.layers[0].bias.data.fill_(100.0)
@@ -39,6 +44,25 @@ def test_int8_sums_do_not_overflow_in_the_worst_case():
         for ours, theirs in zip(engine_spikes(net)[:2], expected, strict=False):
             assert torch.equal(ours.reshape(theirs.shape), theirs)
         assert logits.shape == (2, 3)
+
+
+def test_int8_weights_are_the_nearest_multiples_of_their_outputs_scale():
+    """The scale is of all weights that an output sums, those of a second convolution too."""
+    torch.manual_seed(0)
+    network = Residual().eval()
+    exact, net = (
+        EventNetwork.from_model(network, precision=precision, image_shape=(2, 8, 8))
+        for precision in ("fp32", "int8")
+    )
+    rounded = [(a, b) for a, b in zip(exact.layers, net.layers, strict=True) if b.scale is not None]
+    assert max(len(layer.weights) for layer, _ in rounded) > 1
+    for layer, whole in rounded:
+        largest = torch.zeros(len(layer.bias))
+        for weight, integer in zip(layer.weights, whole.weights, strict=True):
+            scale = whole.scale.view(-1, *[1] * (weight.dim() - 1))
+            assert ((weight - integer.float() * scale).abs() <= 0.5001 * scale).all()
+            largest = torch.maximum(largest, integer.float().abs().flatten(1).amax(1))
+        assert (largest == 127).all()
 
 
 def test_int8_is_the_model_with_rounded_weights():

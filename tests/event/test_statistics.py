@@ -41,6 +41,19 @@ def test_statistics_count_what_energy_counts(timesteps):
     assert statistics["layers.3"].neurons == 70 * 4
 
 
+@pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("bf16", 2), ("int8", 1)])
+def test_bytes_of_weights_are_those_of_their_precision(precision, size):
+    network = integers(
+        nn.Conv2d(2, 20, 3, padding=1), FusedLIF(), nn.Conv2d(20, 70, 3), FusedLIF(), nn.Flatten(),
+        Readout(70 * 36, 3),
+    )  # fmt: skip
+    net = EventNetwork.from_model(network, precision=precision)
+    net(images(5, 2, 8, 8))
+    first, *others = net.statistics()
+    assert first.weight_bytes == 4 * first.multiplications > 0  # the image meets float32
+    assert all(layer.weight_bytes == size * layer.additions > 0 for layer in others)
+
+
 def test_pooled_counts_cost_fewer_additions_than_their_spikes():
     network = integers(
         nn.Conv2d(2, 64, 3, padding=1), FusedLIF(), nn.AvgPool2d(2),

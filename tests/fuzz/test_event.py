@@ -185,7 +185,7 @@ def torchs(network: Network, images: torch.Tensor):
     return logits, spikes
 
 
-@fuzzed(few=40, share=0.2)
+@fuzzed(few=40, share=0.1)
 @given(cases())
 def test_a_network_gives_what_torch_gives(case):
     network, images = case.network(), case.images()

@@ -115,7 +115,7 @@ def engine_file(precision: str) -> bytes:
     return atomic_files.to_bytes(tensors, header)
 
 
-@fuzzed(few=80, share=0.05)
+@fuzzed(few=80, share=0.06)
 @given(st.sampled_from(("fp32", "bf16", "int8")), mutations())
 def test_engine_files(tmp_path_factory, precision, changes):
     content = engine_file(precision)
@@ -163,7 +163,7 @@ VALUES = st.one_of(
 )
 
 
-@fuzzed(few=25, share=0.02)
+@fuzzed(few=25, share=0.03)
 @given(st.lists(st.tuples(st.sampled_from(KEYS), VALUES), min_size=1, max_size=3))
 def test_recipes_of_odd_values(settings):
     """Either a recipe, which is what its own YAML reads as, or one line."""

@@ -192,6 +192,24 @@ def test_repeats_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["bits", "after dropout", "counts"])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_share_the_gradient_of_a_weight(threads, kind):
+    """Each sums some of the images; numbers are such that every order gives the same."""
+    torch.manual_seed(0)
+    plain, layer = nn.Conv2d(20, 16, 3, padding=1), SpikeConv2d(20, 16, 3, padding=1)
+    x, grad = INPUTS[kind][0]((7, 20, 12, 12)), torch.randint(-1, 2, (7, 16, 12, 12)).float()
+    layer.load_state_dict(plain.state_dict())
+    layer.set_mode("events")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = gradients(layer, x, grad)[2]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found.double(), gradients(plain.double(), x.double(), grad.double())[2])
+
+
 @pytest.mark.parametrize(
     "value", [float("nan"), float("inf"), -1.0, 0.3], ids=["nan", "inf", "negative", "another"]
 )

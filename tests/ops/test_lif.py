@@ -49,6 +49,14 @@ def test_backward_is_near_the_float64_reference(case):
     lif_cases.check_backward(case, OPS)
 
 
+@pytest.mark.parametrize("channels", [False, True])
+def test_gradients_of_parameters_are_sums_over_all_chunks(channels):
+    case = lif_cases.Case(
+        "many", (2, 3, 40, 500), threshold_channels=channels, leak_channels=channels
+    )
+    lif_cases.check_backward(case, OPS)
+
+
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_packed_equals_the_reference(case):
     lif_cases.check_packed(case, OPS)
@@ -345,10 +353,12 @@ def test_special_values():
             assert s[0, 1:].tolist() == [1, 0, 0, 1 if fine else 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("position", [0, 63, 700, 1024])
 @pytest.mark.parametrize("timesteps", [1, 3])
-def test_nan_cannot_be_packed(timesteps, position):
-    x, one = torch.zeros(timesteps, 1025), torch.ones(1)
+def test_nan_cannot_be_packed(timesteps, position, dtype):
+    x = torch.zeros(timesteps, 1025, dtype=dtype)
+    one = torch.ones(1, dtype=reference.acc_dtype(dtype))
     OPS.packed(x, one, one, None, "soft", 0.0, False)
     x[-1, position] = math.nan
     with pytest.raises(ValueError, match="packed: expected a current without NaN, got NaN"):

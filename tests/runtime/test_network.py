@@ -404,3 +404,21 @@ def test_what_is_written_is_read_by_both(tmp_path):
     assert content == atomic_files.sealed(content)
     assert np.array_equal(runtime.Network(content)(x.numpy()), net(x).numpy())
     assert json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+
+
+def test_a_tensor_of_more_bytes_than_its_shape_is_refused(tmp_path):
+    model, x = vgg()
+    saved(tmp_path / "net", model, x)
+    content = (tmp_path / "net").read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    last = max((entry for entry in header.values() if "dtype" in entry), key=_end)
+    last["data_offsets"][1] += 4
+    text = json.dumps(header, separators=(",", ":")).encode()
+    longer = len(text).to_bytes(8, "little") + text + content[8 + size :] + bytes(4)
+    with pytest.raises(RunError, match=r"expected \d+ bytes, got \d+"):
+        runtime.Network(atomic_files.sealed(longer))
+
+
+def _end(entry):
+    return entry["data_offsets"][1]
