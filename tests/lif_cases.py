@@ -363,3 +363,21 @@ def check_refused(ops: Implementation) -> None:
 def named(cases: list[Any]) -> Any:
     """A test for each case, named after it."""
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
+def exact_terms(
+    size: tuple[int, ...], last: bool = False, largest: int = 2**12
+) -> tuple[Tensor, Tensor]:
+    """x [T, B, C, H, W] and grad_s: with threshold, leak and scale 1, quarters and whole numbers.
+
+    Of a detached soft reset and the triangle, float32 holds every term of a parameter's gradient.
+    """
+    rng = torch.Generator().manual_seed(size[0])
+
+    def laid(t: Tensor) -> Tensor:
+        if last:
+            t = t.flatten(0, 1).to(memory_format=torch.channels_last).unflatten(0, size[:2])
+        return t
+
+    x = torch.randint(0, 6, size, generator=rng) / 4
+    return laid(x), laid(torch.randint(1, largest, size, generator=rng).float())

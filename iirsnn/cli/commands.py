@@ -45,7 +45,6 @@ for command in (
     results.evaluate,
     results.report,
     results.compare,
-    results.diagnose,
     train.reproduce,
     deploy.deploy,
     deploy.predict,

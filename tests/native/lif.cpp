@@ -143,7 +143,9 @@ void cases() {
         for (int surrogate = 0; surrogate < 5; ++surrogate) {
           const Surrogate chosen = Surrogate(surrogate);
           Hash hash;
-          backward<scalar_t>(Reset(reset), chosen, shape, false, false, true, hash);
+          for (const bool parameters : {false, true}) {
+            backward<scalar_t>(Reset(reset), chosen, shape, false, parameters, true, hash);
+          }
           backward<scalar_t>(Reset(reset), chosen, shape, true, true, surrogate % 2 == 1, hash);
           const std::string name = name_of("lif_backward", Type<scalar_t>::name, reset, timesteps, layout);
           print(name + "/" + kSurrogates[surrogate], hash);

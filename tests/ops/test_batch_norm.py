@@ -13,6 +13,7 @@ from torch.library import opcheck
 import iirsnn._C
 from iirsnn import BatchNormLIF, FusedLIF
 from iirsnn.ops import reference
+from tests import lif_cases
 from tests.composed import Composed
 
 forward = torch.ops.iirsnn.bn_lif_forward
@@ -168,6 +169,22 @@ def check_gradients(inputs, options, tolerance):
             largest = max(1.0, w.abs().max().item())
             torch.testing.assert_close(g.double(), w, rtol=tolerance, atol=tolerance * largest)
     assert got[0].stride() == reference.empty_spikes(tensors[0]).stride()
+
+
+@pytest.mark.parametrize("timesteps", [1, 2, 5, 8])
+@pytest.mark.parametrize(("shape", "last"), EVERY_SHAPE)
+def test_gradients_of_parameters_are_summed_in_double(shape, last, timesteps):
+    size = (timesteps, *shape, *[1] * (4 - len(shape)))
+    x, grad_s = lif_cases.exact_terms(size, last, 2**9)
+    one, zero = torch.ones(shape[1]), torch.zeros(shape[1])
+    options = ("soft", 0.0, True, "triangle", 1.0)
+    call = (grad_s, x, zero, one, None, None, one, one, *options)  # the current is x
+    _, sums, _ = torch.ops.iirsnn.bn_lif_gradient_sums(*call)
+    wide = (grad_s.double(), None, x.double(), one.double(), one.double(), None)
+    grad, threshold, leak, _ = torch.ops.iirsnn.lif_backward(*wide, *options, True)
+    others = [d for d in range(x.dim()) if d != 2]
+    wanted = torch.stack([threshold, leak, grad.sum(others), (grad * x).sum(others)])
+    assert torch.equal(sums, wanted)
 
 
 def modules(shape, **options):

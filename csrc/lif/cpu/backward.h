@@ -41,40 +41,19 @@ IIRSNN_INLINE void with_sums(const Row& b, F f) {
   if constexpr (!kAlways) f(std::false_type());
 }
 
-template <int kCount, typename V, typename Row>
-IIRSNN_INLINE void load_sums(const Row& b, int i, V* sums) {
-  for (int k = 0; k < kCount; ++k) sums[k] = load<V>(b.sums + k * b.sums_stride + i);
-}
-template <int kCount, typename V, typename Row>
-IIRSNN_INLINE void store_sums(const Row& b, int i, const V* sums) {
-  for (int k = 0; k < kCount; ++k) store(b.sums + k * b.sums_stride + i, sums[k]);
-}
-template <typename V, typename P>
-IIRSNN_INLINE void add_part(V& sum, int part, const P& value) {
-  constexpr int kRegisters = P::kRegisters;
-  IIRSNN_EACH_REGISTER(kRegisters, sum.r[part * kRegisters + k] = sum.r[part * kRegisters + k] + value.r[k])
-}
-
-// f(j, part, sums) for each part of a piece's vectors, from neuron j on; ahead(i) before each vector. kSums are summed,
-// if any: of a piece of several channels each neuron's, else all vectors in one.
-template <int kCount, typename Part, bool kSeveral, typename Row, typename Ahead, typename F>
-IIRSNN_INLINE void for_each_part(const Row& b, int begin, int end, Ahead ahead, F f) {
-  using V = typename Part::V;
-  V sums[kCount > 0 ? kCount : 1];
-  if constexpr (!kSeveral) load_sums<kCount>(b, begin, sums);
-  for (int i = begin; i < end; i += V::kSize) {
-    ahead(i);
-    if constexpr (kSeveral) load_sums<kCount>(b, i, sums);
-    if constexpr (Part::kUnrolled) {
-      IIRSNN_REGISTERS
-      for (int part = 0; part < Part::kCount; ++part) f(i + part * Part::P::kSize, part, sums);
-    } else {
-      IIRSNN_ROLLED
-      for (int part = 0; part < Part::kCount; ++part) f(i + part * Part::P::kSize, part, sums);
+// f(j, sums) for each part of the pieces of a row, from neuron j on, after ahead(j); kCount are summed, if any.
+template <int kCount, typename P, int kBytes, typename Row, typename Ahead, typename F>
+IIRSNN_INLINE void for_each_part(const Row& b, Ahead ahead, F f) {
+  for_each_piece<P>(b.parameters, b.n, [&](const auto& parameters, int begin, int end) IIRSNN_INLINE_LAMBDA {
+    constexpr bool kSeveral = std::decay_t<decltype(parameters)>::kSeveral;
+    PieceSums<typename Row::acc_t, kCount, kBytes, kSeveral> sums(b.sums, b.sums_stride, begin);
+    IIRSNN_ROLLED
+    for (int j = begin; j < end; j += P::kSize) {
+      ahead(j);
+      f(j, parameters, sums);
     }
-    if constexpr (kSeveral) store_sums<kCount>(b, i, sums);
-  }
-  if constexpr (!kSeveral) store_sums<kCount>(b, begin, sums);
+    sums.finish();
+  });
 }
 
 // h from x and the membrane before.
@@ -82,22 +61,19 @@ template <typename scalar_t, Reset kReset, bool kNormalised>
 struct ChargeRow {
   template <int kBytes>
   static IIRSNN_INLINE void run(const BackwardRow<scalar_t>* row) {
-    using Part = Parts<scalar_t, kBytes>;
-    using P = typename Part::P;
+    using P = typename Parts<scalar_t, kBytes>::P;
     const BackwardRow<scalar_t> b = *row;  // which stores cannot change
-    for_each_piece<P>(b.parameters, b.n, [&](const auto& parameters, int begin, int end) IIRSNN_INLINE_LAMBDA {
-      const auto ahead = [&](int i) IIRSNN_INLINE_LAMBDA { prefetch<typename Part::V>(b.next + i); };
-      if (!b.before) {
-        return for_each_part<0, Part, false>(b, begin, end, ahead, [&](int j, auto&&...) IIRSNN_INLINE_LAMBDA {
-          store(b.h + j, current_at<kNormalised, P>(b.x + j, parameters, j));
-        });
-      }
-      for_each_part<0, Part, false>(b, begin, end, ahead, [&](int j, auto&&...) IIRSNN_INLINE_LAMBDA {
-        const Neuron<P> neuron = parameters.neuron(j, b.v_reset);
-        P v = load<P>(b.before + j);
-        if (b.fired) v = discharge<kReset>(v, neuron);
-        store(b.h + j, charge<kReset>(current_at<kNormalised, P>(b.x + j, parameters, j), v, neuron));
+    const auto ahead = [&](int j) IIRSNN_INLINE_LAMBDA { prefetch<P>(b.next + j); };
+    if (!b.before) {
+      return for_each_part<0, P, kBytes>(b, ahead, [&](int j, const auto& parameters, auto&) IIRSNN_INLINE_LAMBDA {
+        store(b.h + j, current_at<kNormalised, P>(b.x + j, parameters, j));
       });
+    }
+    for_each_part<0, P, kBytes>(b, ahead, [&](int j, const auto& parameters, auto&) IIRSNN_INLINE_LAMBDA {
+      const Neuron<P> neuron = parameters.neuron(j, b.v_reset);
+      P v = load<P>(b.before + j);
+      if (b.fired) v = discharge<kReset>(v, neuron);
+      store(b.h + j, charge<kReset>(current_at<kNormalised, P>(b.x + j, parameters, j), v, neuron));
     });
   }
 };
@@ -107,61 +83,54 @@ template <typename scalar_t, Reset kReset, bool kNormalised>
 struct StepRow {
   template <int kBytes>
   static IIRSNN_INLINE void run(const BackwardRow<scalar_t>* row) {
-    using P = typename Parts<scalar_t, kBytes>::P;
     const BackwardRow<scalar_t> b = *row;  // which stores cannot change
     with_sums<kNormalised>(b, [&](auto summed) IIRSNN_INLINE_LAMBDA {
       constexpr bool kSummed = decltype(summed)::value;
-      for_each_piece<P>(b.parameters, b.n, [&](const auto& parameters, int begin, int end) IIRSNN_INLINE_LAMBDA {
-        if (b.slopes) return steps<kBytes, kSummed, false>(b, parameters, begin, end);
-        steps<kBytes, kSummed, true>(b, parameters, begin, end);
-      });
+      if (b.slopes) return steps<kBytes, kSummed, false>(b);
+      steps<kBytes, kSummed, true>(b);
     });
   }
 
  private:
-  template <int kBytes, bool kSummed, bool kTriangle, typename PartParameters>
-  static IIRSNN_INLINE void steps(const BackwardRow<scalar_t>& b, const PartParameters& parameters, int begin,
-                                  int end) {
-    using Part = Parts<scalar_t, kBytes>;
-    using P = typename Part::P;
-    using acc_t = typename Part::acc_t;
+  template <int kBytes, bool kSummed, bool kTriangle>
+  static IIRSNN_INLINE void steps(const BackwardRow<scalar_t>& b) {
+    using P = typename Parts<scalar_t, kBytes>::P;
+    using acc_t = typename Convert<scalar_t>::acc_t;
     const P zero = P(acc_t(0)), scale = P(b.scale);
-    const auto ahead = [&](int i) IIRSNN_INLINE_LAMBDA {
-      prefetch<typename Part::V>(b.next + i);
-      if (!b.past_caches) prefetch<typename Part::V>(b.next_grad_x + i);
+    const auto ahead = [&](int j) IIRSNN_INLINE_LAMBDA {
+      prefetch<P>(b.next + j);
+      if (!b.past_caches) prefetch<P>(b.next_grad_x + j);
     };
     constexpr int kCount = kSummed ? kSums<kNormalised> : 0;
-    for_each_part<kCount, Part, PartParameters::kSeveral>(
-        b, begin, end, ahead, [&](int j, int part, auto* sums) IIRSNN_INLINE_LAMBDA {
-          const Neuron<P> neuron = parameters.neuron(j, b.v_reset);
-          P v = zero;
-          if ((kSummed || kReset == Reset::soft_delayed) && b.before) {
-            v = load<P>(b.before + j);
-            if (b.fired) v = discharge<kReset>(v, neuron);
-          }
-          Carry<P> state{load<P>(b.grad_v_after + j), zero};
-          if (kReset == Reset::soft_delayed && !b.detach_reset) state.grad_reset = load<P>(b.grad_reset + j);
-          const P h = load<P>(b.h + j);
-          P slope;
-          if constexpr (kTriangle) {
-            slope = spike_slope<Surrogate::triangle>(h, neuron, scale);
-          } else {
-            slope = load<P>(b.slopes + j);
-          }
-          const StepGrad<P> grad =
-              backward_step<kReset>(load<P>(b.grad_s + j), h, v, slope, neuron, b.detach_reset, state);
-          store(b.grad_x + j, grad.x, b.past_caches);
-          store(b.grad_v + j, state.grad_v);
-          if (kReset == Reset::soft_delayed && !b.detach_reset) store(b.grad_reset + j, state.grad_reset);
-          if constexpr (kSummed) {
-            add_part(sums[kThresholdSum], part, grad.threshold);
-            if (b.before) add_part(sums[kLeakSum], part, grad.leak);
-          }
-          if constexpr (kNormalised) {
-            add_part(sums[kGradSum], part, grad.x);
-            add_part(sums[kDotSum], part, grad.x * (load<P>(b.x + j) - parameters.of(kMean, j)));
-          }
-        });
+    for_each_part<kCount, P, kBytes>(b, ahead, [&](int j, const auto& parameters, auto& sums) IIRSNN_INLINE_LAMBDA {
+      const Neuron<P> neuron = parameters.neuron(j, b.v_reset);
+      P v = zero;
+      if ((kSummed || kReset == Reset::soft_delayed) && b.before) {
+        v = load<P>(b.before + j);
+        if (b.fired) v = discharge<kReset>(v, neuron);
+      }
+      Carry<P> state{load<P>(b.grad_v_after + j), zero};
+      if (kReset == Reset::soft_delayed && !b.detach_reset) state.grad_reset = load<P>(b.grad_reset + j);
+      const P h = load<P>(b.h + j);
+      P slope;
+      if constexpr (kTriangle) {
+        slope = spike_slope<Surrogate::triangle>(h, neuron, scale);
+      } else {
+        slope = load<P>(b.slopes + j);
+      }
+      const StepGrad<P> grad = backward_step<kReset>(load<P>(b.grad_s + j), h, v, slope, neuron, b.detach_reset, state);
+      store(b.grad_x + j, grad.x, b.past_caches);
+      store(b.grad_v + j, state.grad_v);
+      if (kReset == Reset::soft_delayed && !b.detach_reset) store(b.grad_reset + j, state.grad_reset);
+      if constexpr (kSummed) {
+        sums.add(kThresholdSum, j, grad.threshold);
+        if (b.before) sums.add(kLeakSum, j, grad.leak);
+      }
+      if constexpr (kNormalised) {
+        sums.add(kGradSum, j, grad.x);
+        sums.add(kDotSum, j, grad.x * (load<P>(b.x + j) - parameters.of(kMean, j)));
+      }
+    });
   }
 };
 
@@ -170,78 +139,21 @@ template <typename scalar_t>
 struct FirstSpikeRow {
   template <int kBytes>
   static IIRSNN_INLINE void run(const BackwardRow<scalar_t>* row) {
-    using Part = Parts<scalar_t, kBytes>;
-    using P = typename Part::P;
+    using P = typename Parts<scalar_t, kBytes>::P;
     const BackwardRow<scalar_t> b = *row;
     with_sums<false>(b, [&](auto summed) IIRSNN_INLINE_LAMBDA {
       constexpr int kCount = decltype(summed)::value ? 1 : 0;
-      for_each_piece<P>(b.parameters, b.n, [&](const auto& parameters, int begin, int end) IIRSNN_INLINE_LAMBDA {
-        constexpr bool kSeveral = std::decay_t<decltype(parameters)>::kSeveral;
-        const auto ahead = [](int) {};
-        for_each_part<kCount, Part, kSeveral>(
-            b, begin, end, ahead, [&](int j, int part, auto* sums) IIRSNN_INLINE_LAMBDA {
-              const Neuron<P> neuron = parameters.neuron(j, b.v_reset);
-              Carry<P> state{load<P>(b.grad_v + j), load<P>(b.grad_reset + j)};
-              const P threshold = backward_v0_delayed(load<P>(b.before + j), load<P>(b.slopes + j), neuron, state);
-              store(b.grad_v + j, state.grad_v);
-              if constexpr (kCount > 0) add_part(sums[kThresholdSum], part, threshold);
-            });
+      const auto ahead = [](int) {};
+      for_each_part<kCount, P, kBytes>(b, ahead, [&](int j, const auto& parameters, auto& sums) IIRSNN_INLINE_LAMBDA {
+        const Neuron<P> neuron = parameters.neuron(j, b.v_reset);
+        Carry<P> state{load<P>(b.grad_v + j), load<P>(b.grad_reset + j)};
+        const P threshold = backward_v0_delayed(load<P>(b.before + j), load<P>(b.slopes + j), neuron, state);
+        store(b.grad_v + j, state.grad_v);
+        if constexpr (kCount > 0) sums.add(kThresholdSum, j, threshold);
       });
     });
   }
 };
-
-inline bool in_one_step(const LifBackward& args) { return args.shape.timesteps == 1 && !args.v0 && !args.grad_v; }
-
-// T = 1 from v = 0, without grad_v: no membrane, no reset, no carry, no leak, and one pass.
-template <typename scalar_t, Surrogate kSurrogate, bool kNormalised>
-struct SingleRow {
-  template <int kBytes>
-  static IIRSNN_INLINE void run(const BackwardRow<scalar_t>* row) {
-    using Part = Parts<scalar_t, kBytes>;
-    using P = typename Part::P;
-    using acc_t = typename Part::acc_t;
-    const BackwardRow<scalar_t> b = *row;  // which stores cannot change
-    const P zero = P(acc_t(0)), scale = P(b.scale);
-    with_sums<kNormalised>(b, [&](auto summed) IIRSNN_INLINE_LAMBDA {
-      constexpr int kCount = !decltype(summed)::value ? 0 : kNormalised ? kSums<true> : 1;
-      for_each_piece<P>(b.parameters, b.n, [&](const auto& parameters, int begin, int end) IIRSNN_INLINE_LAMBDA {
-        constexpr bool kSeveral = std::decay_t<decltype(parameters)>::kSeveral;
-        const auto ahead = [](int) {};
-        for_each_part<kCount, Part, kSeveral>(
-            b, begin, end, ahead, [&](int j, int part, auto* sums) IIRSNN_INLINE_LAMBDA {
-              const Neuron<P> neuron{zero, parameters.of(kInverse, j), zero, zero};
-              Carry<P> carry{zero, zero};
-              const P h = current_at<kNormalised, P>(b.x + j, parameters, j);
-              const StepGrad<P> grad =
-                  backward_step<Reset::none, kSurrogate>(load<P>(b.grad_s + j), h, zero, neuron, scale, true, carry);
-              store(b.grad_x + j, grad.x, b.past_caches);
-              if constexpr (kCount > 0) add_part(sums[kThresholdSum], part, grad.threshold);
-              if constexpr (kNormalised) {
-                add_part(sums[kGradSum], part, grad.x);
-                add_part(sums[kDotSum], part, grad.x * (load<P>(b.x + j) - parameters.of(kMean, j)));
-              }
-            });
-      });
-    });
-  }
-};
-
-template <typename scalar_t, bool kNormalised>
-auto single_row(Surrogate surrogate) {
-  switch (surrogate) {
-    case Surrogate::triangle:
-      return version<SingleRow<scalar_t, Surrogate::triangle, kNormalised>>();
-    case Surrogate::atan:
-      return version<SingleRow<scalar_t, Surrogate::atan, kNormalised>>();
-    case Surrogate::sigmoid:
-      return version<SingleRow<scalar_t, Surrogate::sigmoid, kNormalised>>();
-    case Surrogate::fast_sigmoid:
-      return version<SingleRow<scalar_t, Surrogate::fast_sigmoid, kNormalised>>();
-    default:
-      return version<SingleRow<scalar_t, Surrogate::boxcar, kNormalised>>();
-  }
-}
 
 // Pointers to the first neuron of a block, at t = 0.
 template <typename scalar_t>
@@ -257,19 +169,20 @@ struct BackwardBlock {
   acc_t* grad_v0;        // or null
 };
 
-// See through_time.h; of the instruction set in force, null where there is none for so many timesteps.
+// What a pass backward is for. A current that is normalised takes two: sums, and from them the gradient.
+enum class Pass { all, sums, grad_x };
+
+// See through_time.h; of the instruction set in force, null where these go through rows.
 template <typename scalar_t>
 using ThroughTimeLoop = void (*)(const BackwardBlock<scalar_t>*, const BackwardRow<scalar_t>*);
-template <typename scalar_t>
-ThroughTimeLoop<scalar_t> through_time(int64_t timesteps);
+template <typename scalar_t, Pass kPass>
+ThroughTimeLoop<scalar_t> through_time(const LifBackward& args);
 
 // The loops over rows, of the instruction set in force.
 template <typename scalar_t>
 struct RowLoops {
   using Loop = void (*)(const BackwardRow<scalar_t>*);
   Loop charge, step, first_spike;
-  Loop single;                                         // null: not in one step
-  ThroughTimeLoop<scalar_t> through_time;              // of blocks of wide channels, or null
   SlopeRow<typename Convert<scalar_t>::acc_t> slopes;  // null: triangle, which `step` computes itself
   SlopeRow<typename Convert<scalar_t>::acc_t> first_slopes;
 };
@@ -277,10 +190,6 @@ template <typename scalar_t, bool kNormalised>
 RowLoops<scalar_t> row_loops(const LifBackward& args) {
   using acc_t = typename Convert<scalar_t>::acc_t;
   RowLoops<scalar_t> loops{};
-  if (in_one_step(args)) {
-    loops.single = single_row<scalar_t, kNormalised>(args.surrogate);
-    return loops;
-  }
   with_reset(args.reset, [&](auto reset) {
     constexpr Reset kReset = decltype(reset)::value;
     loops.charge = version<ChargeRow<scalar_t, kReset, kNormalised>>();
@@ -290,10 +199,6 @@ RowLoops<scalar_t> row_loops(const LifBackward& args) {
   loops.first_spike = owed ? version<FirstSpikeRow<scalar_t>>() : nullptr;
   loops.first_slopes = slope_row<acc_t>(args.surrogate);
   loops.slopes = args.surrogate == Surrogate::triangle ? nullptr : loops.first_slopes;
-  const bool plain = args.reset == Reset::soft && args.detach_reset && !args.v0 && !args.grad_v && !loops.slopes;
-  if constexpr (!kNormalised && !std::is_same_v<acc_t, double>) {
-    if (plain) loops.through_time = through_time<scalar_t>(args.shape.timesteps);
-  }
   return loops;
 }
 
@@ -328,18 +233,6 @@ template <typename scalar_t, typename acc_t = typename Convert<scalar_t>::acc_t>
 void backward_block(const BackwardBlock<scalar_t>& b, const RowLoops<scalar_t>& loops, BackwardScratch<acc_t>& scratch,
                     BackwardRow<scalar_t>& row) {
   using Rows = BackwardScratch<acc_t>;
-  if (loops.single) {
-    row.x = b.x;
-    row.grad_s = b.grad_s;
-    row.grad_x = b.grad_x;
-    return loops.single(&row);
-  }
-  const auto of_several = [&] {
-    const Piece<acc_t>* piece = row.parameters.pieces;
-    while (!piece->several && piece->end < row.n) ++piece;
-    return piece->several;
-  };
-  if (loops.through_time && !of_several()) return loops.through_time(&b, &row);
   acc_t* const slopes = scratch[Rows::kSlopes];
   row.slopes = loops.slopes ? slopes : nullptr;
   const int64_t last = (b.timesteps - 1) / kSegment;
@@ -385,20 +278,21 @@ void backward_block(const BackwardBlock<scalar_t>& b, const RowLoops<scalar_t>& 
 }
 
 // sums: [chunks, kSums, C], or null: not wanted.
-template <typename scalar_t, bool kNormalised>
+template <typename scalar_t, Pass kPass>
 void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t>::acc_t>& channels, double* sums,
                      int64_t first_chunk, int64_t last_chunk) {
   using acc_t = typename Convert<scalar_t>::acc_t;
   using x_t = kernel_t<scalar_t>;
   using Rows = BackwardScratch<acc_t>;
-  constexpr int kStride = kRow<x_t>;
+  constexpr int kStride = kRow<x_t>, kCount = kSums<kPass != Pass::all>;
   const LifShape& shape = args.shape;
   const int64_t steps = shape.timesteps;
-  const RowLoops<x_t> loops = row_loops<x_t, kNormalised>(args);
+  const auto fast = through_time<x_t, kPass>(args);
+  const RowLoops<x_t> loops = row_loops<x_t, kPass != Pass::all>(args);
   const bool some_staged = std::is_same_v<scalar_t, Half> || last_chunk == chunks_of(shape);
   const Buffer<x_t> copies(some_staged ? 3 * steps * kStride : 0);
   BackwardScratch<acc_t> scratch(shape);
-  ChannelSums<acc_t> channel_sums(shape, !sums ? 0 : loops.single && !kNormalised ? 1 : kSums<kNormalised>);
+  ChannelSums<acc_t> channel_sums(shape, sums ? kCount : 0);
   BackwardRow<x_t> row{};
   row.v_reset = acc_t(args.v_reset);
   row.scale = acc_t(args.surrogate_scale);
@@ -407,7 +301,7 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
   BackwardBlock<x_t> block{};
   block.timesteps = steps;
   for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
-    const int64_t totals = kSums<kNormalised> * shape.channels;
+    const int64_t totals = kCount * shape.channels;
     if (sums) std::fill_n(sums + chunk * totals, totals, 0.0);
     for_each_block(shape, chunk, [&](const Range& range) {
       const int n = range.n;
@@ -448,9 +342,13 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
         block.grad_x_stride = shape.neurons;
         row.past_caches = past_caches<scalar_t>(shape, args.grad_x);
       }
-      backward_block(block, loops, scratch, row);
+      if (fast) {
+        fast(&block, &row);
+      } else {
+        backward_block(block, loops, scratch, row);
+      }
       if (sums) channel_sums.add(range, row.parameters, sums + chunk * totals);
-      if (copied) unstage(block.grad_x, steps, n, grad_x, shape.neurons);
+      if (copied && !(fast && kPass == Pass::sums)) unstage(block.grad_x, steps, n, grad_x, shape.neurons);
       if (copied && grad_v0) unstage(block.grad_v0, 1, n, grad_v0, 0);
     });
   }
@@ -458,11 +356,12 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
 }
 
 // Compiled in files of their own, which takes two processors half the time.
-#define IIRSNN_BACKWARD_BLOCKS(scalar_t, normalised)                                                           \
-  template void backward_blocks<scalar_t, normalised>(const LifBackward&, Channels<Convert<scalar_t>::acc_t>&, \
+#define IIRSNN_BACKWARD_BLOCKS(scalar_t, pass)                                                                 \
+  template void backward_blocks<scalar_t, Pass::pass>(const LifBackward&, Channels<Convert<scalar_t>::acc_t>&, \
                                                       double*, int64_t, int64_t)
-extern IIRSNN_BACKWARD_BLOCKS(double, false);
-extern IIRSNN_BACKWARD_BLOCKS(BFloat16, false);
-extern IIRSNN_BACKWARD_BLOCKS(BFloat16, true);
+extern IIRSNN_BACKWARD_BLOCKS(double, all);
+extern IIRSNN_BACKWARD_BLOCKS(BFloat16, all);
+extern IIRSNN_BACKWARD_BLOCKS(BFloat16, sums);
+extern IIRSNN_BACKWARD_BLOCKS(BFloat16, grad_x);
 
 }  // namespace iirsnn

@@ -5,9 +5,7 @@
 namespace iirsnn {
 namespace {
 
-// grad_x = gain (g - mean(g) - x_hat mean(g x_hat)), where g, the gradient of the current, is what grad_x holds.
-enum { kGradMean, kSlope, kInputMean, kInputGain };
-
+// Where the pass before wrote the gradient of the current: grad_x in its place.
 template <typename scalar_t>
 struct GradBlock {
   int n;  // whole vectors
@@ -30,8 +28,8 @@ struct GradRows {
         const scalar_t* x = b.x + t * b.x_stride;
         scalar_t* grad_x = b.grad_x + t * b.grad_x_stride;
         for (int i = begin; i < end; i += P::kSize) {
-          const P centred = load<P>(x + i) - p.of(kInputMean, i), off = load<P>(grad_x + i) - p.of(kGradMean, i);
-          store(grad_x + i, (off - centred * p.of(kSlope, i)) * p.of(kInputGain, i));
+          const P centred = load<P>(x + i) - p.of(kMean, i);
+          store(grad_x + i, input_gradient(load<P>(grad_x + i), centred, p, i));
         }
       }
     });
@@ -69,28 +67,39 @@ void grad_x_blocks(const BnLif& args, Channels<float>& channels, int64_t first_c
   }
 }
 
-}  // namespace
-
-void bn_lif_backward_cpu(const BnLif& args, int64_t first_chunk, int64_t last_chunk) {
-  const NormalisedChannels normalised(args);
-  Channels<float> channels = normalised.of(args);
+LifBackward backward_of(const BnLif& args) {
   LifBackward call{args.shape,     args.reset,           args.v_reset, args.detach_reset,
                    args.surrogate, args.surrogate_scale, args.grad_s,  args.grad_s_stride_t};
   call.x = args.x;
   call.grad_x = args.grad_x;
-  if (args.shape.dtype == DType::float32) {
-    return backward_blocks<float, true>(call, channels, args.sums, first_chunk, last_chunk);
-  }
-  backward_blocks<BFloat16, true>(call, channels, args.sums, first_chunk, last_chunk);
+  return call;
+}
+
+// Few timesteps are gone through twice: sums, then grad_x. Of more, the first pass leaves their gradients.
+template <typename scalar_t, Pass kPass>
+void backward(const BnLif& args, int64_t first_chunk, int64_t last_chunk) {
+  const LifBackward call = backward_of(args);
+  const NormalisedChannels normalised(args);
+  const bool twice = through_time<scalar_t, kPass>(call);
+  Channels<float> channels = normalised.backward(args);
+  if (kPass == Pass::grad_x && !twice) return grad_x_blocks<scalar_t>(args, channels, first_chunk, last_chunk);
+  backward_blocks<scalar_t, kPass>(call, channels, args.sums, first_chunk, last_chunk);
+}
+
+template <Pass kPass>
+void backward(const BnLif& args, int64_t first_chunk, int64_t last_chunk) {
+  if (args.shape.dtype == DType::float32) return backward<float, kPass>(args, first_chunk, last_chunk);
+  backward<BFloat16, kPass>(args, first_chunk, last_chunk);
+}
+
+}  // namespace
+
+void bn_lif_backward_cpu(const BnLif& args, int64_t first_chunk, int64_t last_chunk) {
+  backward<Pass::sums>(args, first_chunk, last_chunk);
 }
 
 void bn_lif_grad_x_cpu(const BnLif& args, int64_t first_chunk, int64_t last_chunk) {
-  const int64_t channels = args.shape.channels;
-  std::vector<float> gain(channels);
-  for (int64_t c = 0; c < channels; ++c) gain[c] = args.weight ? args.rstd[c] * args.weight[c] : args.rstd[c];
-  Channels<float> parameters(args.shape, {args.grad_mean, args.slope, args.mean, gain.data()});
-  if (args.shape.dtype == DType::float32) return grad_x_blocks<float>(args, parameters, first_chunk, last_chunk);
-  grad_x_blocks<BFloat16>(args, parameters, first_chunk, last_chunk);
+  backward<Pass::grad_x>(args, first_chunk, last_chunk);
 }
 
 }  // namespace iirsnn

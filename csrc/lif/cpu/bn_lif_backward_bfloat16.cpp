@@ -2,6 +2,7 @@
 
 namespace iirsnn {
 
-IIRSNN_BACKWARD_BLOCKS(BFloat16, true);
+IIRSNN_BACKWARD_BLOCKS(BFloat16, sums);
+IIRSNN_BACKWARD_BLOCKS(BFloat16, grad_x);
 
 }  // namespace iirsnn

@@ -7,7 +7,7 @@ namespace iirsnn {
 
 void bn_lif_forward_cpu(const BnLif& args, int64_t first_chunk, int64_t last_chunk) {
   const NormalisedChannels normalised(args);
-  Channels<float> channels = normalised.of(args);
+  Channels<float> channels = normalised.forward(args);
   LifForward call{args.shape, args.reset, args.v_reset, args.x};
   call.s = args.s;
   const auto packed = [](auto&&...) {};

@@ -1,8 +1,9 @@
 // BatchNorm, with the statistics of its input, and LIF in one: CPU kernels over a range of chunks (cpu_lif.h).
 //
 //   forward:   the sums of the statistics, one pass over x; then spikes, one pass that reads x and writes s
-//   backward:  the LIF backward on the normalised current, one pass that reads x and grad_s and writes its gradient;
-//              then grad_x in its place, one pass that reads x again
+//   backward:  the LIF backward on the normalised current, one pass that reads x and grad_s, for its sums; then another
+//              that computes the same again, and from it and the sums grad_x. Where the LIF backward goes through rows,
+//              the first pass leaves its gradients in grad_x and the second reads those
 //
 // The normalised current is computed in registers, from x, whenever it is needed. x is float32 or bfloat16; parameters
 // are float32.
@@ -31,7 +32,7 @@ struct BnLif {
   // backward
   const void* grad_s;       // like x
   int64_t grad_s_stride_t;  // N, or 0: the same gradient at every timestep
-  void* grad_x;             // [T, N] like x; first the gradient of the current
+  void* grad_x;             // [T, N] like x
   double* sums;             // [chunks, kBnLifSums, C]
   const float* grad_mean;   // [C], the mean of the current's gradient
   const float* slope;       // [C], the mean of its product with x - mean, times rstd^2
@@ -46,7 +47,7 @@ void moments_cpu(const LifShape& shape, const void* x, double* sums, int64_t fir
 void add_chunks_cpu(const LifShape& shape, int count, double* sums);
 void bn_lif_forward_cpu(const BnLif& args, int64_t first_chunk, int64_t last_chunk);
 void bn_lif_backward_cpu(const BnLif& args, int64_t first_chunk, int64_t last_chunk);
-// Reads grad_mean and slope.
+// Reads grad_mean and slope, and what the first pass left in grad_x.
 void bn_lif_grad_x_cpu(const BnLif& args, int64_t first_chunk, int64_t last_chunk);
 
 }  // namespace iirsnn

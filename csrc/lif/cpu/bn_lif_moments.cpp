@@ -4,6 +4,7 @@
 
 #include "lif/cpu/blocks.h"
 #include "lif/cpu/bn_lif_cpu.h"
+#include "simd/sums.h"
 #include "simd/versions.h"
 
 namespace iirsnn {
@@ -28,7 +29,7 @@ struct Doubles {
     for (int k = 0; k < V::kRegisters; ++k) {
       Floats floats;
       memcpy(&floats, from + k * (kBytes / 8), sizeof(floats));
-      value.r[k] = __builtin_convertvector(floats, typename V::Register);
+      value.r[k] = doubles_of<kBytes>(floats);
     }
     return value;
   }
@@ -40,7 +41,7 @@ struct Doubles {
       const Bits bits = __builtin_convertvector(halves, Bits) << 16;
       Floats floats;
       memcpy(&floats, &bits, sizeof(floats));
-      value.r[k] = __builtin_convertvector(floats, typename V::Register);
+      value.r[k] = doubles_of<kBytes>(floats);
     }
     return value;
   }

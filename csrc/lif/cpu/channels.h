@@ -3,7 +3,8 @@
 // A block is cut into pieces. In a piece of one channel, kernels spread its parameters over registers and sum in
 // registers. In a piece of several they read parameters from rows of one element a neuron, and sum into such rows.
 // Where channels are wide, a piece of several is no more than the vector that crosses from one to the next; where they
-// are narrow it is the whole block. No row grows with the map.
+// are narrow it is the whole block. No row grows with the map. Sums are double, but for the few terms of a neuron that
+// rows hold.
 #pragma once
 
 #include <array>
@@ -13,15 +14,16 @@
 
 namespace iirsnn {
 
-// What kernels read of a channel; the last three of a current that is normalised.
-enum { kThreshold, kLeak, kInverse, kGain, kShift, kMean, kParameters };
+// What kernels read of a channel: all from kGain on of a current that is normalised.
+enum { kThreshold, kLeak, kInverse, kGain, kShift, kMean, kGradMean, kSlope, kParameters };
 constexpr int kWide = 4;        // vectors of a channel, in memory, from which on it can be pieces of a block
-constexpr int kHeldBlocks = 8;  // whose sums rows hold as acc_t, before they are added up as doubles
+constexpr int kHeldTerms = 16;  // of a neuron, that rows sum as acc_t, at most, where blocks are no longer
 
 template <typename acc_t>
 struct Piece {
-  int end;  // of its neurons, which follow those of the piece before
-  bool several;
+  int end;          // of its neurons, which follow those of the piece before
+  int64_t channel;  // -1: several
+  bool several() const { return channel < 0; }
   acc_t values[kParameters];  // of its only channel
 };
 
@@ -67,7 +69,7 @@ class ChannelSums {
   ChannelSums(const LifShape& shape, int count);
 
   // Where kernels add sum k of a block, at [k * stride()]: of a piece of several channels each neuron's, of a piece of
-  // one those of a vector's lanes, at its first vector.
+  // one eight doubles, at its first neuron.
   acc_t* rows(const Range& range);
   int64_t stride() const { return stride_; }
   // After the kernels; totals [count, channels] are added to.
@@ -77,9 +79,9 @@ class ChannelSums {
   const LifShape shape_;
   const int count_;
   const bool wide_, once_;
-  const int64_t stride_;
+  const int64_t stride_, most_;  // neurons that rows_ hold before they are added up
   Buffer<acc_t> rows_;
-  int64_t held_ = 0;  // neurons in rows_
+  int64_t held_ = 0;
 };
 
 }  // namespace iirsnn

@@ -1,12 +1,15 @@
-// Spikes of a range of chunks: reads x and writes s, 2 T N scalars. Neurons go through all their timesteps, membranes
-// in registers, before the next ones start.
+// Spikes of a range of chunks: reads x and writes s, 2 T N scalars. Neurons go through up to kAtOnce timesteps,
+// membranes in registers, before the next ones start.
 #pragma once
 
 #include "lif/cpu/rows.h"
 
 namespace iirsnn {
 
-// Of a block: n neurons, whole vectors; pointers to the first of them at t = 0.
+// Rows often lie a power of two apart: lines of more than these, of x and of s, would share sets of the caches.
+constexpr int64_t kAtOnce = 5;
+
+// Of a block: n neurons, whole vectors; pointers to the first of them at its first timestep.
 template <typename scalar_t>
 struct ForwardBlock {
   using acc_t = typename Convert<scalar_t>::acc_t;
@@ -33,11 +36,41 @@ struct ForwardRows {
     const Block b = *block;  // which stores cannot change
     using V = typename Parts<scalar_t, kBytes>::Held;
     for_each_piece<V>(b.parameters, b.n, [&](const auto& parameters, int begin, int end) IIRSNN_INLINE_LAMBDA {
+      constexpr bool kSeveral = std::decay_t<decltype(parameters)>::kSeveral;
+      if constexpr (std::is_same_v<scalar_t, BFloat16> && !kNormalised && !kSeveral) {
+        if (b.timesteps == 1 && !b.v0 && !b.v) {
+          return compare<kBytes>(b, parameters.of(kThreshold, begin).r[0][0], begin, end);
+        }
+      }
       for (int i = begin; i < end; i += V::kSize) neurons<V>(b, i, parameters);
     });
   }
 
  private:
+  // One timestep of 16-bit numbers: as whole numbers in their order, without widening.
+  template <int kBytes>
+  static IIRSNN_INLINE void compare(const Block& b, float threshold, int begin, int end) {
+    using Bits = Register<int16_t, kBytes>;
+    const Bits size = Bits{} + int16_t(0x7fff), infinity = Bits{} + int16_t(0x7f80), one = Bits{} + int16_t(0x3f80);
+    const Bits bound = Bits{} + ordered_below(threshold);
+    for (int i = begin; i < end; i += kBytes / 2) {
+      const Bits x = load_loose<Bits>(b.x + i), ordered = x ^ ((x >> 15) & size);
+      const Bits s = (x & size) > infinity ? x : (ordered > bound) & one;  // a NaN stays
+      if (__builtin_expect(b.past_caches, false)) {
+        stream(b.s + i, s);
+      } else {
+        store_loose(b.s + i, s);
+      }
+    }
+  }
+  // The whole number of the largest bfloat16 that is not above: of all for a NaN.
+  static IIRSNN_INLINE int16_t ordered_below(float value) {
+    if (value != value) return 0x7fff;
+    if (value == 0) return 0;
+    const uint32_t bits = bit_cast<uint32_t>(value), below = value < 0 ? bits + 0xffffu : bits;
+    return value < 0 ? int16_t((below >> 16) ^ 0x7fffu) : int16_t(below >> 16);
+  }
+
   template <typename V, typename PartParameters>
   static IIRSNN_INLINE void neurons(const Block& b, int i, const PartParameters& parameters) {
     const scalar_t* x = b.x + i;
@@ -69,9 +102,9 @@ void forward_blocks(const LifForward& args, Channels<typename Convert<scalar_t>:
       args.reset, [](auto reset) { return version<ForwardRows<x_t, decltype(reset)::value, kNormalised>>(); });
   const bool some_staged = std::is_same_v<scalar_t, Half> || last_chunk == chunks_of(shape);
   const Buffer<x_t> x_rows(some_staged ? steps * kStride : 0), s_rows(some_staged || args.bits ? steps * kStride : 0);
-  const Buffer<acc_t> membranes(some_staged ? 2 * kRow<acc_t> : 0);
+  const Buffer<acc_t> membranes(some_staged || steps > kAtOnce ? 3 * kRow<acc_t> : 0);
+  acc_t* const held = membranes.get() + 2 * kRow<acc_t>;
   ForwardBlock<x_t> block{};
-  block.timesteps = steps;
   block.v_reset = acc_t(args.v_reset);
   // from the last chunk to the first: what a pass before has read last is still in the cache
   for (int64_t chunk = last_chunk - 1; chunk >= first_chunk; --chunk) {
@@ -107,10 +140,19 @@ void forward_blocks(const LifForward& args, Channels<typename Convert<scalar_t>:
           block.past_caches = past_caches<scalar_t>(shape, args.s);
         }
       }
-      kernel(&block);
+      const acc_t* const first_v = block.v0;
+      acc_t* const last_v = block.v;
+      for (int64_t t = 0; t < steps; t += kAtOnce) {
+        block.timesteps = std::min(kAtOnce, steps - t);
+        block.v0 = t > 0 ? held : first_v;
+        block.v = t + kAtOnce < steps ? held : last_v;
+        kernel(&block);
+        block.x += kAtOnce * block.x_stride;
+        block.s += kAtOnce * block.s_stride;
+      }
       if (!s) packed(range, s_rows.get(), kStride);
       if (copied && s) unstage(s_rows.get(), steps, n, s, shape.neurons);
-      if (copied && v) unstage(block.v, 1, n, v, 0);
+      if (copied && v) unstage(last_v, 1, n, v, 0);
     });
   }
   settle();

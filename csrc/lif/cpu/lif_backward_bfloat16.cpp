@@ -2,6 +2,6 @@
 
 namespace iirsnn {
 
-IIRSNN_BACKWARD_BLOCKS(BFloat16, false);
+IIRSNN_BACKWARD_BLOCKS(BFloat16, all);
 
 }  // namespace iirsnn

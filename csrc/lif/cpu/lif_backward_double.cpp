@@ -2,6 +2,6 @@
 
 namespace iirsnn {
 
-IIRSNN_BACKWARD_BLOCKS(double, false);
+IIRSNN_BACKWARD_BLOCKS(double, all);
 
 }  // namespace iirsnn

@@ -1,18 +1,19 @@
 #include "lif/cpu/channels.h"
+#include "simd/sums.h"
 #include "simd/versions.h"
 
 namespace iirsnn {
 namespace {
 
 // Neurons of all channels that have rows filled once, or summed into, at most.
-constexpr int64_t kLongRow = 32 * kBlock, kLongSums = 8 * kBlock;
+constexpr int64_t kLongRow = 32 * kBlock, kLongSums = 16 * kBlock;
 
 bool in_one_row(const LifShape& shape, int64_t longest) {
   const int64_t period = shape.channels * shape.inner;
   return period <= longest && shape.neurons >= 4 * period;
 }
 
-// A piece takes as long to begin as some vectors: once at T = 1, else in each row.
+// Where channels are too narrow to be pieces of their own, rows are filled: once, if that is not too long.
 template <typename acc_t>
 bool wide(const LifShape& shape) {
   const int64_t vectors = shape.inner / kLanes<acc_t>;
@@ -53,49 +54,48 @@ struct SpreadRow {  // values of channels -> one a neuron; writes up to a regist
 
 // ---- Sums ----
 
-// A vector's first lanes, or all but those; zeros in place of the others.
+// A vector's first lanes; zeros in place of the others.
 template <typename V>
 class Split {
  public:
   IIRSNN_INLINE Split() {
-    for (int i = 0; i < 3 * V::kSize; ++i) kept_[i] = i / V::kSize == 1 ? bits_t(0) : ~bits_t(0);
+    for (int i = 0; i < 2 * V::kSize; ++i) kept_[i] = i < V::kSize ? ~bits_t(0) : bits_t(0);
   }
-  IIRSNN_INLINE V first(const V& value, int count) const { return keep(value, V::kSize - count); }
-  IIRSNN_INLINE V rest(const V& value, int count) const { return keep(value, 2 * V::kSize - count); }
+  IIRSNN_INLINE V first(const V& value, int count) const {
+    return bit_cast<V>(bit_cast<Bits>(value) & load<Bits>(kept_ + V::kSize - count));
+  }
 
  private:
   using Bits = typename Number<V>::bits_t;
   using bits_t = typename Number<typename Number<V>::type>::bits_t;
-  IIRSNN_INLINE V keep(const V& value, int from) const {
-    return bit_cast<V>(bit_cast<Bits>(value) & load<Bits>(kept_ + from));
-  }
-  bits_t kept_[3 * V::kSize];
+  bits_t kept_[2 * V::kSize];
 };
 
 template <typename acc_t>
 struct SumRow {  // one a neuron -> added to totals of channels; reads up to a vector more than n
   template <int kBytes>
   static IIRSNN_INLINE void run(const LifShape* shape, const acc_t* row, int64_t begin, int n, double* totals) {
-    using V = Lanes<acc_t, kBytes>;
+    using V = Lanes<acc_t, kBytes, 64>;
     if (shape->inner == 1) {
       for_each_pass(*shape, begin, n, [&](int first, int last, int64_t channel) IIRSNN_INLINE_LAMBDA {
         double* to = totals + channel - first;
         IIRSNN_VECTORIZE
         for (int i = first; i < last; ++i) to[i] += double(row[i]);
       });
-    } else if (shape->inner < V::kSize / 2) {
+    } else if (shape->inner < V::kSize) {
       for_each_channel(*shape, begin, n, [&](int first, int last, int64_t channel) IIRSNN_INLINE_LAMBDA {
-        acc_t result = row[first];
-        for (int i = first + 1; i < last; ++i) result += row[i];
-        totals[channel] += double(result);
+        double result = row[first];
+        for (int i = first + 1; i < last; ++i) result += double(row[i]);
+        totals[channel] += result;
       });
     } else {
       const Split<V> split;
       for_each_channel(*shape, begin, n, [&](int first, int last, int64_t channel) IIRSNN_INLINE_LAMBDA {
-        V result = V(acc_t(0));
+        Sums<kBytes> result = Sums<kBytes>(0.0);
         int i = first;
-        for (; i + V::kSize <= last; i += V::kSize) result = result + load<V>(row + i);
-        totals[channel] += double(sum(result + split.first(load<V>(row + i), last - i)));
+        for (; i + V::kSize <= last; i += V::kSize) add_up(result, load<V>(row + i));
+        add_up(result, split.first(load<V>(row + i), last - i));
+        totals[channel] += sum(result);
       });
     }
   }
@@ -106,17 +106,15 @@ struct SumPieces {  // those of a block of wide channels -> added to totals of c
   template <int kBytes>
   static IIRSNN_INLINE void run(const LifShape* shape, acc_t* row, const Range* range, const Piece<acc_t>* piece,
                                 double* totals) {
-    using V = Lanes<acc_t, kBytes>;
-    const Split<V> split;
-    int64_t channel = channel_of(*shape, range->begin), end = left_of_channel(*shape, range->begin);
     for (int first = 0; first < range->n; first = piece++->end) {
-      const V lanes = load<V>(row + first);
-      store(row + first, V(acc_t(0)));
-      totals[channel] += double(sum(piece->several ? split.first(lanes, int(end - first)) : lanes));
-      if (piece->end < end) continue;
-      end += shape->inner;
-      channel = next_channel(*shape, channel);
-      if (piece->several) totals[channel] += double(sum(split.rest(lanes, int(end - shape->inner - first))));
+      if (piece->several()) {
+        const int n = std::min(piece->end, range->n) - first;
+        SumRow<acc_t>::template run<kBytes>(shape, row + first, range->begin + first, n, totals);
+        store(row + first, Lanes<acc_t, kBytes>(acc_t(0)));
+      } else {
+        totals[piece->channel] += sum(load_sums<kBytes>(row + first));
+        store_sums(row + first, Sums<kBytes>(0.0));
+      }
     }
   }
 };
@@ -193,11 +191,11 @@ void Channels<acc_t>::fill(const Range& range) {
 }
 
 template <typename acc_t>
-void Channels<acc_t>::add_piece(int end, int64_t channel) {  // -1: several
+void Channels<acc_t>::add_piece(int end, int64_t channel) {
   Piece<acc_t>& piece = pieces_[pieces_used_++];
   piece.end = end;
-  piece.several = channel < 0;
-  for (int i = 0; i < count_ && !piece.several; ++i) piece.values[used_[i]] = values_[used_[i]][channel];
+  piece.channel = channel;
+  for (int i = 0; i < count_ && !piece.several(); ++i) piece.values[used_[i]] = values_[used_[i]][channel];
 }
 
 template <typename acc_t>
@@ -207,6 +205,8 @@ ChannelSums<acc_t>::ChannelSums(const LifShape& shape, int count)
       wide_(wide<acc_t>(shape)),
       once_(!wide_ && in_one_row(shape, kLongSums)),
       stride_((once_ ? shape.channels * shape.inner : 0) + kRow<acc_t> + kLanes<acc_t>),
+      most_(std::max<int64_t>(1, kHeldTerms / shape.timesteps) *
+            std::max<int64_t>(shape.channels * shape.inner, block_neurons(shape))),
       rows_(count * stride_) {
   std::fill_n(rows_.get(), count * stride_, acc_t(0));
 }
@@ -218,9 +218,8 @@ acc_t* ChannelSums<acc_t>::rows(const Range& range) {
 
 template <typename acc_t>
 void ChannelSums<acc_t>::add(const Range& range, const Parameters<acc_t>& parameters, double* totals) {
-  const int64_t period = shape_.channels * shape_.inner;
   held_ += range.n;
-  if (once_ && !range.last && held_ < kHeldBlocks * std::max<int64_t>(period, kBlock)) return;
+  if (once_ && !range.last && held_ < most_) return;
   held_ = 0;
   for (int k = 0; k < count_; ++k) {
     acc_t* row = rows_.get() + k * stride_;
@@ -228,7 +227,7 @@ void ChannelSums<acc_t>::add(const Range& range, const Parameters<acc_t>& parame
     if (wide_) {
       run<SumPieces<acc_t>>(&shape_, row, &range, parameters.pieces, total);
     } else {
-      const int width = once_ ? int(period) + kBlock : range.n;
+      const int width = once_ ? int(shape_.channels * shape_.inner) + kBlock : range.n;
       run<SumRow<acc_t>>(&shape_, row, once_ ? 0 : range.begin, width, total);
       std::fill_n(row, width, acc_t(0));
     }

@@ -12,10 +12,14 @@ class NormalisedChannels {
  public:
   explicit NormalisedChannels(const BnLif& args) : derived_(derived(args)) {}
 
-  Channels<float> of(const BnLif& args) const {
-    const int64_t channels = args.shape.channels;
-    const float* gain = derived_.data();
-    return {args.shape, {args.threshold, args.leak, gain + 2 * channels, gain, gain + channels, args.mean}};
+  Channels<float> forward(const BnLif& args) const {
+    return {args.shape, {args.threshold, args.shape.timesteps > 1 ? args.leak : nullptr, nullptr, gain(), shift(args)}};
+  }
+  Channels<float> backward(const BnLif& args) const {
+    const bool charged = args.shape.timesteps > 1;
+    return {args.shape,
+            {charged ? args.threshold : nullptr, charged ? args.leak : nullptr, shift(args) + args.shape.channels,
+             gain(), shift(args), args.mean, args.grad_mean, args.slope}};
   }
 
  private:
@@ -32,6 +36,9 @@ class NormalisedChannels {
     }
     return table;
   }
+  const float* gain() const { return derived_.data(); }
+  const float* shift(const BnLif& args) const { return gain() + args.shape.channels; }
+
   const std::vector<float> derived_;
 };
 

@@ -1,8 +1,9 @@
-// What the kernels over rows of neurons share. A row is walked in vectors of kVectorBytes, a vector in parts: a
-// register, or of 16-bit floats two, so that few values are live at once.
+// What the kernels over rows of neurons share. A row is walked in parts: 64 bytes of numbers; of 16-bit floats no less
+// than two registers.
 #pragma once
 
 #include "lif/cpu/channels.h"
+#include "simd/sums.h"
 #include "simd/versions.h"
 
 namespace iirsnn {
@@ -10,11 +11,7 @@ namespace iirsnn {
 template <typename scalar_t, int kBytes>
 struct Parts {
   using acc_t = typename Convert<scalar_t>::acc_t;
-  using V = Lanes<acc_t, kBytes>;
-  using P = Lanes<acc_t, kBytes, sizeof(scalar_t) == 2 ? 2 * kBytes : kBytes>;
-  static constexpr int kCount = V::kRegisters / P::kRegisters;
-  // Whether all parts of a vector of sums have registers; else one part is compiled, not eight.
-  static constexpr bool kUnrolled = kRegisterCount<kBytes> * kBytes > 2 * kVectorBytes;
+  using P = Lanes<acc_t, kBytes, std::max(64, sizeof(scalar_t) == 2 ? 2 * kBytes : kBytes)>;
   // What goes through all timesteps in registers: a vector, or as much of it as four of them hold.
   using Held = Lanes<acc_t, kBytes, std::min(4 * kBytes, kVectorBytes)>;
 };
@@ -51,7 +48,7 @@ template <typename P, typename acc_t, typename F>
 IIRSNN_INLINE void for_each_piece(const Parameters<acc_t>& p, int n, F f) {
   int begin = 0;
   for (const Piece<acc_t>* piece = p.pieces; begin < n; begin = piece++->end) {
-    if (piece->several) {
+    if (piece->several()) {
       f(PartParameters<P, true, acc_t>(p, *piece), begin, piece->end);
     } else {
       f(PartParameters<P, false, acc_t>(p, *piece), begin, piece->end);
@@ -79,13 +76,49 @@ IIRSNN_INLINE P current_at(const scalar_t* x, const PartParameters& p, int i) {
   return rounded<scalar_t>(current * p.of(kGain, i) + p.of(kShift, i));
 }
 
-// Asks for the scalars of a vector of a row that comes next: 3 T rows are more than a processor follows by itself.
-template <typename V, typename scalar_t>
+// grad_x of a current that was normalised, from its gradient g and x - mean:
+// gain (g - mean(g) - x_hat mean(g x_hat)).
+template <typename P, typename PartParameters>
+IIRSNN_INLINE P input_gradient(const P& g, const P& centred, const PartParameters& p, int i) {
+  return (g - p.of(kGradMean, i) - centred * p.of(kSlope, i)) * p.of(kGain, i);
+}
+
+// Asks for the scalars of a part of a row that comes next: 3 T rows are more than a processor follows by itself.
+template <typename P, typename scalar_t>
 IIRSNN_INLINE void prefetch(const scalar_t* row) {
   constexpr int kLine = 64 / sizeof(scalar_t);
   IIRSNN_REGISTERS
-  for (int i = 0; i < V::kSize; i += kLine) __builtin_prefetch(row + i);
+  for (int i = 0; i < P::kSize; i += kLine) __builtin_prefetch(row + i);
 }
+
+// Sums over the neurons of a piece: of one channel in registers, of several one a neuron in memory.
+template <typename acc_t, int kCount, int kBytes, bool kSeveral>
+class PieceSums {
+ public:
+  IIRSNN_INLINE PieceSums(acc_t* rows, int64_t stride, int begin) : rows_(rows), stride_(stride), begin_(begin) {
+    IIRSNN_REGISTERS
+    for (int k = 0; k < kCount && !kSeveral; ++k) sums_[k] = load_sums<kBytes>(row(k) + begin_);
+  }
+  template <typename P>
+  IIRSNN_INLINE void add(int k, int j, const P& numbers) {
+    if constexpr (kSeveral) {
+      store(row(k) + j, load<P>(row(k) + j) + numbers);
+    } else {
+      add_up(sums_[k], numbers);
+    }
+  }
+  IIRSNN_INLINE void finish() const {
+    IIRSNN_REGISTERS
+    for (int k = 0; k < kCount && !kSeveral; ++k) store_sums(row(k) + begin_, sums_[k]);
+  }
+
+ private:
+  IIRSNN_INLINE acc_t* row(int k) const { return rows_ + k * stride_; }
+  acc_t* const rows_;
+  const int64_t stride_;
+  const int begin_;
+  Sums<kBytes> sums_[kCount > 0 ? kCount : 1];
+};
 
 // Whether kernels write past the caches: what is large, and lies as streams want it.
 template <typename scalar_t>

@@ -1,68 +1,77 @@
 // Gradients of few timesteps: a cache line of neurons goes up through all of them and down again, membranes in
-// registers, before the next line starts. For what trains most: soft, detached reset, triangle, from v = 0.
+// registers, before the next line starts. Of one timestep by any surrogate; of more for what trains most: soft,
+// detached reset, triangle; from v = 0.
 #pragma once
 
 #include "lif/cpu/backward.h"
 
 namespace iirsnn {
 
-template <typename scalar_t, int kTimesteps>
+template <typename scalar_t, int kTimesteps, Surrogate kSurrogate, Pass kPass>
 struct ThroughTime {
   template <int kBytes>
   static IIRSNN_INLINE void run(const BackwardBlock<scalar_t>* block, const BackwardRow<scalar_t>* row) {
-    using Part = Parts<scalar_t, kBytes>;
-    using acc_t = typename Part::acc_t;
-    using P = Lanes<acc_t, kBytes, std::max(kBytes, int(kCacheLine * sizeof(acc_t) / sizeof(scalar_t)))>;
-    const BackwardBlock<scalar_t> b = *block;
+    const BackwardBlock<scalar_t> b = *block;  // which stores cannot change
     const BackwardRow<scalar_t> r = *row;
-    with_sums<false>(r, [&](auto summed) IIRSNN_INLINE_LAMBDA {
-      constexpr bool kSummed = decltype(summed)::value;
-      int begin = 0;
-      for (const Piece<acc_t>* piece = r.parameters.pieces; begin < r.n; begin = piece++->end) {
-        const PartParameters<P, false, acc_t> parameters(r.parameters, *piece);
-        neurons<kSummed, kBytes, P>(b, r, parameters.neuron(0, r.v_reset), begin, piece->end);
-      }
+    if constexpr (kPass == Pass::grad_x) return neurons<kBytes, 0>(b, r);
+    with_sums<kPass == Pass::sums>(r, [&](auto summed) IIRSNN_INLINE_LAMBDA {
+      neurons<kBytes, decltype(summed)::value ? kSums<kPass == Pass::sums> : 0>(b, r);
     });
   }
 
  private:
-  template <bool kSummed, int kBytes, typename P, typename acc_t = typename Number<P>::type>
-  static IIRSNN_INLINE void neurons(const BackwardBlock<scalar_t>& b, const BackwardRow<scalar_t>& r,
-                                    const Neuron<P>& neuron, int begin, int end) {
-    using V = Lanes<acc_t, kBytes>;
-    constexpr int kCount = kSummed ? kSums<false> : 0;
+  template <int kBytes, int kCount>
+  static IIRSNN_INLINE void neurons(const BackwardBlock<scalar_t>& b, const BackwardRow<scalar_t>& r) {
+    using acc_t = typename Convert<scalar_t>::acc_t;
+    // A cache line: half of one, two registers of bfloat16, takes a sixth longer.
+    using P = Lanes<acc_t, kBytes, std::max(kBytes, int(kCacheLine * sizeof(acc_t) / sizeof(scalar_t)))>;
+    constexpr Reset kReset = kTimesteps == 1 ? Reset::none : Reset::soft;
+    constexpr bool kNormalised = kPass != Pass::all;
     const P zero = P(acc_t(0)), scale = P(r.scale);
-    V sums[kSummed ? kCount : 1];
-    load_sums<kCount>(r, begin, sums);
-    for (int i = begin; i < end; i += V::kSize) {
+    const auto ahead = [](int) {};
+    for_each_part<kCount, P, kBytes>(r, ahead, [&](int j, const auto& parameters, auto& sums) IIRSNN_INLINE_LAMBDA {
+      const Neuron<P> neuron = parameters.neuron(j, r.v_reset);
+      P h[kTimesteps];
       IIRSNN_REGISTERS
-      for (int part = 0; part < V::kSize / P::kSize; ++part) {
-        const int j = i + part * P::kSize;
-        P h[kTimesteps];
-        IIRSNN_REGISTERS
-        for (int t = 0; t < kTimesteps; ++t) {
-          const scalar_t* x = b.x + t * b.x_stride + j;
-          prefetch<P>(x + kAhead);
-          h[t] = load<P>(x);
-          if (t > 0) h[t] = charge<Reset::soft>(h[t], discharge<Reset::soft>(h[t - 1], neuron), neuron);
+      for (int t = 0; t < kTimesteps; ++t) {
+        const scalar_t* x = b.x + t * b.x_stride + j;
+        prefetch<P>(x + kAhead);
+        h[t] = current_at<kNormalised, P>(x, parameters, j);
+        if (t > 0) h[t] = charge<kReset>(h[t], discharge<kReset>(h[t - 1], neuron), neuron);
+      }
+      Carry<P> carry{zero, zero};
+      P over_time[kCount > 0 ? kCount : 1];
+      const auto add = [&](int k, int t, const P& term)
+                           IIRSNN_INLINE_LAMBDA { over_time[k] = t == kTimesteps - 1 ? term : over_time[k] + term; };
+      IIRSNN_REGISTERS
+      for (int t = kTimesteps - 1; t >= 0; --t) {
+        const scalar_t* grad_s = b.grad_s + t * b.grad_s_stride + j;
+        prefetch<P>(grad_s + kAhead);
+        const P v = kCount > 0 && t > 0 ? discharge<kReset>(h[t - 1], neuron) : zero;
+        const StepGrad<P> grad =
+            backward_step<kReset, kSurrogate>(load<P>(grad_s), h[t], v, neuron, scale, true, carry);
+        if constexpr (kCount > 0) {
+          add(kThresholdSum, t, grad.threshold);
+          if (t > 0) add(kLeakSum, t, grad.leak);
         }
-        Carry<P> carry{zero, zero};
-        IIRSNN_REGISTERS
-        for (int t = kTimesteps - 1; t >= 0; --t) {
-          const scalar_t* grad_s = b.grad_s + t * b.grad_s_stride + j;
-          prefetch<P>(grad_s + kAhead);
-          const P v = kSummed && t > 0 ? discharge<Reset::soft>(h[t - 1], neuron) : zero;
-          const StepGrad<P> grad =
-              backward_step<Reset::soft, Surrogate::triangle>(load<P>(grad_s), h[t], v, neuron, scale, true, carry);
-          store(b.grad_x + t * b.grad_x_stride + j, grad.x);
-          if constexpr (kSummed) {
-            add_part(sums[kThresholdSum], part, grad.threshold);
-            if (t > 0) add_part(sums[kLeakSum], part, grad.leak);
+        scalar_t* grad_x = b.grad_x + t * b.grad_x_stride + j;
+        if constexpr (kPass == Pass::all) {
+          store(grad_x, grad.x, kTimesteps == 1 && r.past_caches);
+        } else {
+          const P centred = load<P>(b.x + t * b.x_stride + j) - parameters.of(kMean, j);
+          if constexpr (kPass == Pass::sums) {
+            add(kGradSum, t, grad.x);
+            add(kDotSum, t, grad.x * centred);
+          } else {
+            store(grad_x, input_gradient(grad.x, centred, parameters, j), kTimesteps == 1 && r.past_caches);
           }
         }
       }
-    }
-    store_sums<kCount>(r, begin, sums);
+      IIRSNN_REGISTERS
+      for (int k = 0; k < kCount; ++k) {
+        if (k != kLeakSum || kTimesteps > 1) sums.add(k, j, over_time[k]);
+      }
+    });
   }
 
   static constexpr int kAhead = 1024 / sizeof(scalar_t);

@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Option
           mean, var, rstd};
 }
 
-// -> grad_x, which holds the gradient of the current, and sums [kBnLifSums, C]; the workspace is of other devices
+// -> grad_x, not finished, and sums [kBnLifSums, C]; the workspace is of other devices
 std::tuple<Tensor, Tensor, Tensor> gradient_sums(const Tensor& grad_s, const Tensor& x, const Tensor& mean,
                                                  const Tensor& rstd, const OptionalTensor& weight,
                                                  const OptionalTensor& bias, const Tensor& threshold,
@@ -108,14 +108,18 @@ std::tuple<Tensor, Tensor, Tensor> gradient_sums(const Tensor& grad_s, const Ten
   return {grad_x, chunks[0], empty_beside(x, 0, at::kByte)};
 }
 
-// The gradient of the current, in grad_x, becomes that of x.
-void grad_x_in_place(const Tensor& grad_x, const Tensor&, const Tensor& grad_mean, const Tensor& slope, const Tensor&,
-                     const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptionalTensor& weight,
-                     const OptionalTensor& bias, const Tensor& threshold, const Tensor& leak, std::string reset,
-                     double v_reset, bool detach_reset, std::string surrogate, double surrogate_scale) {
+// Finishes grad_x.
+void finish_grad_x(const Tensor& grad_x, const Tensor&, const Tensor& grad_mean, const Tensor& slope,
+                   const Tensor& grad_s, const Tensor& x, const Tensor& mean, const Tensor& rstd,
+                   const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& threshold,
+                   const Tensor& leak, std::string reset, double v_reset, bool detach_reset, std::string surrogate,
+                   double surrogate_scale) {
   BnLifCall call = check_call(x, mean, rstd, weight, bias, threshold, leak, reset, v_reset, detach_reset, surrogate,
                               surrogate_scale);
   BnLif& args = call.args;
+  const Tensor grad_s_like = check_grad_s(grad_s, x, args.shape.neurons);
+  args.grad_s = grad_s_like.const_data_ptr();
+  args.grad_s_stride_t = x.size(0) > 1 && grad_s_like.stride(0) == 0 ? 0 : args.shape.neurons;
   args.grad_mean = check_channels("grad_mean", grad_mean, x);
   args.slope = check_channels("slope", slope, x);
   args.grad_x = grad_x.mutable_data_ptr();
@@ -128,7 +132,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_s
                                                             const Tensor& leak, std::string reset, double v_reset,
                                                             bool detach_reset, std::string surrogate,
                                                             double surrogate_scale) {
-  const auto [grad_x, sums, workspace] = gradient_sums(grad_s, x, mean, rstd, weight, bias, threshold, leak, reset,
+  const Tensor grad_s_like =
+      check_grad_s(grad_s, x, check_bn_lif_x(x).neurons);  // copied once for both passes, if at all
+  const auto [grad_x, sums, workspace] = gradient_sums(grad_s_like, x, mean, rstd, weight, bias, threshold, leak, reset,
                                                        v_reset, detach_reset, surrogate, surrogate_scale);
   const int64_t channels = x.size(2);
   const double count = double(x.numel() / channels);
@@ -142,8 +148,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_s
     grad_mean.mutable_data_ptr<float>()[c] = float(total[kGradSum * channels + c] / count);
     slope.mutable_data_ptr<float>()[c] = float(dot / count * scale * scale);
   }
-  grad_x_in_place(grad_x, workspace, grad_mean, slope, grad_s, x, mean, rstd, weight, bias, threshold, leak, reset,
-                  v_reset, detach_reset, surrogate, surrogate_scale);
+  finish_grad_x(grad_x, workspace, grad_mean, slope, grad_s_like, x, mean, rstd, weight, bias, threshold, leak, reset,
+                v_reset, detach_reset, surrogate, surrogate_scale);
 
   // a scalar acts on every channel
   const auto gradient = [&](LifSum which, int64_t size) {
@@ -167,7 +173,7 @@ TORCH_LIBRARY_IMPL(iirsnn, CPU, m) {
   m.impl("bn_lif_moments", &moments);
   m.impl("bn_lif_fire", &fire);
   m.impl("bn_lif_gradient_sums", &gradient_sums);
-  m.impl("bn_lif_grad_x", &grad_x_in_place);
+  m.impl("bn_lif_grad_x", &finish_grad_x);
 }
 
 }  // namespace
