@@ -39,13 +39,16 @@ namespace {
 void store_weight(Precision precision, void* weights, int64_t at, int64_t output, float value) {
   if (precision == Precision::fp32) {
     static_cast<float*>(weights)[at + output] = value;
-  } else if (precision == Precision::bf16) {  // outputs 16 apart side by side; value is a bf16
+    return;
+  }
+  const int64_t within = output % 32;  // outputs 16 apart side by side
+  at += output - within + within % 16 * 2 + within / 16;
+  if (precision == Precision::bf16) {  // value is one
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof(bits));
-    const int64_t within = output % 32;
-    static_cast<uint16_t*>(weights)[at + output - within + within % 16 * 2 + within / 16] = uint16_t(bits >> 16);
+    static_cast<uint16_t*>(weights)[at] = uint16_t(bits >> 16);
   } else {
-    static_cast<int8_t*>(weights)[at + output] = int8_t(value);
+    static_cast<uint8_t*>(weights)[at] = uint8_t(int8_t(value) + (within < 16 ? kExcess : 0));
   }
 }
 
@@ -266,6 +269,9 @@ Connection Engine::connect(const Synapses& s, Precision precision, bool rows) co
   }
   made.bytes = size * weight_bytes(precision);
   made.weights = std::make_shared<Memory>(made.bytes);
+  if (is_integer(precision)) {  // where no weight is stored
+    for (int64_t i = 0; i < made.bytes; i += 2) made.weights->data()[i] = char(kExcess);
+  }
 
   for (int64_t from = 0; from < padded; from += tile) {
     const int64_t width = std::min(tile, padded - from);
