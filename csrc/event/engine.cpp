@@ -39,13 +39,16 @@ namespace {
 void store_weight(Precision precision, void* weights, int64_t at, int64_t output, float value) {
   if (precision == Precision::fp32) {
     static_cast<float*>(weights)[at + output] = value;
-  } else if (precision == Precision::bf16) {  // outputs 16 apart side by side; value is a bf16
+    return;
+  }
+  const int64_t within = output % 32;  // outputs 16 apart side by side
+  at += output - within + within % 16 * 2 + within / 16;
+  if (precision == Precision::bf16) {  // value is one
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof(bits));
-    const int64_t within = output % 32;
-    static_cast<uint16_t*>(weights)[at + output - within + within % 16 * 2 + within / 16] = uint16_t(bits >> 16);
+    static_cast<uint16_t*>(weights)[at] = uint16_t(bits >> 16);
   } else {
-    static_cast<int8_t*>(weights)[at + output] = int8_t(value);
+    static_cast<uint8_t*>(weights)[at] = uint8_t(int8_t(value) + (within < 16 ? kExcess : 0));
   }
 }
 
@@ -289,12 +292,15 @@ Connection Engine::connect(const Synapses& s, Precision precision, bool rows) {
   made.bytes = size * weight_bytes(precision);
   if (!s.weight.data) return made;
   place(made);
+  char* const weights = made.weights->data() + made.start;
+  if (is_integer(precision)) {  // where no weight is stored
+    for (int64_t i = 0; i < made.bytes; i += 2) weights[i] = char(kExcess);
+  }
   // A part of the outputs after the other, as they lie in the file.
   constexpr int64_t kPart = 64;
   for (int64_t from = 0; from < s.outputs; from += std::min(tile, kPart)) {
     const int64_t begin = from / tile * tile, to = std::min({from + kPart, begin + tile, s.outputs});
     for (const Piece& piece : made.tiles[from / tile]) {
-      char* const weights = made.weights->data() + made.start;
       fill(filters, precision, piece, values, weights, pitch(begin), begin, from, to);
     }
     if (loading_.part_taken) loading_.part_taken();

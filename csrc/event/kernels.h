@@ -25,6 +25,9 @@ constexpr int weight_bytes(Precision precision) {
   return precision == Precision::fp32 ? 4 : precision == Precision::int8 ? 1 : 2;
 }
 
+// Of int8 weights and of bf16 ones, outputs 16 apart lie side by side; the first of two int8 ones is stored plus this.
+constexpr int kExcess = 128;
+
 // One kernel tap over a strip: the rectangle of output positions whose input pixel lies inside the image.
 struct Tap {
   int64_t in;   // words from the strip's first image to the first input pixel

@@ -33,6 +33,7 @@ struct Fp32 {
       for (; digit > 0; --digit) part += part;
       v[i] += part;
     }
+    IIRSNN_INLINE void end(int) {}
     IIRSNN_INLINE void store(float* sums) const {
       IIRSNN_REGISTERS
       for (int i = 0; i < kRegisters; ++i) store_register(sums + i * kLanes, v[i]);
@@ -77,41 +78,31 @@ struct Bf16 {
   };
 };
 
-// 16-bit sums: Carry says where they have to be carried over to 32 bits, from bounds that the engine proves.
-template <typename stored_t>  // int8_t or int16_t
-struct Integer {
-  using weight_t = stored_t;
+// 16-bit sums: Carry says where they have to be carried over to 32 bits, from bounds that the engine proves. Two
+// outputs, 16 apart, share 16 bits: pairs are added as they are, modulo 2^16, and their high halves by themselves;
+// carry_over tells them apart. Memory has a register of pairs, then one of their high halves.
+struct Int16 {
+  using weight_t = int16_t;  // as in the sums
   using sum_t = int16_t;
-  using Wide = Integer<int16_t>;
+  using Wide = Int16;
   static constexpr int kUnit = row_unit(Precision::int8);
 
   template <int kWidth, int kBytes>
   struct Sum {
-    using Shorts = Register<int16_t, kBytes>;
-    using Bytes = Register<int8_t, kBytes / 2>;
-    static constexpr int kLanes = kBytes / 2, kRegisters = kWidth / kLanes;
-    Shorts v[kRegisters];
+    static constexpr int kRegister = kWidth % kBytes == 0 ? kBytes : kBytes / 2;  // bytes
+    using Pairs = Register<uint16_t, kRegister>;
+    static constexpr int kLanes = kRegister / 2, kRegisters = kWidth / kLanes;
+    Pairs v[kRegisters];
 
     IIRSNN_INLINE void load(const int16_t* sums) {
       IIRSNN_REGISTERS
-      for (int i = 0; i < kRegisters; ++i) v[i] = load_register<Shorts>(sums + i * kLanes);
-    }
-    IIRSNN_INLINE void add(const int8_t* row, int digit) {
-      IIRSNN_REGISTERS
-      for (int i = 0; i < kRegisters; ++i) {
-        v[i] += widened<Shorts>(load_register<Bytes>(row + i * kLanes)) << digit;
-      }
+      for (int i = 0; i < kRegisters; ++i) v[i] = load_register<Pairs>(sums + i * kLanes);
     }
     IIRSNN_INLINE void add(const int16_t* row, int digit) {
       IIRSNN_REGISTERS
-      for (int i = 0; i < kRegisters; ++i) v[i] += load_register<Shorts>(row + i * kLanes) << digit;
+      for (int i = 0; i < kRegisters; ++i) v[i] += load_register<Pairs>(row + i * kLanes) << digit;
     }
-    static IIRSNN_INLINE void widen(const int8_t* row, int16_t* wide) {
-      IIRSNN_REGISTERS
-      for (int i = 0; i < kRegisters; ++i) {
-        store_register(wide + i * kLanes, widened<Shorts>(load_register<Bytes>(row + i * kLanes)));
-      }
-    }
+    IIRSNN_INLINE void end(int) {}
     IIRSNN_INLINE void store(int16_t* sums) const {
       IIRSNN_REGISTERS
       for (int i = 0; i < kRegisters; ++i) store_register(sums + i * kLanes, v[i]);
@@ -119,23 +110,72 @@ struct Integer {
   };
 };
 
-// totals += sums * 2^digit; sums = 0
+// The low half of a pair is stored plus kExcess, so that it takes nothing from the high half.
+struct Int8 {
+  using weight_t = int8_t;
+  using sum_t = int16_t;
+  using Wide = Int16;
+  static constexpr int kUnit = row_unit(Precision::int8);
+
+  template <int kWidth, int kBytes>
+  struct Sum : Int16::Sum<kWidth, kBytes> {
+    using Base = Int16::Sum<kWidth, kBytes>;
+    using Base::kLanes, Base::kRegisters, Base::v;
+    using typename Base::Pairs;
+
+    IIRSNN_INLINE void add(const int8_t* row, int digit) {
+      IIRSNN_REGISTERS
+      for (int i = 0; i < kRegisters; i += 2) {
+        const Pairs pairs = load_register<Pairs>(row + i * kLanes);
+        v[i] += pairs << digit;
+        v[i + 1] += high(pairs) << digit;
+      }
+    }
+    // After `rows` additions; one that counts 2^digit times is so many.
+    IIRSNN_INLINE void end(int rows) {
+      IIRSNN_REGISTERS
+      for (int i = 0; i < kRegisters; i += 2) v[i] -= uint16_t(rows * kExcess) + Pairs{};
+    }
+    static IIRSNN_INLINE void widen(const int8_t* row, int16_t* wide) {
+      IIRSNN_REGISTERS
+      for (int i = 0; i < kRegisters; i += 2) {
+        const Pairs pairs = load_register<Pairs>(row + i * kLanes);
+        store_register(wide + i * kLanes, pairs - uint16_t(kExcess));
+        store_register(wide + (i + 1) * kLanes, high(pairs));
+      }
+    }
+
+   private:
+    static IIRSNN_INLINE Pairs high(const Pairs& pairs) {
+      return (Pairs)((Register<int16_t, Base::kRegister>)pairs >> 8);
+    }
+  };
+};
+
+// totals += sums * 2^digit; sums = 0. Of registers of kBytes.
 template <int kBytes>
 IIRSNN_INLINE void carry_over(const Additions& work, int digit) {
+  using Pairs = Register<uint16_t, kBytes>;
   using Half = Register<int16_t, kBytes / 2>;
   using Ints = Register<int32_t, kBytes>;
-  constexpr int kLanes = kBytes / 4;
+  constexpr int kLanes = kBytes / 2;
   int16_t* sums = static_cast<int16_t*>(work.sums);
-  int32_t* totals = work.totals;
-  const int64_t count = work.positions * work.width;  // a multiple of 32
-  for (int64_t i = 0; i < count; i += 2 * kLanes) {
+  const auto add = [&](const int16_t* part, int32_t* totals) IIRSNN_INLINE_LAMBDA {
+    const Ints wide = widened<Ints>(load_register<Half>(part));
+    store_register(totals, load_register<Ints>(totals) + (wide << digit));
+  };
+  const int64_t pairs = work.positions * work.width / 2;
+  for (int64_t pair = 0; pair < pairs; pair += kLanes, sums += 2 * kLanes) {
+    const Pairs high = load_register<Pairs>(sums + kLanes);
+    store_register(sums, load_register<Pairs>(sums) - (high << 8));
     IIRSNN_REGISTERS
-    for (int k = 0; k < 2; ++k) {
-      const int64_t at = i + k * kLanes;
-      const Ints part = widened<Ints>(load_register<Half>(sums + at));
-      store_register(totals + at, load_register<Ints>(totals + at) + (part << digit));
+    for (int part = 0; part < kLanes; part += kLanes / 2) {
+      int32_t* const totals = work.totals + (pair + part) / 16 * 32 + (pair + part) % 16;
+      add(sums + part, totals);
+      add(sums + kLanes + part, totals + 16);
     }
-    store_register(sums + i, Register<int16_t, kBytes>{});
+    store_register(sums, Pairs{});
+    store_register(sums + kLanes, Pairs{});
   }
 }
 

@@ -28,6 +28,7 @@ struct TileVisit {
     Sum sum;
     sum.load(sums);
     add(sum, bits, rows);
+    sum.end(__builtin_popcountll(bits));
     sum.store(sums);
   }
   // bits[0] counts once, bits[plane] twice, bits[2 * plane] four times, ...
@@ -36,18 +37,28 @@ struct TileVisit {
     Sum sum;
     sum.load(sums);
     add(sum, channels.of(bits[0]), rows);
+    int added = __builtin_popcountll(channels.of(bits[0]));
     for (int digit = 1; digit < planes; ++digit) {
       const uint64_t set = channels.of(bits[digit * plane]);
       done.count(set, digit);
+      added += __builtin_popcountll(set) << digit;
       if (digit == 1) {
         add(sum, set, rows, 1);  // most of them: without a loop
       } else {
         add(sum, set, rows, digit);
       }
     }
+    sum.end(added);
     sum.store(sums);
   }
 };
+
+// Row i of a block of `rows`, in the order in which memory is asked for them: by four streams side by side, which the
+// processor's own prefetcher follows faster than one (Zen 3, 512 x 512 channels at 4x4: 0.63 ms in order, 0.56 so).
+IIRSNN_INLINE int64_t in_streams(int64_t i, int64_t rows) {
+  constexpr int64_t kStreams = 4;
+  return std::min(i % kStreams * ceil_div(rows, kStreams) + i / kStreams, rows - 1);
+}
 
 // From so many visits on, narrow rows are widened once for all of them.
 constexpr int64_t kVisitsToWiden = 24;
@@ -73,12 +84,15 @@ struct TileLoop {
     const TileVisit<Weights, kPart, kBytes> stored(work.pitch);
     Work again;  // of the second part
     constexpr bool kIntegers = std::is_same_v<sum_t, int16_t>;
+    const auto carry_over = [&](int digit) IIRSNN_INLINE_LAMBDA {
+      if constexpr (kIntegers) event::carry_over<decltype(stored)::Sum::kRegister>(work, digit);
+    };
     using Wide = typename Weights::Wide;
     constexpr bool kNarrow = !std::is_same_v<Weights, Wide>;
     alignas(64) typename Wide::weight_t wide[kNarrow ? kWord * kWidth : 1];
     each_block<Weights>(work, [&](const Tap& tap, const uint64_t* bits, const Channels& channels, const weight_t* rows,
                                   int here, int ahead, Carry carry, bool) IIRSNN_INLINE_LAMBDA {
-      if (kIntegers && carry != Carry::none) carry_over<kBytes>(work, 0);
+      if (kIntegers && carry != Carry::none) carry_over(0);
       if constexpr (kIntegers && !kPlain) {
         if (carry == Carry::by_digit) {
           for (int digit = 0; digit < work.planes; ++digit) {
@@ -90,22 +104,23 @@ struct TileLoop {
                                      stored.plain(set, rows + part, sums + part);
                                    }
                                  });
-            carry_over<kBytes>(work, digit);
+            carry_over(digit);
           }
           return;
         }
       }
       const int64_t visits = work.images * tap.rows * tap.columns;
       const weight_t* const next = rows + here * work.pitch;
-      const int64_t share = (ahead + visits - 1) / (visits > 0 ? visits : 1);
       const int64_t wanted = visits >= kVisitsToPrefetch ? ahead : 0;
+      const int64_t share = ceil_div(wanted, std::max<int64_t>(visits, 1));
       int64_t asked = 0;
       const auto all = [&](const auto& visit, const auto* rows) IIRSNN_INLINE_LAMBDA {
         for (int part = 0; part < kWidth; part += kPart) {
           Work& count = part ? again : done;
           each_position<sum_t>(work, tap, bits, [&](const uint64_t* in, sum_t* sums) IIRSNN_INLINE_LAMBDA {
             for (const int64_t last = std::min(asked + share, wanted); asked < last; ++asked) {
-              for (int p = 0; p < kWidth; p += kPart) stored.prefetch(next + asked * work.pitch + p);
+              const weight_t* const row = next + in_streams(asked, ahead) * work.pitch;
+              for (int p = 0; p < kWidth; p += kPart) stored.prefetch(row + p);
             }
             if constexpr (kPlain) {
               count.count(*in, 0);
@@ -129,7 +144,7 @@ struct TileLoop {
       }
       all(stored, rows);
     });
-    if (kIntegers) carry_over<kBytes>(work, 0);
+    carry_over(0);
     done_->events += done.events;
     done_->doublings += done.doublings;
   }
@@ -144,17 +159,16 @@ void add_events(const Additions& work, Work& done) {
   }
 }
 
-template <typename Weights>
 void add_integer_tile(const Additions& work, Work& done) {
   switch (work.width) {
     case 32:
-      return add_events<Weights, 32>(work, done);
+      return add_events<Int8, 32>(work, done);
     case 64:
-      return add_events<Weights, 64>(work, done);
+      return add_events<Int8, 64>(work, done);
     case 96:
-      return add_events<Weights, 96>(work, done);
+      return add_events<Int8, 96>(work, done);
     default:
-      return add_events<Weights, 128>(work, done);
+      return add_events<Int8, 128>(work, done);
   }
 }
 
@@ -176,7 +190,7 @@ void add_tile(Precision precision, const Additions& work, Work& done) {
     case Precision::bf16:
       return work.width == 32 ? add_events<Bf16, 32>(work, done) : add_events<Bf16, 64>(work, done);
     case Precision::int8:
-      return add_integer_tile<Integer<int8_t>>(work, done);
+      return add_integer_tile(work, done);
   }
 }
 

@@ -68,7 +68,7 @@ def matching(loop: list[str], pattern: str) -> list[str]:
 # Outputs of a tile by their weights; 16 registers of 16 bytes hold the sums. Its loops: of plain
 # spikes; of the digits of pooled counts, where a row of fp32 that counts twice is doubled, one more
 # addition; of rows that were widened.
-TILES = ["Fp32, 64", "Bf16, 64", "Integer<signed char>, 128"]
+TILES = ["Fp32, 64", "Bf16, 64", "Int8, 128"]
 
 
 def check_tile(found: list[list[str]], add: str, registers: int, memory: str) -> None:
@@ -88,7 +88,7 @@ needs_x86 = pytest.mark.skipif(
 @pytest.mark.slow
 @pytest.mark.parametrize("tile", TILES)
 def test_arm_adds_an_event(tile):
-    add = r"(add|ssra)\s+v\d+\.8h" if tile.startswith("Integer") else r"fadd\s+v\d+\.4s"
+    add = r"(add|ssra)\s+v\d+\.8h" if tile.startswith("Int8") else r"fadd\s+v\d+\.4s"
     found = loops(ARM, "event", f"TileLoop<.*{tile},", "portable", "rbit")
     check_tile(found, add, 16, r"st[rpu]\s|ld[rp]\s+q.*\[sp")
 
@@ -96,7 +96,7 @@ def test_arm_adds_an_event(tile):
 @needs_x86
 @pytest.mark.parametrize("tile", TILES)
 def test_avx2_adds_an_event(tile):
-    add = r"vpaddw.*%ymm" if tile.startswith("Integer") else r"vaddps.*%ymm"
+    add = r"vpaddw.*%ymm" if tile.startswith("Int8") else r"vaddps.*%ymm"
     found = loops(HOST, "event", f"TileLoop<.*{tile},", "avx2", r"tzcnt|(rep )?bsf")
     check_tile(found, add, 8, r"v?mov\S*\s+%\S+,.*\(|v.*\(%rsp\)")
 
