@@ -89,6 +89,7 @@ struct TileLoop {
     };
     using Wide = typename Weights::Wide;
     constexpr bool kNarrow = !std::is_same_v<Weights, Wide>;
+    constexpr bool kInOrder = kNarrow && !kIntegers;  // bf16, which streams do not help
     alignas(64) typename Wide::weight_t wide[kNarrow ? kWord * kWidth : 1];
     each_block<Weights>(work, [&](const Tap& tap, const uint64_t* bits, const Channels& channels, const weight_t* rows,
                                   int here, int ahead, Carry carry, bool) IIRSNN_INLINE_LAMBDA {
@@ -119,7 +120,8 @@ struct TileLoop {
           Work& count = part ? again : done;
           each_position<sum_t>(work, tap, bits, [&](const uint64_t* in, sum_t* sums) IIRSNN_INLINE_LAMBDA {
             for (const int64_t last = std::min(asked + share, wanted); asked < last; ++asked) {
-              const weight_t* const row = next + in_streams(asked, ahead) * work.pitch;
+              const int64_t i = kInOrder ? asked : in_streams(asked, ahead);
+              const weight_t* const row = next + i * work.pitch;
               for (int p = 0; p < kWidth; p += kPart) stored.prefetch(row + p);
             }
             if constexpr (kPlain) {
