@@ -1,0 +1,116 @@
+"""Kernels of BatchNorm's statistics: sums over tiles, then mean, variance and 1 / deviation.
+
+Statistics are those of x - centre, centre the channel's first value, so that a variance far below
+the mean is as exact as one at 0.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .normalised import SIZES, channel_value, place, store_sum
+from .tiles import columns, multiple, rows_of
+
+
+@triton.jit(do_not_specialize=SIZES)
+def moments_kernel(
+    x_ptr,
+    partial_ptr,  # [splits, 2, C] float64
+    x_stride_t,
+    timesteps,
+    channels,
+    rows,
+    width,
+    row_stride,
+    plane_stride,
+    col_blocks,
+    groups,
+    tiles,
+    splits,
+    INDEX: tl.constexpr,
+    VEC: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    group, first = tl.program_id(0) % groups, tl.program_id(0) // groups
+    width = multiple(width, VEC)
+    stride_t = multiple(x_stride_t, VEC)
+    plane, row_block, col_block = place(first, group, col_blocks, INDEX)
+    cols = columns(col_block, COLS)
+    centre = channel_value(
+        x_ptr, plane * multiple(plane_stride, VEC), cols, cols < width, INDEX
+    ).to(tl.float32)
+    centre = tl.where(centre - centre == 0.0, centre, 0.0)
+    total = tl.zeros([ROWS, COLS], tl.float32)
+    square = total
+    for j in range(first, tiles, splits):
+        plane_j, row_block, col_block = place(j, group, col_blocks, INDEX)
+        cols, r = columns(col_block, COLS), rows_of(row_block, ROWS)
+        n = plane_j * multiple(plane_stride, VEC) + r * multiple(row_stride, VEC) + cols
+        mask = (r < rows) & (cols < width)
+        for t in range(timesteps):
+            x = tl.load(x_ptr + tl.cast(t, tl.int64) * stride_t + n, mask=mask, other=0.0)
+            apart = tl.where(mask, x.to(tl.float32) - centre, 0.0)
+            total += apart
+            square += apart * apart
+    mask = cols < width
+    store_sum(partial_ptr, total, first, 0, plane, cols, channels, mask, 2, INDEX)
+    store_sum(partial_ptr, square, first, 1, plane, cols, channels, mask, 2, INDEX)
+
+
+@triton.jit
+def sum_partials(
+    ptr,
+    value,
+    c,  # [CHANNELS]
+    channels,
+    splits,
+    VALUES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """[splits, VALUES, C] -> the sum over splits of one value, for channels c"""
+    total = tl.zeros([SPLITS, CHANNELS], tl.float64)
+    for first in range(0, splits, SPLITS):
+        k = (first + tl.arange(0, SPLITS))[:, None]
+        slots = (tl.cast(k, tl.int64) * VALUES + value) * channels + c[None, :]
+        total += tl.load(ptr + slots, mask=(k < splits) & (c[None, :] < channels), other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit(do_not_specialize=["inner_stride", "channels", "splits", "count", "repeated"])
+def finish_moments_kernel(
+    x_ptr,
+    partial_ptr,
+    sums_ptr,  # [2, C] float64
+    mean_ptr,
+    var_ptr,
+    rstd_ptr,
+    inner_stride,  # from one channel of x to the next
+    channels,
+    splits,
+    count,  # of the values of a channel that were read
+    repeated,  # how often x has each of them
+    eps,
+    CHANNELS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    mask = c < channels
+    n = tl.cast(count, tl.float64)
+    total = sum_partials(partial_ptr, 0, c, channels, splits, 2, CHANNELS, SPLITS)
+    square = sum_partials(partial_ptr, 1, c, channels, splits, 2, CHANNELS, SPLITS)
+    centre = tl.load(x_ptr + c * tl.cast(inner_stride, tl.int64), mask=mask, other=0.0)
+    centre = centre.to(tl.float32)
+    centre = tl.where(centre - centre == 0.0, centre, 0.0).to(tl.float64)
+    offset = total / n
+    spread = square / n - offset * offset
+    variance = tl.where(spread < 0.0, 0.0, spread)  # below 0 by rounding; NaN stays
+    rstd = 1.0 / tl.sqrt(variance + tl.cast(eps, tl.float64))
+    tl.store(mean_ptr + c, (centre + offset).to(tl.float32), mask=mask)
+    tl.store(var_ptr + c, variance.to(tl.float32), mask=mask)
+    tl.store(rstd_ptr + c, rstd.to(tl.float32), mask=mask)
+    tl.store(sums_ptr + c, (total + n * centre) * repeated, mask=mask)
+    squares = square + 2.0 * centre * total + n * centre * centre
+    tl.store(sums_ptr + channels + c, squares * repeated, mask=mask)

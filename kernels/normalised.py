@@ -1,0 +1,90 @@
+"""What the kernels of BatchNorm and LIF share: tiles of channels, and the normalised current."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import COLUMN
+
+SIZES = [
+    *("N", "x_stride_t", "grad_stride_t", "timesteps", "segments", "channels"),
+    *("rows", "width", "row_stride", "plane_stride", "col_blocks", "groups", "tiles", "splits"),
+]
+
+
+@triton.jit
+def channel_value(ptr, plane, cols, mask, INDEX: tl.constexpr, MANY: tl.constexpr = True):
+    """Of a parameter [C], or [1] where not MANY: a scalar, or [1, COLS]."""
+    if not MANY:
+        value = tl.load(ptr)
+    elif INDEX == COLUMN:
+        value = tl.load(ptr + cols, mask=mask, other=1.0)
+    else:
+        value = tl.load(ptr + plane)
+    return value
+
+
+@triton.jit
+def normalised(x, gain, shift):
+    """What a BatchNorm of the dtype of x would write, in float32."""
+    # see `charge`: the product is rounded on its own
+    current = tl.fma(x.to(tl.float32), gain, 0.0) + shift
+    return current.to(x.dtype).to(tl.float32)
+
+
+@triton.jit
+def normalised_steps(xs, gain, shift, STEPS: tl.constexpr):
+    currents = ()
+    for t in tl.static_range(STEPS):
+        currents += (normalised(xs[t], gain, shift),)
+    return currents
+
+
+@triton.jit
+def gain_and_shift(
+    mean_ptr, rstd_ptr, weight_ptr, bias_ptr, plane, cols, mask, INDEX: tl.constexpr
+):
+    mean = channel_value(mean_ptr, plane, cols, mask, INDEX)
+    gain = channel_value(rstd_ptr, plane, cols, mask, INDEX)
+    if weight_ptr is not None:
+        gain = gain * channel_value(weight_ptr, plane, cols, mask, INDEX)
+    bias = 0.0
+    if bias_ptr is not None:
+        bias = channel_value(bias_ptr, plane, cols, mask, INDEX)
+    return mean, gain, bias - tl.fma(mean, gain, 0.0)
+
+
+@triton.jit
+def place(tile_number, group, col_blocks, INDEX: tl.constexpr):
+    """-> plane, row block, column block of a tile of a group."""
+    plane = group
+    row_block = tile_number // col_blocks
+    col_block = tile_number % col_blocks
+    if INDEX == COLUMN:
+        plane = 0
+        row_block = tile_number
+        col_block = group
+    return plane, row_block, col_block
+
+
+@triton.jit
+def store_sum(
+    ptr,
+    total,
+    split,
+    value,
+    plane,
+    cols,
+    channels,
+    mask,
+    VALUES: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """total [ROWS, COLS] float32, summed per channel, into [splits, VALUES, C] float64."""
+    slot = ptr + (tl.cast(split, tl.int64) * VALUES + value) * channels
+    wide = total.to(tl.float64)
+    if INDEX == COLUMN:
+        tl.store(slot + cols, tl.sum(wide, 0, keep_dims=True), mask=mask)
+    else:
+        tl.store(slot + plane, tl.sum(wide))
