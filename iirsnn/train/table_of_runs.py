@@ -47,6 +47,11 @@ from .stopping import Stopped, StopRequest
 POLL_SECONDS = 5.0
 
 
+def wait() -> None:
+    """For work that another process does."""
+    time.sleep(POLL_SECONDS)
+
+
 @dataclass
 class Row:
     """One row of a table: its base recipe (else the table's) with `set` changed, and why."""
@@ -184,7 +189,7 @@ def train(runs: Sequence[Run], out: Path, console: Console) -> list[str]:
                 queue.append(run)
                 in_vain += 1
                 if in_vain >= len(queue):
-                    time.sleep(POLL_SECONDS)
+                    wait()
                     in_vain = 0
             else:
                 in_vain = 0

@@ -34,8 +34,16 @@ def launchers(all_launchers):
 
 
 def named(architectures):
-    ids = [f"sm_{arch} {case.name}" for arch, case in architectures]
-    return pytest.mark.parametrize(("arch", "case"), architectures, ids=ids)
+    """To compile for an architecture takes minutes: others than sm_90 are slow."""
+    cases = [
+        pytest.param(
+            *(arch, case),
+            id=f"sm_{arch} {case.name}",
+            marks=() if arch == 90 else pytest.mark.slow,
+        )
+        for arch, case in architectures
+    ]
+    return pytest.mark.parametrize(("arch", "case"), cases)
 
 
 @named(ARCHITECTURES)

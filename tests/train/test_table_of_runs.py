@@ -200,11 +200,11 @@ def test_what_another_process_trains_is_waited_for(table, tmp_path, trained, mon
     other.acquire()
     waits = []
 
-    def sleep(seconds):
+    def wait():  # not time.sleep, which threads of libraries call as well
         waits.append(list(trained))
         other.release()
 
-    monkeypatch.setattr(table_of_runs.time, "sleep", sleep)
+    monkeypatch.setattr(table_of_runs, "wait", wait)
     third = plan(table, tmp_path, only=["direct"], seeds=[1])
     table_of_runs.train([*runs[:2], *third], out, quiet())
     # two looks in vain, then the work that is free, then a wait
@@ -216,7 +216,7 @@ def test_a_folder_in_use_is_waited_for(table, tmp_path, trained, monkeypatch):
     """As after the result of a stage, before its process has let go of the folder."""
     (run, *_), out = plan(table, tmp_path), tmp_path / "out"
     owner = RunFolder.create(run.path, run.recipe)
-    monkeypatch.setattr(table_of_runs.time, "sleep", lambda seconds: owner.close())
+    monkeypatch.setattr(table_of_runs, "wait", owner.close)
     assert table_of_runs.train([run], out, quiet()) == []
     assert trained == [("both/seed0", stage) for stage in ("ann", "T2", "T1")]
 
