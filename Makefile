@@ -47,7 +47,8 @@ $(VENV)/.torch:
 
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation
 
-# A demo needs no linters and no test tools. What was compiled stays in build/: the next target compiles nothing.
+# A demo needs no linters, no test tools and kernels for this processor alone. What was compiled stays in build/.
+demo: export IIRSNN_CAPABILITIES ?= native
 COMPILING = @echo "make: installing iirsnn; all cores compile its C++ kernels, a minute or two the first time"
 $(VENV)/.train: $(VENV)/.torch pyproject.toml $(SOURCES)
 	$(COMPILING)

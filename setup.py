@@ -43,7 +43,7 @@ def extension():
         return pure(f"there is no C++ compiler ({compiler})")
     build = load_build()
     # a wheel may go to another machine; what is compiled in place stays on this one
-    plan = build.recipe(build.cuda_mode(), whole="bdist_wheel" in sys.argv)
+    plan = build.recipe(build.cuda_mode(), "all" if "bdist_wheel" in sys.argv else "usable")
     print(f"iirsnn: CUDA {'on' if plan['cuda'] else 'off'} ({plan['why']})", file=sys.stderr)
     kind = cpp_extension.CUDAExtension if plan["cuda"] else cpp_extension.CppExtension
     module = kind(
@@ -63,6 +63,7 @@ def extension():
             kept = ROOT / "build" / f"objects-{sys.implementation.cache_tag}"
             self.build_temp = self.build_temp or str(kept)
             super().finalize_options()
+            self.force = True  # link: other kernels than before may be asked for
 
         def run(self):
             try:

@@ -38,10 +38,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         info["cuda_archs"] = "";
 #endif
         info["cpu_capability"] = iirsnn::cpu_capability();
+        info["lowest_capability"] = iirsnn::lowest_capability();
         info["compiled_capability"] = iirsnn::compiled_capability();
         return info;
       },
-      "What was compiled: compiler, torch, flags, cuda (bool), cuda_archs, compiled_capability (the highest); and the "
+      "What was compiled: compiler, torch, flags, cuda (bool), cuda_archs, lowest_capability and compiled_capability "
+      "(the highest); and the "
       "cpu_capability in force.");
   m.def("set_cpu_capability", &iirsnn::set_cpu_capability, pybind11::arg("name"),
         "Use the CPU kernels for portable, avx2 or avx512; ValueError where the processor lacks it.");

@@ -17,14 +17,6 @@ namespace {
 
 const char* const kNames[] = {"portable", "avx2", "avx512"};
 
-#if defined(IIRSNN_AVX512)
-constexpr Capability kCompiled = kAvx512;
-#elif defined(IIRSNN_AVX2)
-constexpr Capability kCompiled = kAvx2;
-#else
-constexpr Capability kCompiled = kPortable;
-#endif
-
 #if defined(IIRSNN_AVX2)
 bool has_f16c() {  // __builtin_cpu_supports of clang does not know it
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -42,16 +34,27 @@ Capability processor_capability() {
   return kPortable;
 }
 
-Capability best_capability() { return std::min(processor_capability(), kCompiled); }
+Capability best_capability() {
+  const Capability processor = processor_capability();
+  if (processor < kLowestCompiled) {
+    throw std::runtime_error(std::string("iirsnn: expected kernels for ") + kNames[processor] +
+                             ", which this processor has, got some for " + kNames[kLowestCompiled] +
+                             " alone; compile anew (IIRSNN_CAPABILITIES=usable)");
+  }
+  return std::min(processor, kHighestCompiled);
+}
 
 Capability parse(const std::string& name, const char* from) {
   const Capability best = best_capability();
-  for (int level = kPortable; level <= best; ++level) {
+  for (int level = kLowestCompiled; level <= best; ++level) {
     if (name == kNames[level]) return Capability(level);
   }
-  const char* const limit = best < processor_capability() ? " as compiled" : " on this processor";
-  throw std::invalid_argument(std::string(from) + ": expected portable, avx2 or avx512, at most " + kNames[best] +
-                              limit + ", got '" + name + "'");
+  const std::string most = kNames[best];
+  const std::string range = kLowestCompiled == kHighestCompiled ? most + " alone as compiled"
+                            : best < processor_capability()     ? "at most " + most + " as compiled"
+                                                                : "at most " + most + " on this processor";
+  throw std::invalid_argument(std::string(from) + ": expected portable, avx2 or avx512, " + range + ", got '" + name +
+                              "'");
 }
 
 std::atomic<Capability>& chosen() {
@@ -66,7 +69,8 @@ std::atomic<Capability>& chosen() {
 
 Capability capability() { return chosen().load(std::memory_order_relaxed); }
 const char* cpu_capability() { return kNames[capability()]; }
-const char* compiled_capability() { return kNames[kCompiled]; }
+const char* lowest_capability() { return kNames[kLowestCompiled]; }
+const char* compiled_capability() { return kNames[kHighestCompiled]; }
 void set_cpu_capability(const char* name) { chosen() = parse(name, "cpu capability"); }
 
 }  // namespace iirsnn

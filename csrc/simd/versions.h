@@ -1,5 +1,5 @@
 // Which instruction set runs, and functions compiled for each: the portable one alone with -DIIRSNN_PORTABLE_ONLY, all
-// but AVX-512 with -DIIRSNN_NO_AVX512.
+// but AVX-512 with -DIIRSNN_NO_AVX512, and of these the highest alone with -DIIRSNN_HIGHEST_ALONE.
 #pragma once
 
 #include <type_traits>
@@ -30,6 +30,19 @@
 
 namespace iirsnn {
 
+#if defined(IIRSNN_AVX512)
+constexpr Capability kHighestCompiled = kAvx512;
+#elif defined(IIRSNN_AVX2)
+constexpr Capability kHighestCompiled = kAvx2;
+#else
+constexpr Capability kHighestCompiled = kPortable;
+#endif
+#if defined(IIRSNN_HIGHEST_ALONE)
+constexpr Capability kLowestCompiled = kHighestCompiled;
+#else
+constexpr Capability kLowestCompiled = kPortable;
+#endif
+
 // Loop::run<bytes of a register>, compiled for each instruction set; pick() is the one in force. Everything that run
 // calls has to be inlined into it, lambdas included, or it is compiled for the lowest.
 template <typename Loop, typename Signature>
@@ -44,13 +57,17 @@ struct Versions<Loop, void(Args...)> {
   IIRSNN_AVX512 static void avx512(Args... args) { Loop::template run<64>(args...); }
 #endif
   static auto pick() {
+    const Capability force = capability();
 #if defined(IIRSNN_AVX512)
-    if (capability() == kAvx512) return &avx512;
+    if (force == kAvx512) return &avx512;
 #endif
 #if defined(IIRSNN_AVX2)
-    if (capability() == kAvx2) return &avx2;
+    if constexpr (kLowestCompiled <= kAvx2) {  // a version that nothing names is not compiled
+      if (force == kAvx2) return &avx2;
+    }
 #endif
-    return &portable;
+    if constexpr (kLowestCompiled == kPortable) return &portable;
+    __builtin_unreachable();
   }
 };
 template <typename Loop>

@@ -45,6 +45,7 @@ for command in (
     results.evaluate,
     results.report,
     results.compare,
+    results.diagnose,
     train.reproduce,
     deploy.deploy,
     deploy.predict,

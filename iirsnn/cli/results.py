@@ -1,4 +1,4 @@
-"""iirsnn evaluate | report | compare: what finished runs have reached."""
+"""iirsnn evaluate | report | compare | diagnose: what finished runs have reached, and why."""
 
 from __future__ import annotations
 
@@ -61,6 +61,29 @@ def compare(
     from ..report.compare import find
 
     write_comparison(find(runs), out)
+
+
+def diagnose(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, or folders of runs.")],
+    stage: Annotated[str | None, typer.Option(help="T5, ...; the last by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for diagnosis.json, diagnosis.md and a plot.")
+    ] = None,
+) -> None:
+    """Rates, silent neurons and gradients by layer, before and after a stage's training."""
+    from ..report import compare, diagnosis
+    from ..train.pipeline import Pipeline, open_data
+    from ..train.run_folder import RunFolder
+
+    found = []
+    for path in compare.find(runs):
+        folder = RunFolder.read(path)
+        found.append(diagnosis.build(Pipeline(folder, open_data(folder.recipe)), stage))
+    groups = diagnosis.compare(found)
+    diagnosis.show(groups, console)
+    if out is not None:
+        diagnosis.write(groups, out)
+        console.print(f"Written: {out}/diagnosis.json, diagnosis.md and a plot", highlight=False)
 
 
 def write_report(folder: RunFolder, splits: Splits) -> None:

@@ -95,11 +95,11 @@ def cuda_archs() -> str:
     return ";".join([*archs[:-1], archs[-1] + "+PTX"])
 
 
-def recipe(mode: str, whole: bool = False) -> dict[str, Any]:
+def recipe(mode: str, capabilities: str = "native") -> dict[str, Any]:
     """How it is compiled: keys sources, cxx, nvcc, kernels, cuda (bool), why (str).
 
     Sources (absolute paths) are those that torch's tools compile, by the flags cxx and nvcc;
-    kernels is the `kernel_command` of the others.
+    kernels is the `kernel_command` of the others, for `capabilities` where nothing else is asked.
     """
     sources = _glue_sources()
     cuda, why = want_cuda(mode)
@@ -114,7 +114,7 @@ def recipe(mode: str, whole: bool = False) -> dict[str, Any]:
         "sources": [str(path) for path in sources],
         "cxx": cxx,
         "nvcc": _NVCC_FLAGS if cuda else [],
-        "kernels": kernel_command(whole),
+        "kernels": kernel_command(capabilities),
         "cuda": cuda,
         "why": why,
     }
@@ -130,7 +130,6 @@ _CAPABILITIES = {
     "avx512": {"__AVX512F__", "__AVX512BW__", "__AVX512VL__", "__AVX512DQ__"},
     "avx2": {"__AVX2__", "__F16C__", "__BMI__"},
 }
-
 _LIMITS = {"portable": ["-DIIRSNN_PORTABLE_ONLY"], "avx2": ["-DIIRSNN_NO_AVX512"], "avx512": []}
 
 
@@ -161,33 +160,39 @@ def engine_sources() -> list[Path]:
     return sorted(path for pattern in patterns for path in folder.glob(pattern))
 
 
-def highest_capability(whole: bool) -> str:
-    """What the kernels are compiled up to: portable, avx2 or avx512; each includes those before.
+def kernel_flags(capabilities: str) -> list[str]:
+    """How a kernel is compiled: for native, what this processor has; usable, that and all that it
+    includes; or all.
 
-    IIRSNN_CAPABILITIES: native, what this processor has, or all; by default all where `whole`.
+    Raises:
+        RuntimeError: another word.
     """
-    asked = os.environ.get("IIRSNN_CAPABILITIES") or ("all" if whole else "native")
-    if asked not in ("native", "all"):
-        raise RuntimeError(f"IIRSNN_CAPABILITIES: expected native or all, got {asked!r}")
-    if asked == "native":
-        command = [*_compiler(), "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
-        macros = set(subprocess.run(command, capture_output=True, text=True).stdout.split())
-        if "__x86_64__" in macros:
-            found = [name for name, needs in _CAPABILITIES.items() if needs <= macros]
-            return [*found, "portable"][0]
-    return "avx512"
-
-
-def kernel_flags(highest: str) -> list[str]:
-    """How a kernel is compiled, up to a capability."""
-    limits = {"portable": ["-DIIRSNN_PORTABLE_ONLY"], "avx2": ["-DIIRSNN_NO_AVX512"]}
+    if capabilities not in ("native", "usable", "all"):
+        raise RuntimeError(
+            f"IIRSNN_CAPABILITIES: expected native, usable or all, got {capabilities!r}"
+        )
+    highest = "avx512" if capabilities == "all" else _processor_capability()
+    alone = ["-DIIRSNN_HIGHEST_ALONE"] if capabilities == "native" else []
     flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wno-psabi", *_WARNINGS]
-    return [*CXX_FLAGS, *flags, *limits.get(highest, []), f'-DIIRSNN_VERSION="{_version()}"']
+    version = f'-DIIRSNN_VERSION="{_version()}"'
+    return [*CXX_FLAGS, *flags, *_LIMITS[highest], *alone, version]
 
 
-def kernel_command(whole: bool = False) -> list[str]:
-    """The compiler and its flags, for this machine or for the whole world."""
-    return [*_compiler(), *kernel_flags(highest_capability(whole))]
+def _processor_capability() -> str:
+    """What the compiler finds here: portable, avx2 or avx512; each includes those before."""
+    command = [*_compiler(), "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
+    macros = set(subprocess.run(command, capture_output=True, text=True).stdout.split())
+    if (
+        "__x86_64__" not in macros
+    ):  # not x86-64, or a compiler that does not say: nothing is left out
+        return "avx512"
+    return next((name for name, needs in _CAPABILITIES.items() if needs <= macros), "portable")
+
+
+def kernel_command(capabilities: str = "native") -> list[str]:
+    """The compiler and its flags, for IIRSNN_CAPABILITIES or else `capabilities`."""
+    asked = os.environ.get("IIRSNN_CAPABILITIES") or capabilities
+    return [*_compiler(), *kernel_flags(asked)]
 
 
 def compile_objects(sources: list[Path], folder: Path, command: list[str]) -> dict[Path, Path]:

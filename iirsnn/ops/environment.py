@@ -40,9 +40,9 @@ def env_report() -> str:
     if module is not None:
         info = module.build_info()
         rows["compiled with"] = f"{info['compiler']} {info['flags'].replace(',', ' ')}"
-        rows["cpu capability"] = (
-            f"{info['cpu_capability']} (compiled up to {info['compiled_capability']})"
-        )
+        lowest, highest = info["lowest_capability"], info["compiled_capability"]
+        compiled = f"for {highest} alone" if lowest == highest else f"up to {highest}"
+        rows["cpu capability"] = f"{info['cpu_capability']} (compiled {compiled})"
         rows["cuda archs"] = info["cuda_archs"] or "none"
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())

@@ -22,7 +22,7 @@ from ..train.run_folder import RunFolder
 from ..train.stage_inputs import digest, run_inputs
 from ..train.stage_order import stages
 from . import plot_files
-from .tables import Column, print_table
+from .tables import Column, MarkdownTable, markdown_tables, print_table
 
 #: Settings in which runs that are compared may differ without a word.
 _NOT_SHOWN = ("name", "seed", "runtime.", "data.root", "data.download", "data.workers")
@@ -133,12 +133,7 @@ def show(comparison: dict[str, Any], console: Console) -> None:
 
 def markdown(comparison: dict[str, Any]) -> str:
     """The tables as Markdown."""
-    parts = []
-    for title, header, rows in _tables(comparison):
-        lines = [header, ["---"] * len(header), *rows]
-        cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
-        parts.append(f"**{title}**\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in cells))
-    return "\n\n".join([*parts, f"{_NOTE} {_origin(comparison)}"]) + "\n"
+    return f"{markdown_tables(_tables(comparison))}\n\n{_NOTE} {_origin(comparison)}\n"
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -230,7 +225,7 @@ def _differences(folders: Sequence[RunFolder]) -> list[dict[str, Any]]:
 _RECIPES = "What the recipes differ in"
 
 
-def _tables(comparison: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+def _tables(comparison: dict[str, Any]) -> list[MarkdownTable]:
     """(title, header, rows) of each table."""
     groups = comparison["groups"]
     names = _stage_names(groups)
@@ -322,7 +317,7 @@ def _stage_names(groups: Sequence[dict[str, Any]]) -> list[str]:
 def _plot_accuracy(comparison: dict[str, Any], figure: Figure) -> None:
     axes = figure.subplots()
     names = _stage_names(comparison["groups"])
-    for group, style in zip(comparison["groups"], cycle(_STYLES)):
+    for group, style in zip(comparison["groups"], cycle(plot_files.STYLES)):
         present = [name for name in names if name in group["stages"]]
         cells = [group["stages"][name]["test_accuracy"] for name in present]
         axes.errorbar(
@@ -346,7 +341,7 @@ def _plot_frontier(comparison: dict[str, Any], figure: Figure) -> None:
     last, every = figure.subplots(1, 2)
     least = _stage_names(comparison["groups"])[-1]
     last_points, points = [], []
-    for group, style in zip(comparison["groups"], cycle(_STYLES)):
+    for group, style in zip(comparison["groups"], cycle(plot_files.STYLES)):
         spiking = [stage for name, stage in group["stages"].items() if name != "ann"]
         if not spiking:
             continue
@@ -374,9 +369,3 @@ def _plot_frontier(comparison: dict[str, Any], figure: Figure) -> None:
         axes.set_ylabel("test accuracy (%)")
         axes.grid(alpha=0.3)
     figure.legend(*last.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-
-
-#: One look for each group: colours run out after ten, markers do not come in step with them.
-_STYLES: list[dict[str, Any]] = [
-    {"color": f"C{i % 10}", "marker": "os^vDPX*"[i % 8]} for i in range(40)
-]

@@ -14,6 +14,11 @@ from .. import atomic_files
 #: Of a plot: its width and height in inches, and what draws something into an empty figure.
 Plot = tuple[tuple[float, float], Callable[[Any, Figure], None]]
 
+#: One look for each group: colours run out after ten, markers do not come in step with them.
+STYLES: list[dict[str, Any]] = [
+    {"color": f"C{i % 10}", "marker": "os^vDPX*"[i % 8]} for i in range(40)
+]
+
 
 def write(folder: Path, plots: Mapping[str, Plot], shown: Any, *, run: str = "") -> None:
     """Draw `shown` into FOLDER/NAME.png of each plot, 150 dots an inch; `run` begins the title.

@@ -1,4 +1,4 @@
-"""Tables on a console, whose numbers are never cut, and how they write large ones."""
+"""Tables on a console, whose numbers are never cut, and in Markdown; how both write large ones."""
 
 from __future__ import annotations
 
@@ -68,6 +68,20 @@ def print_table(
             shown.append(left.pop(0))
         console.print(table(shown))
         title = ""
+
+
+#: (title, header, rows) of a table of words.
+MarkdownTable = tuple[str, list[str], list[list[str]]]
+
+
+def markdown_tables(tables: Sequence[MarkdownTable]) -> str:
+    """The tables as Markdown, each below its title."""
+    parts = []
+    for title, header, rows in tables:
+        lines = [header, ["---"] * len(header), *rows]
+        cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
+        parts.append(f"**{title}**\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in cells))
+    return "\n\n".join(parts)
 
 
 def short(count: float) -> str:

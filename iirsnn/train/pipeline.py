@@ -210,11 +210,17 @@ class Pipeline:
 
     def calibration_images(self, count: int) -> Tensor:
         """Random training images, not augmented, the same in every call: [count, C, H, W]."""
-        return self._images(self.splits.train, count, derive_seed(self.recipe.seed, "calibration"))
+        seed = derive_seed(self.recipe.seed, "calibration")
+        return self._images(self.splits.train, count, seed)[0]
 
     def test_images(self, count: int) -> Tensor:
         """Random test images, the same in every call: [count, C, H, W]."""
-        return self._images(self.splits.test, count, derive_seed(self.recipe.seed, "test"))
+        return self._images(self.splits.test, count, derive_seed(self.recipe.seed, "test"))[0]
+
+    def validation_images(self, count: int) -> tuple[Tensor, Tensor]:
+        """Random validation images, the same in every call: [count, C, H, W], labels int64."""
+        seed = derive_seed(self.recipe.seed, "validation")
+        return self._images(self.splits.validation, count, seed)
 
     def test(self, stage: Stage, stop: StopRequest | None = None) -> dict[str, Any]:
         """The stage's entry in the report; reads the test set once.
@@ -262,11 +268,11 @@ class Pipeline:
             "spike_rates": counter.spike_rates,
         }
 
-    def _images(self, dataset: data.ImageSet, count: int, seed: int) -> Tensor:
+    def _images(self, dataset: data.ImageSet, count: int, seed: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(dataset), generator=generator)[:count].tolist()
-        images = torch.stack([image for image, _ in dataset.__getitems__(chosen)])
-        return images.to(self.device)
+        images, labels = zip(*dataset.__getitems__(chosen), strict=True)
+        return torch.stack(images).to(self.device), torch.tensor(labels, device=self.device)
 
     def _untrained(self, name: str) -> nn.Module:
         """A network with the modules of a stage's; the ANN's weights are its initial ones."""

@@ -75,15 +75,15 @@ def kernels(toolchain: Toolchain) -> dict[Path, Path]:
     """The objects of csrc by their sources."""
     toolchain.require()
     if toolchain == HOST:
-        return compile_all(package.kernel_sources(), PACKAGE, package.kernel_command())
-    command = [toolchain.compiler, *package.kernel_flags("avx512")]
+        return compile_all(package.kernel_sources(), PACKAGE, package.kernel_command("usable"))
+    command = [toolchain.compiler, *package.kernel_flags("all")]
     return compile_all(package.kernel_sources(), BUILD, command)
 
 
 def build(toolchain: Toolchain) -> Path:
     """The driver, linked with the kernels."""
     parts = [*kernels(toolchain).values()]
-    command = [toolchain.compiler, *package.kernel_flags("avx512")]
+    command = [toolchain.compiler, *package.kernel_flags("all")]
     parts += compile_all(sorted(HERE.glob("*.cpp")), BUILD, command).values()
     content = "".join(f"{path} {path.stat().st_mtime_ns}" for path in parts)
     target = BUILD / f"driver-{hashlib.sha256(content.encode()).hexdigest()[:16]}"

@@ -80,15 +80,76 @@ def test_what_stays_on_this_machine_is_compiled_for_it_and_what_may_leave_it_for
     monkeypatch.setattr(
         build.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=" ".join(macros))
     )
-    assert build.highest_capability(whole=False) == "avx2"
-    assert build.highest_capability(whole=True) == "avx512"
+
+    def chosen(*default):
+        words = ("PORTABLE_ONLY", "NO_AVX512", "HIGHEST_ALONE")
+        return [word for word in words if f"-DIIRSNN_{word}" in build.kernel_command(*default)]
+
+    assert chosen() == ["NO_AVX512", "HIGHEST_ALONE"]
+    assert chosen("usable") == ["NO_AVX512"]
+    assert chosen("all") == []
     macros.remove("__F16C__")
-    assert build.highest_capability(whole=False) == "portable"
+    assert chosen("usable") == ["PORTABLE_ONLY"]
     monkeypatch.setenv("IIRSNN_CAPABILITIES", "all")
-    assert build.highest_capability(whole=False) == "avx512"
+    assert chosen() == []
+    macros[0] = "__aarch64__"
+    monkeypatch.setenv("IIRSNN_CAPABILITIES", "native")
+    assert chosen("all") == ["HIGHEST_ALONE"]
     monkeypatch.setenv("IIRSNN_CAPABILITIES", "avx2")
-    with pytest.raises(RuntimeError, match="IIRSNN_CAPABILITIES: expected native or all, got 'av"):
-        build.highest_capability(whole=False)
+    with pytest.raises(RuntimeError, match="expected native, usable or all, got 'avx2'"):
+        build.kernel_command()
+
+
+CAPABILITY = """
+#include <cstdio>
+#include <exception>
+#include "simd/versions.h"
+struct Width {
+  template <int kBytes>
+  static void run() { std::printf("%d\\n", kBytes); }
+};
+int main() {
+  try {
+    iirsnn::run<Width>();
+  } catch (const std::exception& error) {
+    std::puts(error.what());
+  }
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "asked", "expected"),
+    [
+        ("usable", "portable", "16"),
+        ("native", "portable", "{name} alone as compiled, got 'portable'"),
+        ("native", "{name}", "{bytes}"),
+        ("all", "", "{bytes}"),
+    ],
+)
+def test_a_version_that_was_not_compiled_is_refused(tmp_path, capabilities, asked, expected):
+    name = importlib.import_module("iirsnn._C").build_info()["cpu_capability"]
+    if name == "portable" and capabilities == "native":
+        pytest.skip("this processor has the portable version alone")
+    facts = {"name": name, "bytes": {"portable": 16, "avx2": 32, "avx512": 64}[name]}
+    (tmp_path / "main.cpp").write_text(CAPABILITY)
+    sources = [tmp_path / "main.cpp", build.source_dir() / "simd" / "capability.cpp"]
+    flags = [*build.kernel_flags(capabilities), f"-I{build.source_dir()}"]
+    subprocess.run(["c++", *flags, *sources, "-o", tmp_path / "main"], check=True)
+    env = os.environ | {"IIRSNN_CPU_CAPABILITY": asked.format(**facts)}
+    done = subprocess.run([tmp_path / "main"], env=env, capture_output=True, text=True)
+    assert expected.format(**facts) in done.stdout
+
+
+def test_kernels_of_a_better_processor_say_so(tmp_path):
+    if importlib.import_module("iirsnn._C").build_info()["cpu_capability"] == "avx512":
+        pytest.skip("this processor has all instruction sets")
+    (tmp_path / "main.cpp").write_text(CAPABILITY)
+    sources = [tmp_path / "main.cpp", build.source_dir() / "simd" / "capability.cpp"]
+    flags = [*build.kernel_flags("all"), "-DIIRSNN_HIGHEST_ALONE", f"-I{build.source_dir()}"]
+    subprocess.run(["c++", *flags, *sources, "-o", tmp_path / "main"], check=True)
+    done = subprocess.run([tmp_path / "main"], capture_output=True, text=True)
+    assert "got some for avx512 alone; compile anew" in done.stdout
 
 
 def test_only_what_changed_is_compiled_again(tmp_path):
