@@ -29,6 +29,18 @@ class Damaged(RunError):
     """A checkpoint that was not written whole, or has changed since."""
 
 
+def make_folder(path: Path) -> None:
+    """A folder for output, and those above it, where they are not there yet.
+
+    Raises:
+        RunError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"output folder {path}: cannot be made ({error.strerror})") from error
+
+
 def save(
     path: Path,
     tensors: Mapping[str, Tensor],

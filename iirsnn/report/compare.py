@@ -106,10 +106,7 @@ def write(comparison: dict[str, Any], path: Path) -> None:
     Raises:
         RunError: it cannot be written.
     """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"output folder {path}: cannot be made ({error.strerror})") from error
+    atomic_files.make_folder(path)
     atomic_files.write_text(path / "compare.json", json.dumps(comparison, indent=2) + "\n")
     atomic_files.write_text(path / "compare.md", markdown(comparison))
     plots = {"accuracy": ((9, 5), _plot_accuracy), "frontier": ((12, 5), _plot_frontier)}

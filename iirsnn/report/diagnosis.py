@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from .. import atomic_files
 from ..errors import RunError, check_choice
 from ..measure.evaluation import evaluating
-from ..nn import FusedLIF, neurons, recorder
+from ..nn import FusedLIF, neurons
 from ..ops.surrogates import SURROGATES
 from ..train.pipeline import Pipeline
-from . import plot_files
+from . import activity, plot_files
 from .tables import Column, MarkdownTable, markdown_tables, print_table
 
 #: Validation images that a network is looked at with.
@@ -76,12 +76,8 @@ class _Sums:
         self.steps += spikes.shape[0] * spikes.shape[1]
         slope, default = SURROGATES[neuron.surrogate]
         scale = default if neuron.surrogate_scale is None else neuron.surrogate_scale
-        threshold = neuron.threshold.detach().float()
-        if threshold.numel() > 1:
-            threshold = threshold.view(-1, *[1] * (current.dim() - 3))
-        for h in recorder.membranes(neuron, current.detach(), spikes):
-            passes = slope(h / threshold - 1, scale) != 0
-            self.learning += int(passes.sum())
+        for h in activity.membranes(neuron, current.detach(), spikes):
+            self.learning += int((slope(h - 1, scale) != 0).sum())
             self.membranes += h.numel()
         assert current.grad is not None
         # of a mean over the batch: times its size is one image's
@@ -218,10 +214,7 @@ def write(groups: Sequence[dict[str, Any]], path: Path) -> None:
     Raises:
         RunError: it cannot be written.
     """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"output folder {path}: cannot be made ({error.strerror})") from error
+    atomic_files.make_folder(path)
     atomic_files.write_text(path / "diagnosis.json", json.dumps(list(groups), indent=2) + "\n")
     atomic_files.write_text(path / "diagnosis.md", markdown_tables(_tables(groups)) + "\n")
     plot_files.write(path, {"diagnosis": ((16, 4.5), _plot)}, groups)

@@ -16,11 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import iirsnn._C
 from iirsnn.ops import batch_norm, reference  # noqa: F401  # defines the ops
 from tests.fuzz.settings import fuzzed
-from tests.fuzz.test_lif import BEST, levels
+from tests.fuzz.test_lif import levels
 from tests.lif_cases import laid_out
+
+pytestmark = pytest.mark.usefixtures("as_before")
 
 forward = torch.ops.iirsnn.bn_lif_forward
 backward = torch.ops.iirsnn.bn_lif_backward
@@ -85,14 +86,6 @@ def calls(draw) -> Call:
         draw(st.integers(1, 3)),
         draw(st.integers(0, 2**16)),
     )
-
-
-@pytest.fixture(autouse=True)
-def as_before():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    iirsnn._C.set_cpu_capability(BEST)
 
 
 def in_float64(call: Call) -> tuple[Tensor, list[Tensor | None]]:

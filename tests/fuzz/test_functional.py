@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import iirsnn._C
 from iirsnn.functional import lif
 from iirsnn.ops import reference
 from tests.fuzz.lif_strategies import TOLERANCE, same
 from tests.fuzz.settings import fuzzed
-from tests.fuzz.test_lif import BEST, levels
+from tests.fuzz.test_lif import levels
+
+pytestmark = pytest.mark.usefixtures("as_before")
 
 DTYPES = tuple(TOLERANCE)
 
@@ -172,14 +173,6 @@ def calls(draw) -> Call:
         draw(st.integers(1, 3)),
         draw(st.integers(0, 2**16)),
     )
-
-
-@pytest.fixture(autouse=True)
-def as_before():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    iirsnn._C.set_cpu_capability(BEST)
 
 
 def differentiated(call: Call, backend: str) -> tuple[list[Tensor], list[Tensor]]:

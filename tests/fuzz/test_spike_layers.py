@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import iirsnn._C
 from iirsnn import SpikeAvgPool2d, SpikeConv2d, SpikeLinear
 from iirsnn.nn import events_or_dense  # noqa: F401  # its costs are read when a layer runs
 from tests.fuzz.settings import fuzzed
 from tests.fuzz.test_event import CHANNELS, windows
-from tests.fuzz.test_lif import BEST, levels
+from tests.fuzz.test_lif import levels
+
+pytestmark = pytest.mark.usefixtures("as_before")
 
 UNITS = {"spikes": (1.0, 1), "after dropout": (1.25, 1), "counts": (0.25, 12)}
 
@@ -103,14 +104,6 @@ def cases(draw) -> Case:
         draw(st.integers(1, 3)),
         draw(st.integers(0, 2**16)),
     )
-
-
-@pytest.fixture(autouse=True)
-def as_before():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    iirsnn._C.set_cpu_capability(BEST)
 
 
 def gradients(layer: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
