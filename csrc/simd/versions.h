@@ -57,7 +57,7 @@ struct Versions<Loop, void(Args...)> {
   IIRSNN_AVX512 static void avx512(Args... args) { Loop::template run<64>(args...); }
 #endif
   static auto pick() {
-    const Capability force = capability();
+    [[maybe_unused]] const Capability force = capability();
 #if defined(IIRSNN_AVX512)
     if (force == kAvx512) return &avx512;
 #endif
