@@ -67,6 +67,7 @@ def cases() -> list[Case]:
         for kind in ("lif", "bn_lif")
         for t, d, layout in ((1, "fp32", last), (5, "bf16", last), (5, "fp32", "contiguous"))
     ]
+    first += [Case("call", timesteps=t) for t in (1, 5)]
     networks = [Case("test", 120, "networks")]
     networks += [
         Case("network", 90, what, timesteps, "bf16", last)
@@ -341,6 +342,42 @@ class _TwoModules(nn.Module):
         return self.neuron(self.norm(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
 
 
+def run_call(case: Case, device: Device) -> list[Row]:
+    """Forward and backward on 64 numbers: the wall clock of what the host does, in turns."""
+    from bench_call import NEURONS, step
+
+    from iirsnn import FusedLIF
+
+    x = torch.randn(case.timesteps, NEURONS, device=device.name).add_(0.5).requires_grad_()
+    calls: dict[str, Call] = {"torch.relu": step(torch.relu, x, torch.ones_like(x))}
+    for name, reason in backends(device).items():
+        if reason:
+            continue
+        for label, learned in (("learned", True), ("fixed", False)):
+            neuron = FusedLIF(1.0, 0.9, backend=name, learn_threshold=learned, learn_leak=learned)
+            run = step(neuron.to(device.name), x, torch.ones_like(x))
+            calls[f"{name}, {label}"] = run
+    if importlib.util.find_spec("spikingjelly"):
+        for name, run in _spikingjelly(device).items():
+            calls[name] = step(run, x, torch.ones_like(x))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(device.rounds + 2):  # the first ones warm up
+        for name, call in calls.items():
+            device.synchronise()
+            start = time.perf_counter()
+            for _ in range(50):
+                call()
+            device.synchronise()
+            if round_ >= 2:
+                times[name].append((time.perf_counter() - start) / 50)
+    microseconds = {name: 1e6 * statistics.median(t) for name, t in times.items()}
+    relu = microseconds["torch.relu"]
+    return [
+        {"what": "forward and backward", "implementation": name, "us": us, "ratio": us / relu}
+        for name, us in microseconds.items()
+    ]
+
+
 def run_limit(case: Case, device: Device) -> list[Row]:
     """What copies and additions of many sizes reach."""
     rows = []
@@ -453,6 +490,7 @@ RUN: dict[str, Callable[[Case, Device], list[Row]]] = {
     "limit": run_limit,
     "lif": run_lif,
     "bn_lif": run_bn_lif,
+    "call": run_call,
     "network": run_network,
     "test": run_test,
 }

@@ -127,6 +127,7 @@ def summary(found: Row) -> str:
         for row in found["rows"]
         if row.get("implementation") in OURS and row.get("cache") == "cold"
     ]
+    told += [f"{row['implementation']} {row['us']:.1f} us" for row in found["rows"] if "us" in row]
     told += [f"{row['what']} {row['ms']:.2f} ms" for row in found["rows"] if "launches" in row]
     told += [row["result"] for row in found["rows"] if "result" in row]
     return ", ".join(told) or f"{len(found['rows'])} rows"
@@ -141,13 +142,15 @@ def broken(results: Row) -> list[str]:
     ]
 
 
-def rows_of(results: Row, kinds: tuple[str, ...] = ("lif", "bn_lif")) -> list[Row]:
+def rows_of(
+    results: Row, kinds: tuple[str, ...] = ("lif", "bn_lif"), unit: str = "ms"
+) -> list[Row]:
     """Rows with a time, each with the name of its case."""
     return [
         {**row, "case": name}
         for name, found in results["cases"].items()
         for row in found.get("rows", [])
-        if row["kind"] in kinds and "ms" in row
+        if row["kind"] in kinds and unit in row
     ]
 
 
@@ -183,6 +186,13 @@ def table(results: Row) -> str:
         lines.append(
             f"| {row['case']} | {row['what']} | {row['cache']} | {row['implementation']} "
             f"| {row['ms']:.4f} | {row['ratio']:.2f} |"
+        )
+    lines += ["", "| call on 64 numbers | what | implementation | us | of torch.relu's |"]
+    lines.append("|---|---|---|---|---|")
+    for row in rows_of(results, ("call",), "us"):
+        lines.append(
+            f"| {row['case']} | {row['what']} | {row['implementation']} "
+            f"| {row['us']:.1f} | {row['ratio']:.2f} |"
         )
     lines += ["", "| network | what | ms | of its bytes by clone | MiB at the peak | launches |"]
     lines.append("|---|---|---|---|---|---|")
@@ -242,7 +252,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--name", help="of the result file (default: the device's)")
     parser.add_argument("--seconds", type=float, default=3600, help="after which to stop")
-    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument("--only", default="", help="a regular expression in the names of cases")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--rehearse", action="store_true", help="on the processor, in small")
     arguments = parser.parse_args()
@@ -257,7 +267,7 @@ def main() -> int:
     name = re.sub(r"[^a-z0-9]+", "-", name.lower())
     arguments.results.mkdir(parents=True, exist_ok=True)
     path = arguments.results / f"gpu-{name}.json"
-    chosen = [case for case in cases() if arguments.only in case.name]
+    chosen = [case for case in cases() if re.search(arguments.only, case.name)]
     results = check(path, device, chosen, arguments.seconds)
     report(path, results)
     return 1 if broken(results) else 0

@@ -40,14 +40,19 @@ def test_names_of_cases_are_unique_and_the_tests_come_first(gpu_check):
 
 
 @pytest.mark.parametrize(
-    "name", ["limit", "lif T=1 fp32", "bn_lif T=5 bf16", "network vgg16 T=1", "network vgg16 bits"]
+    "name",
+    [
+        *("limit", "lif T=1 fp32", "bn_lif T=5 bf16", "call T=5"),
+        *("network vgg16 T=1", "network vgg16 bits"),
+    ],
 )
 def test_a_case_in_a_process_of_its_own(gpu_check, name):
     case = next(case for case in gpu_check.cases() if case.name.startswith(name))
     found = gpu_check.run_case(case, "cpu", 120)
     assert "failed" not in found
     assert all(row["ms"] > 0 for row in found["rows"] if "ms" in row)
-    assert any("ms" in row for row in found["rows"])
+    assert any("ms" in row or "us" in row for row in found["rows"])
+    assert all(row["us"] > 0 for row in found["rows"] if "us" in row)
     assert all(row["memory_ms"] > 0 for row in found["rows"] if row["kind"] == "network")
 
 
