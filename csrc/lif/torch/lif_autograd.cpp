@@ -17,6 +17,7 @@
 namespace iirsnn {
 namespace {
 
+// Of lif_forward.
 struct LifGradient : Gradient<LifGradient, 4> {
   enum Input { kX, kThreshold, kLeak, kV0 };
   static constexpr const char* kName = "LifGradient";
