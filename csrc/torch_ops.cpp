@@ -1,4 +1,5 @@
 // The ops for torch in one source: its headers take longer to compile than all of them.
+#include "lif/torch/bn_lif_autograd.cpp"
 #include "lif/torch/bn_lif_torch.cpp"
 #include "lif/torch/lif_autograd.cpp"
 #include "lif/torch/lif_torch.cpp"
