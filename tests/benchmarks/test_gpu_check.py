@@ -85,10 +85,10 @@ def test_a_case_that_breaks_or_hangs_costs_no_other(gpu_check, monkeypatch, tmp_
     assert len(gpu_check.broken(results)) == 2
 
     called = tmp_path / "called"
-    assert called.read_text().split() == ["hangs", "breaks", "works"]
+    assert sorted(called.read_text().split()) == ["breaks", "hangs", "works"]
     (tmp_path / "mended").touch()  # a second call goes on where the first one failed
     assert gpu_check.broken(gpu_check.check(path, "cpu", chosen, 60)) == []
-    assert called.read_text().split()[3:] == ["hangs", "breaks"]
+    assert sorted(called.read_text().split()[3:]) == ["breaks", "hangs"]
 
     gpu_check.report(path, results)
     assert (tmp_path / "gpu-fake.md").read_text().count("FAILED") == 2
