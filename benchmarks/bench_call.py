@@ -51,7 +51,8 @@ class TwoModules(nn.Module):
         return spikes
 
 
-FIXED = {"learn_threshold": False, "learn_leak": False}
+LEARNED: dict[str, Any] = {}
+FIXED: dict[str, Any] = {"learn_threshold": False, "learn_leak": False}
 RELU, TWO = "torch.relu", "norm, neuron: learned"
 Contenders = dict[str, Callable[[Tensor], Tensor]]
 
@@ -70,7 +71,7 @@ def neurons() -> Contenders:
 def normed() -> Contenders:
     return {
         f"{name}: {learned}": kind(nn.BatchNorm2d(CHANNELS), FusedLIF(1.0, 0.9, **options))
-        for learned, options in (("learned", {}), ("fixed", FIXED))
+        for learned, options in (("learned", LEARNED), ("fixed", FIXED))
         for name, kind in (("norm, neuron", TwoModules), ("BatchNormLIF", BatchNormLIF))
     }
 

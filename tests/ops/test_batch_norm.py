@@ -387,6 +387,108 @@ def test_compiles_without_a_break():
     torch.testing.assert_close(fused.norm.running_mean, composed.norm.running_mean)
 
 
+def everything_of_the_module(module, x, grad_s):
+    found = []
+    for _ in range(2):  # the second time on other running statistics
+        s, grad_x, grads = run(module, x, grad_s)
+        found += [s, grad_x, *grads]
+    return [*found, *(buffer.clone() for buffer in module.buffers())]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"norm": {"affine": False}, "learn_threshold": False, "learn_leak": False},
+        {"norm": {"momentum": 0.7}, "channels": 6, "reset": "hard", "surrogate": "atan"},
+    ],
+    ids=["learned", "fixed", "channels"],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_short_way_is_the_long_one(options, dtype, monkeypatch):
+    for timesteps, last in itertools.product((1, 5), (False, True)):
+        short, _ = modules((3, 6, 5, 5), **copy.deepcopy(options))
+        long = copy.deepcopy(short)
+        x, *_, grad_s = make((3, 6, 5, 5), timesteps, dtype, last=last)
+        assert short._short_way(x) is not None
+        short = copy.deepcopy(long)
+        found = everything_of_the_module(short, x, grad_s)
+        with monkeypatch.context() as patch:
+            patch.setattr("iirsnn.nn.batch_norm.direct", lambda name: None)
+            wanted = everything_of_the_module(long, x, grad_s)
+        for got, tensor in zip(found, wanted, strict=True):
+            assert torch.equal(got, tensor)
+
+
+def test_what_the_short_way_leaves_is_not_counted():
+    x = make((3, 6, 5, 5), 2)[0]
+
+    def left(x, change=lambda module: None, **norm):
+        module, _ = modules((3, 6, 5, 5), norm=norm)
+        change(module)
+        before = [buffer.clone() for buffer in module.buffers()]
+        assert module._short_way(x) is None
+        assert all(map(torch.equal, before, module.buffers()))
+
+    left(x, momentum=None)
+    left(x.double())
+    left(x.to("meta"))
+    left(x[..., ::2])
+    left(x[:1, :1, :, :1, :1])
+    left(x[:0])
+    left(x, lambda module: module.norm.double())
+    left(x, lambda module: setattr(module.neuron, "backend", "reference"))
+    left(x, lambda module: setattr(module.neuron, "surrogate_scale", -1.0))
+    left(x, lambda module: module.norm._parameters.pop("weight"))
+
+
+def test_the_running_statistics_are_written_as_autograd_sees():
+    module, _ = modules((3, 6, 5, 5))
+    x = make((3, 6, 5, 5), 2)[0]
+    kept = module.norm.running_mean * torch.ones(6, requires_grad=True)
+    module(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.sum().backward()
+
+
+def test_one_dispatch_of_ours():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    module, _ = modules((3, 6, 5, 5))
+    found = []
+    with Names():
+        s = module(make((3, 6, 5, 5), 2)[0])
+        s.backward(torch.ones_like(s))
+    names = ["iirsnn.bn_lif_forward.default", "iirsnn.bn_lif_backward.default"]
+    assert [name for name in found if name.startswith("iirsnn")] == names
+    assert s.grad_fn.name() == "BnLifGradient"
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        s.backward(torch.ones_like(s))
+
+
+def test_forward_mode_raises():
+    x, *parameters, _ = make((2, 6, 4, 4), 1)
+    with pytest.raises(NotImplementedError, match="expected a backward pass through lif"):
+        torch.func.jvp(lambda x: forward(x, *parameters, 1e-5, *how())[0], (x,), (x,))
+
+
+def test_compiled_autograd():
+    """A graph of gradients that is compiled as a whole has the gradients of one that is not."""
+    from torch._dynamo import compiled_autograd
+
+    module, _ = modules((3, 6, 5, 5))
+    x, *_, grad_s = make((3, 6, 5, 5), 3)
+    wanted = run(copy.deepcopy(module), x, grad_s)
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        found = run(module, x, grad_s)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
 def test_a_second_derivative_raises_one_clear_error():
     fused, _ = modules((2, 6, 8, 8))
     x = make((2, 6, 8, 8), 1)[0].requires_grad_()

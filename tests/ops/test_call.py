@@ -9,7 +9,7 @@ import torch
 
 import iirsnn._C
 from iirsnn.functional import lif
-from iirsnn.ops import backend
+from iirsnn.ops import backend, batch_norm
 from iirsnn.ops import lif as contract
 
 WAYS = {
@@ -119,7 +119,7 @@ def test_one_dispatch():
 
 def test_schemas_in_cpp_are_those_of_the_twin():
     assert contract.DEFINED_IN_CPP
-    for name, schema in contract.SCHEMAS.items():
+    for name, schema in (contract.SCHEMAS | batch_norm.SCHEMAS).items():
         op = getattr(torch.ops.iirsnn, name).default
         assert str(op._schema) == f"iirsnn::{name}{schema}"
         assert torch.Tag.needs_exact_strides in op.tags
