@@ -78,7 +78,7 @@ def wanted(kernel: Kernel, arch: int) -> bool:
 def inspect(arch: int, folder) -> list[Kernel]:
     """Compile for one architecture from the PTX for it, sm_120 from that for sm_100."""
     unrolled = 8 if EVERY or arch == 90 else 0
-    files, _ = compile_kernels(min(arch, 100), unrolled)
+    files, _ = compile_kernels(min(arch, 100), unrolled, few=arch == 90 and not EVERY)
     return [kernel for file in files for kernel in inspect_file(arch, file, folder)]
 
 
