@@ -69,8 +69,10 @@ def split(ptx: str) -> tuple[str, dict[str, str]]:
 
 
 def wanted(kernel: Kernel, arch: int) -> bool:
-    if EVERY or kernel.name not in ("forward", "backward"):
+    if EVERY:
         return True
+    if kernel.name not in ("forward", "backward"):
+        return kernel.name not in ("fire", "single_backward") or kernel.dtype != "__half"
     few = kernel.reset == "soft" and kernel.packet > 1 and kernel.dtype != "__half"
     return few and (arch != 90 or kernel.timesteps in (0, 5, 8))
 
