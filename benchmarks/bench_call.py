@@ -1,4 +1,5 @@
-"""What a call costs: forward and backward of a neuron on 64 numbers, beside torch.relu's.
+"""What a call costs: forward and backward on 64 numbers, of neurons beside torch.relu, and of
+BatchNormLIF beside the two modules that it stands for.
 
     python benchmarks/bench_call.py
 
@@ -18,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 import iirsnn._C
-from iirsnn import FusedLIF
+from iirsnn import BatchNormLIF, FusedLIF
 from iirsnn.functional import lif
 
-NEURONS = 64
+NEURONS, CHANNELS = 64, 8
 ROUNDS, CALLS = 40, 60
 
 
@@ -38,15 +39,39 @@ class Empty(torch.autograd.Function):
         return grad
 
 
-def contenders() -> dict[str, Callable[[Tensor], Tensor]]:
-    fixed = {"learn_threshold": False, "learn_leak": False}
+class TwoModules(nn.Module):
+    """What BatchNormLIF stands for."""
+
+    def __init__(self, norm: nn.Module, neuron: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.neuron = norm, neuron
+
+    def forward(self, x: Tensor) -> Tensor:
+        spikes: Tensor = self.neuron(self.norm(x.flatten(0, 1)).view(x.shape))
+        return spikes
+
+
+FIXED = {"learn_threshold": False, "learn_leak": False}
+RELU, TWO = "torch.relu", "norm, neuron: learned"
+Contenders = dict[str, Callable[[Tensor], Tensor]]
+
+
+def neurons() -> Contenders:
     return {
-        "torch.relu": torch.relu,
+        RELU: torch.relu,
         "nn.ReLU": nn.ReLU(),
         "empty autograd.Function": Empty.apply,
         "FusedLIF, learned": FusedLIF(1.0, 0.9),
-        "FusedLIF, fixed": FusedLIF(1.0, 0.9, **fixed),
+        "FusedLIF, fixed": FusedLIF(1.0, 0.9, **FIXED),
         "lif, numbers": lambda x: lif(x, 1.0, 0.9),
+    }
+
+
+def normed() -> Contenders:
+    return {
+        f"{name}: {learned}": kind(nn.BatchNorm2d(CHANNELS), FusedLIF(1.0, 0.9, **options))
+        for learned, options in (("learned", {}), ("fixed", FIXED))
+        for name, kind in (("norm, neuron", TwoModules), ("BatchNormLIF", BatchNormLIF))
     }
 
 
@@ -61,11 +86,11 @@ def step(function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> Calla
     return run
 
 
-def measure(timesteps: int) -> dict[str, float]:
+def measure(functions: Contenders, shape: tuple[int, ...]) -> dict[str, float]:
     """Microseconds of a forward and backward, by contender."""
-    x = torch.randn(timesteps, NEURONS).add_(0.5).requires_grad_()
-    grad = torch.randn(timesteps, NEURONS)
-    steps = {name: step(function, x, grad) for name, function in contenders().items()}
+    x = torch.randn(shape).add_(0.5).requires_grad_()
+    grad = torch.randn(shape)
+    steps = {name: step(function, x, grad) for name, function in functions.items()}
     found: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(ROUNDS + 3):  # the first ones warm up
         for name, run in steps.items():
@@ -78,17 +103,18 @@ def measure(timesteps: int) -> dict[str, float]:
 
 
 def main() -> None:
-
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {iirsnn._C.build_info()['cpu_capability']}")
     for timesteps in (1, 5):
-        times = measure(timesteps)
-        print(
-            f"\nT = {timesteps}, {NEURONS} neurons: microseconds, and as a multiple of torch.relu"
-        )
-        for name, time_ in times.items():
-            print(f"{name:24} {time_:7.2f} {time_ / times['torch.relu']:6.2f}")
+        for functions, shape, one in (
+            (neurons(), (NEURONS,), RELU),
+            (normed(), (2, CHANNELS, 2, 2), TWO),
+        ):
+            times = measure(functions, (timesteps, *shape))
+            print(f"\nT = {timesteps}, {list(shape)}: microseconds, and as a multiple of {one}")
+            for name, time_ in times.items():
+                print(f"{name:24} {time_:7.2f} {time_ / times[one]:6.2f}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ of a few thousand numbers, the cases are rehearsed: what they print there is no 
 
 Every time of a kernel stands beside that of the same bytes by x.clone() (forward) or
 torch.add(x, g) (backward), which no kernel can beat. All that is compared is timed in turns, so
-that a clock that changes hits all of it. "cold" empties the caches before each call.
+that a clock that changes hits all of it. "cold" empties the caches before each call. The device
+is kept busy until the host has launched all of a call: what is timed is the device's work. What the
+host needs is in the cases "call" and in the networks' times.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: Maps of VGG16 on 32x32 images, [C, H, W], where its neurons are.
 MAPS = {"64x32x32": (64, 32, 32), "128x16x16": (128, 16, 16), "512x4x4": (512, 4, 4)}
 BATCH = 128
+#: Clock cycles that the device waits before what is timed: about 3 ms.
+AHEAD = 5_000_000
 
 
 @dataclass(frozen=True)
 class Case:
-    """seconds: after which its process is ended."""
+    """seconds: after which its process is ended. peers: whether other libraries take part."""
 
     kind: str
     seconds: int = 60
@@ -47,6 +51,7 @@ class Case:
     layout: str = "contiguous"
     channels: bool = False
     map: str = "64x32x32"
+    peers: bool = False
 
     @property
     def name(self) -> str:
@@ -55,6 +60,8 @@ class Case:
         parts = [self.kind, self.what, f"T={self.timesteps}", self.dtype, self.layout]
         if self.kind in ("lif", "bn_lif"):
             parts += ["per channel" if self.channels else "scalar", self.map]
+        if self.peers:
+            parts.append("peers")
         return " ".join(part for part in parts if part)
 
 
@@ -67,6 +74,8 @@ def cases() -> list[Case]:
         for kind in ("lif", "bn_lif")
         for t, d, layout in ((1, "fp32", last), (5, "bf16", last), (5, "fp32", "contiguous"))
     ]
+    first += [Case("call", timesteps=t) for t in (1, 5)]
+    peers = [replace(case, seconds=120, peers=True) for case in first if case.kind == "lif"]
     networks = [Case("test", 120, "networks")]
     networks += [
         Case("network", 90, what, timesteps, "bf16", last)
@@ -82,7 +91,13 @@ def cases() -> list[Case]:
         for layout in ("contiguous", last)
         for channels in (False, True)
     ]
-    ordered = [Case("limit"), *(Case("test", 120, what) for what in tests), *first, *networks]
+    ordered = [
+        Case("limit"),
+        *(Case("test", 120, what) for what in tests),
+        *first,
+        *networks,
+        *peers,
+    ]
     ordered += [case for case in rest if case not in first]
     ordered += [Case("test", 240, "everything"), Case("network", 90, "vgg16", 5, "fp32", last)]
     return ordered
@@ -104,9 +119,11 @@ class Device:
         if self.real:
             torch.cuda.synchronize()
 
-    def milliseconds(self, call: Call, cold: bool) -> float:
+    def milliseconds(self, call: Call, cold: bool, ahead: bool) -> float:
         if cold:
             self.trash.zero_()
+        if ahead and self.real:
+            torch.cuda._sleep(AHEAD)
         if not self.real:
             start = time.perf_counter()
             call()
@@ -118,15 +135,17 @@ class Device:
         end.synchronize()
         return float(start_event.elapsed_time(end))
 
-    def compare(self, calls: dict[str, Call], cold: bool = True) -> dict[str, float]:
-        """Median milliseconds of each, in turns."""
+    def compare(
+        self, calls: dict[str, Call], cold: bool = True, ahead: bool = True
+    ) -> dict[str, float]:
+        """Median milliseconds of each, in turns; `ahead`: of the device's work alone."""
         times: dict[str, list[float]] = {name: [] for name in calls}
         for call in calls.values():
             for _ in range(3):
                 call()
         for _ in range(self.rounds):
             for name, call in calls.items():
-                times[name].append(self.milliseconds(call, cold))
+                times[name].append(self.milliseconds(call, cold, ahead))
         return {name: statistics.median(t) for name, t in times.items()}
 
     def peak_bytes(self, call: Call) -> int:
@@ -205,6 +224,8 @@ def lif_contenders(case: Case, x: Tensor, device: Device) -> tuple[dict[str, Any
             lambda name=name: lif(leaf, threshold.detach(), leak.detach(), backend=name),
             (leaf,),
         )
+    if not case.peers:
+        return found, missing
     reference._check_values = lambda threshold, leak: None  # it waits for the device
     how = ("soft", 0.0, True, "triangle", 0.3, False)
 
@@ -282,7 +303,7 @@ def passes(
                 else:
                     s = run()
                     calls[name] = lambda s=s, leaves=leaves: torch.autograd.grad(
-                        s, leaves, g, retain_graph=True
+                        s, leaves, g, retain_graph=True, allow_unused=True
                     )
                 calls[name]()
             except Exception as error:  # another library's: it costs its row alone
@@ -339,6 +360,42 @@ class _TwoModules(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.neuron(self.norm(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
+
+
+def run_call(case: Case, device: Device) -> list[Row]:
+    """Forward and backward on 64 numbers: the wall clock of what the host does, in turns."""
+    from bench_call import NEURONS, step
+
+    from iirsnn import FusedLIF
+
+    x = torch.randn(case.timesteps, NEURONS, device=device.name).add_(0.5).requires_grad_()
+    calls: dict[str, Call] = {"torch.relu": step(torch.relu, x, torch.ones_like(x))}
+    for name, reason in backends(device).items():
+        if reason:
+            continue
+        for label, learned in (("learned", True), ("fixed", False)):
+            neuron = FusedLIF(1.0, 0.9, backend=name, learn_threshold=learned, learn_leak=learned)
+            run = step(neuron.to(device.name), x, torch.ones_like(x))
+            calls[f"{name}, {label}"] = run
+    if importlib.util.find_spec("spikingjelly"):
+        for name, run in _spikingjelly(device).items():
+            calls[name] = step(run, x, torch.ones_like(x))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(device.rounds + 2):  # the first ones warm up
+        for name, call in calls.items():
+            device.synchronise()
+            start = time.perf_counter()
+            for _ in range(50):
+                call()
+            device.synchronise()
+            if round_ >= 2:
+                times[name].append((time.perf_counter() - start) / 50)
+    microseconds = {name: 1e6 * statistics.median(t) for name, t in times.items()}
+    relu = microseconds["torch.relu"]
+    return [
+        {"what": "forward and backward", "implementation": name, "us": us, "ratio": us / relu}
+        for name, us in microseconds.items()
+    ]
 
 
 def run_limit(case: Case, device: Device) -> list[Row]:
@@ -412,7 +469,7 @@ def run_network(case: Case, device: Device) -> list[Row]:
             call()
         return {
             **{"what": what, "implementation": "iirsnn"},
-            "ms": device.compare({what: timed}, cold=False)[what],
+            "ms": device.compare({what: timed}, cold=False, ahead=False)[what],
             "memory_ms": moved.bytes / bytes_a_ms,
             "peak_bytes": device.peak_bytes(timed),
             "launches": device.launches(timed),
@@ -453,12 +510,16 @@ RUN: dict[str, Callable[[Case, Device], list[Row]]] = {
     "limit": run_limit,
     "lif": run_lif,
     "bn_lif": run_bn_lif,
+    "call": run_call,
     "network": run_network,
     "test": run_test,
 }
 
 
 def main() -> None:
+    import iirsnn.kernels  # noqa: F401 (all that is slow to import)
+
+    sys.stdin.readline()  # the device belongs to the case before until then
     case, device = Case(**json.loads(sys.argv[1])), Device(sys.argv[2])
     rows = RUN[case.kind](case, device)
     print(json.dumps([{**asdict(case), **row} for row in rows]), flush=True)

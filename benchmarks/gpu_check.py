@@ -19,7 +19,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -68,23 +67,31 @@ def facts(device: str) -> Row:
     }
 
 
-def run_case(case: Case, device: str, seconds: float) -> Row:
-    """{"rows"} of a case, or {"failed"}: why there are none."""
+def start(case: Case, device: str) -> subprocess.Popen[str]:
+    """The process of a case, which imports what it needs and then waits for a line of input."""
     # TRITON_INTERPRET would run the kernels on the CPU
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, str(SCRIPT), json.dumps(asdict(case)), device]
-    start = time.monotonic()
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+    )
+
+
+def run_case(process: subprocess.Popen[str], seconds: float) -> Row:
+    """{"rows"} of a case that was started, or {"failed"}: why there are none."""
+    begin = time.monotonic()
     try:
-        run = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
-        )
+        output, errors = process.communicate("\n", seconds)
     except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
         return {"failed": f"not done after {seconds:.0f} s"}
-    took = round(time.monotonic() - start, 1)
-    if run.returncode != 0:
-        last = (run.stderr.strip().splitlines() or ["no output"])[-1]
-        return {"failed": f"exit {run.returncode}: {last}", "seconds": took}
-    return {"rows": json.loads(run.stdout.strip().splitlines()[-1]), "seconds": took}
+    took = round(time.monotonic() - begin, 1)
+    if process.returncode != 0:
+        last = (errors.strip().splitlines() or ["no output"])[-1]
+        return {"failed": f"exit {process.returncode}: {last}", "seconds": took}
+    return {"rows": json.loads(output.strip().splitlines()[-1]), "seconds": took}
 
 
 def write(path: Path, results: Row) -> None:
@@ -94,28 +101,32 @@ def write(path: Path, results: Row) -> None:
     os.replace(part, path)
 
 
-def check(
-    path: Path, device: str, chosen: list[Case], seconds: float, run: Callable[..., Row] = run_case
-) -> Row:
+def check(path: Path, device: str, chosen: list[Case], seconds: float) -> Row:
     """Run the cases that `path` does not have of this commit, while there is time."""
     results: Row = {**facts(device), "cases": {}}
     if path.is_file():
         before = json.loads(path.read_text())
         if before["commit"] == results["commit"] and before["device"] == results["device"]:
             results["cases"] = before["cases"]
+    left_out = [case for case in chosen if "rows" not in results["cases"].get(case.name, {})]
     end = time.monotonic() + seconds
-    for number, case in enumerate(chosen):
-        if "rows" in results["cases"].get(case.name, {}):
-            continue
+    following: subprocess.Popen[str] | None = None
+    for number, case in enumerate(left_out):
         left = end - time.monotonic()
         if left < 5:
-            print(f"gpu-check: {len(chosen) - number} cases are left: call again for them")
+            print(f"gpu-check: {len(left_out) - number} cases are left: call again for them")
             break
-        print(f"[{number + 1}/{len(chosen)}] {case.name}: ", end="", flush=True)
-        found = run(case, device, min(case.seconds, left))
+        print(f"[{number + 1}/{len(left_out)}] {case.name}: ", end="", flush=True)
+        process = following or start(case, device)
+        more = left_out[number + 1 : number + 2]
+        following = start(more[0], device) if more else None  # it imports meanwhile
+        found = run_case(process, min(case.seconds, left))
         results["cases"][case.name] = found
         write(path, results)
         print(summary(found), flush=True)
+    if following is not None:
+        following.kill()
+        following.communicate()
     return results
 
 
@@ -127,6 +138,7 @@ def summary(found: Row) -> str:
         for row in found["rows"]
         if row.get("implementation") in OURS and row.get("cache") == "cold"
     ]
+    told += [f"{row['implementation']} {row['us']:.1f} us" for row in found["rows"] if "us" in row]
     told += [f"{row['what']} {row['ms']:.2f} ms" for row in found["rows"] if "launches" in row]
     told += [row["result"] for row in found["rows"] if "result" in row]
     return ", ".join(told) or f"{len(found['rows'])} rows"
@@ -141,13 +153,15 @@ def broken(results: Row) -> list[str]:
     ]
 
 
-def rows_of(results: Row, kinds: tuple[str, ...] = ("lif", "bn_lif")) -> list[Row]:
+def rows_of(
+    results: Row, kinds: tuple[str, ...] = ("lif", "bn_lif"), unit: str = "ms"
+) -> list[Row]:
     """Rows with a time, each with the name of its case."""
     return [
         {**row, "case": name}
         for name, found in results["cases"].items()
         for row in found.get("rows", [])
-        if row["kind"] in kinds and "ms" in row
+        if row["kind"] in kinds and unit in row
     ]
 
 
@@ -183,6 +197,13 @@ def table(results: Row) -> str:
         lines.append(
             f"| {row['case']} | {row['what']} | {row['cache']} | {row['implementation']} "
             f"| {row['ms']:.4f} | {row['ratio']:.2f} |"
+        )
+    lines += ["", "| call on 64 numbers | what | implementation | us | of torch.relu's |"]
+    lines.append("|---|---|---|---|---|")
+    for row in rows_of(results, ("call",), "us"):
+        lines.append(
+            f"| {row['case']} | {row['what']} | {row['implementation']} "
+            f"| {row['us']:.1f} | {row['ratio']:.2f} |"
         )
     lines += ["", "| network | what | ms | of its bytes by clone | MiB at the peak | launches |"]
     lines.append("|---|---|---|---|---|---|")
@@ -242,7 +263,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--name", help="of the result file (default: the device's)")
     parser.add_argument("--seconds", type=float, default=3600, help="after which to stop")
-    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument("--only", default="", help="a regular expression in the names of cases")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--rehearse", action="store_true", help="on the processor, in small")
     arguments = parser.parse_args()
@@ -257,7 +278,7 @@ def main() -> int:
     name = re.sub(r"[^a-z0-9]+", "-", name.lower())
     arguments.results.mkdir(parents=True, exist_ok=True)
     path = arguments.results / f"gpu-{name}.json"
-    chosen = [case for case in cases() if arguments.only in case.name]
+    chosen = [case for case in cases() if re.search(arguments.only, case.name)]
     results = check(path, device, chosen, arguments.seconds)
     report(path, results)
     return 1 if broken(results) else 0

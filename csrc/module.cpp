@@ -9,6 +9,8 @@ static const char kFlags[] = IIRSNN_EXPANDED(IIRSNN_FLAGS);
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
+#include "lif/torch/bn_lif_autograd.cpp"
+#include "lif/torch/bn_lif_call.cpp"
 #include "lif/torch/bn_lif_torch.cpp"
 #include "lif/torch/lif_autograd.cpp"
 #include "lif/torch/lif_call.cpp"
@@ -53,4 +55,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_cpu_capability", &iirsnn::set_cpu_capability, pybind11::arg("name"),
         "Use the CPU kernels for portable, avx2 or avx512; ValueError where the processor lacks it.");
   iirsnn::bind_lif_call(m);
+  iirsnn::bind_bn_lif_call(m);
 }

@@ -20,3 +20,22 @@ def lif_call(
     return_v: bool,
     /,
 ) -> Tensor | tuple[Tensor, Tensor] | None: ...
+def bn_lif_call(
+    backend: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    threshold: Tensor,
+    leak: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor,
+    momentum: float | None,
+    eps: float,
+    reset: str,
+    v_reset: float,
+    detach_reset: bool,
+    surrogate: str,
+    surrogate_scale: float | None,
+    /,
+) -> Tensor | None: ...

@@ -15,7 +15,8 @@ from .ops.reference import RESETS, acc_dtype
 from .ops.surrogates import SURROGATES
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_SCALES = {name: scale for name, (_, scale) in SURROGATES.items()}
+#: Of the surrogates, where none is given.
+SCALES = {name: scale for name, (_, scale) in SURROGATES.items()}
 
 
 def lif(
@@ -152,7 +153,7 @@ def short_way(
     if call is None:
         return None
     if surrogate_scale is None:
-        surrogate_scale = _SCALES.get(surrogate)
+        surrogate_scale = SCALES.get(surrogate)
     how = reset, v_reset, detach_reset, surrogate, surrogate_scale, return_v
     return call(backend, x, threshold, leak, v0, *how)
 

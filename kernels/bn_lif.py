@@ -231,7 +231,8 @@ def backward_kernel(
         n = plane_j * multiple(plane_stride, VEC) + r * multiple(row_stride, VEC) + cols
         mask = (r < rows) & (cols < width)
         x_ptrs, g_ptrs = x_ptr + n, grad_s_ptr + n
-        same_x, same_g = load_same(x_ptrs, mask, X_MOVES), load_same(g_ptrs, mask, G_MOVES)
+        same_x = load_same(x_ptrs, mask, X_MOVES)
+        same_g = load_same(g_ptrs, mask, G_MOVES)
         g_v, g_h = zero, zero
         grad_x_ptrs = None
         if grad_mean_ptr is not None:

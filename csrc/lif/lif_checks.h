@@ -6,6 +6,9 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_strided.h>
 
+#if defined(IIRSNN_WITH_CUDA)
+#include <ATen/cuda/EmptyTensor.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -87,9 +90,12 @@ inline Tensor with_huge_pages(Tensor t) {
   return t;
 }
 
-// Where x is. The dispatcher, which a CPU does not need here, costs small tensors more than the kernel does.
+// Where x is. The dispatcher, which is not needed here, costs small tensors more than the kernel does.
 inline Tensor empty_beside(const Tensor& x, at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype) {
   if (x.is_cpu()) return at::detail::empty_strided_cpu(sizes, strides, dtype);
+#if defined(IIRSNN_WITH_CUDA)
+  if (x.is_cuda()) return Tensor(at::detail::empty_strided_cuda(sizes, strides, dtype, x.device()));
+#endif
   return at::empty_strided(sizes, strides, x.options().dtype(dtype));
 }
 inline Tensor empty_beside(const Tensor& x, int64_t size, at::ScalarType dtype) {
@@ -164,8 +170,15 @@ inline std::pair<Tensor, Tensor> check_parameters(const Tensor& threshold, const
   check_parameter("threshold", threshold, x, shape);
   check_parameter("leak", leak, x, shape);
   const auto spread = [&](const Tensor& value) {
-    const bool as_it_is = value.numel() == shape.channels && value.is_contiguous();
-    return as_it_is ? value : value.expand({shape.channels}).contiguous();
+    if (value.numel() == shape.channels && value.is_contiguous()) return value;
+    if (!x.is_cpu() || value.numel() > 1) return value.expand({shape.channels}).contiguous();
+    Tensor all = empty_beside(x, shape.channels, value.scalar_type());  // by hand: see empty_beside
+    if (value.scalar_type() == at::kDouble) {
+      std::fill_n(all.mutable_data_ptr<double>(), shape.channels, *value.const_data_ptr<double>());
+    } else {
+      std::fill_n(all.mutable_data_ptr<float>(), shape.channels, *value.const_data_ptr<float>());
+    }
+    return all;
   };
   std::pair<Tensor, Tensor> both{spread(threshold), spread(leak)};
   if (x.is_cpu()) {  // on a GPU, looking at values would wait for it

@@ -8,7 +8,7 @@ not exactly these two modules, hooks included, is called as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -16,11 +16,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..functional import check_options, is_dense, lif, parameter_like
-from ..ops.backend import BatchNormBackend, choose_batch_norm
+from ..functional import SCALES, check_options, is_dense, lif, parameter_like
+from ..ops.backend import BatchNormBackend, choose_batch_norm, direct
 from .neuron import FusedLIF
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+#: Norms that are fused, and the numbers of dimensions of x [T, B, C, ...] that they take.
+_BATCH_NORMS = {
+    nn.BatchNorm1d: (3, 4),
+    nn.BatchNorm2d: (5,),
+    nn.BatchNorm3d: (6,),
+    nn.SyncBatchNorm: range(3, 64),
+}
+_NEURONS = (FusedLIF,)
 
 
 class BatchNormLIF(nn.Module):
@@ -57,14 +64,49 @@ class BatchNormLIF(nn.Module):
     def forward(self, x: Tensor) -> Any:
         if x.dim() < 3:
             raise ValueError(f"x: expected shape [T, B, C, ...], got {tuple(x.shape)}")
-        norm, neuron = self.norm, self.neuron
-        if x.numel() == 0 or not self._fusable():
+        if not self._fusable() or x.numel() == 0:
             return self._composed(x)
-        kernels = choose_batch_norm(neuron.backend, x)
-        if not norm.training:
-            return self._evaluated(x, kernels)
+        norm: Any = self._modules["norm"]  # self.norm takes a failed look-up first
+        return self._trained(x) if norm.training else self._evaluated(x)
+
+    def _fusable(self) -> bool:
+        """Whether norm and neuron, called now, would do what is fused, and nothing else."""
+        norm: Any = self._modules["norm"]
+        neuron: Any = self._modules["neuron"]
+        return (
+            _is_plain(norm, _BATCH_NORMS)
+            and _is_plain(neuron, _NEURONS)
+            and not _has_any_global_hook()
+            and torch.is_grad_enabled() == norm.training
+            and norm.track_running_stats
+            and not (neuron.stateful or neuron.return_v or neuron.packed)
+        )
+
+    def _composed(self, x: Tensor) -> Any:
+        return self.neuron(self.norm(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
+
+    def _evaluated(self, x: Tensor) -> Any:
+        """By one kernel on a GPU; a CPU keeps the bits of torch's norm."""
+        kernels = choose_batch_norm(self.neuron.backend, x)
+        if isinstance(kernels, str) or kernels.name == "cpu":
+            return self._composed(x)
+        norm = self.norm
+        x, *parameters, options = self._arguments(x)
+        rstd = (norm.running_var.float() + norm.eps).rsqrt()
+        return kernels.fire(x, norm.running_mean.float(), rstd, *parameters, *options)
+
+    def _trained(self, x: Tensor) -> Any:
+        norm: Any = self._modules["norm"]
         group = _processes(norm)
-        norm._check_input_dim(x[0])
+        fits = x.dim() in _BATCH_NORMS[type(norm)]
+        if group is None and fits and not torch.compiler.is_compiling():
+            s = self._short_way(x)
+            if s is not None:
+                return s
+        neuron = self.neuron
+        kernels = choose_batch_norm(neuron.backend, x)
+        if not fits:
+            norm._check_input_dim(x[0])
         if x.numel() == x.shape[2] and group is None:
             raise ValueError(
                 f"x: expected more than one value per channel in training, got {tuple(x.shape)}"
@@ -82,29 +124,44 @@ class BatchNormLIF(nn.Module):
             x, norm.weight, norm.bias, neuron.threshold, neuron.leak, mean, rstd, norm.eps, neuron
         )
 
-    def _fusable(self) -> bool:
-        """Whether norm and neuron, called now, would do what is fused, and nothing else."""
-        norm, neuron = self.norm, self.neuron
-        return (
-            _is_plain(norm, _BATCH_NORMS)
-            and _is_plain(neuron, (FusedLIF,))
-            and not _has_any_global_hook()
-            and torch.is_grad_enabled() == norm.training
-            and norm.track_running_stats
-            and not (neuron.stateful or neuron.return_v or neuron.packed)
+    def _short_way(self, x: Tensor) -> Tensor | None:
+        """All of a call, where the compiled kernels can take everything as it is; else None.
+
+        On small tensors a call is all that there is to pay for, so this is one call into C++.
+        """
+        call = direct("bn_lif_call")
+        if call is None:
+            return None
+        norm: Any = self._modules["norm"]
+        neuron: Any = self._modules["neuron"]
+        affine, statistics, learned = norm._parameters, norm._buffers, neuron._parameters
+        threshold, leak = learned.get("threshold"), learned.get("leak")
+        scale = neuron.surrogate_scale
+        try:
+            tensors = (
+                affine["weight"],
+                affine["bias"],
+                neuron._buffers["threshold"] if threshold is None else threshold,
+                neuron._buffers["leak"] if leak is None else leak,
+                statistics["running_mean"],
+                statistics["running_var"],
+                statistics["num_batches_tracked"],
+            )
+        except KeyError:  # something else took the place of one
+            return None
+        s: Tensor | None = call(
+            neuron.backend,
+            x,
+            *tensors,
+            norm.momentum,
+            norm.eps,
+            neuron.reset,
+            neuron.v_reset,
+            neuron.detach_reset,
+            neuron.surrogate,
+            SCALES.get(neuron.surrogate) if scale is None else scale,
         )
-
-    def _composed(self, x: Tensor) -> Any:
-        return self.neuron(self.norm(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
-
-    def _evaluated(self, x: Tensor, kernels: BatchNormBackend | str) -> Any:
-        """By one kernel on a GPU; a CPU keeps the bits of torch's norm."""
-        if isinstance(kernels, str) or kernels.name == "cpu":
-            return self._composed(x)
-        norm = self.norm
-        x, *parameters, options = self._arguments(x)
-        rstd = (norm.running_var.float() + norm.eps).rsqrt()
-        return kernels.fire(x, norm.running_mean.float(), rstd, *parameters, *options)
+        return s
 
     def _arguments(self, x: Tensor) -> tuple[Any, ...]:
         """x, weight, bias, threshold, leak as the ops take them, and their options."""
@@ -229,15 +286,18 @@ def spiking_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
+def _is_plain(module: nn.Module, kinds: Container[type]) -> bool:
     """Whether the module is exactly one of these, so that its attributes say all that it does."""
-    hooks = (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._backward_pre_hooks,
-        module._backward_hooks,
+    return (
+        type(module) in kinds
+        and "forward" not in module.__dict__
+        and not (
+            module._forward_pre_hooks
+            or module._forward_hooks
+            or module._backward_pre_hooks
+            or module._backward_hooks
+        )
     )
-    return type(module) in kinds and "forward" not in module.__dict__ and not any(hooks)
 
 
 def _normalised(

@@ -6,6 +6,7 @@ can run the plain torch `reference`, with one warning. A backend asked for by na
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -132,6 +133,7 @@ class BatchNormBackend:
     grad_x: Callable[..., Any]
 
     @staticmethod
+    @functools.cache
     def of(name: str) -> BatchNormBackend:
         """Of `cpu`, `cuda` or `triton`."""
         prefix = "triton_bn_lif_" if name == "triton" else "bn_lif_"
@@ -160,17 +162,17 @@ def choose_batch_norm(name: str, x: torch.Tensor) -> BatchNormBackend | str:
     return BatchNormBackend.of(resolved)
 
 
-def direct() -> Callable[..., Any] | None:
+def direct(name: str = "lif_call") -> Callable[..., Any] | None:
     """iirsnn._C.lif_call, the shortest way to lif_forward; None where it is not compiled.
 
     It takes the name of a backend and the arguments of `iirsnn.functional.lif`, and returns None
-    where that has to take them.
+    where that has to take them. bn_lif_call does the same for `BatchNormLIF` in training.
     """
     if "import" not in _compiled_reason:
         _compiled_reason["import"] = build.load()
     if _compiled_reason["import"] is not None:
         return None
-    return getattr(sys.modules["iirsnn._C"], "lif_call", None)
+    return getattr(sys.modules["iirsnn._C"], name, None)
 
 
 def choose_compiled(name: str, x: torch.Tensor, v0: torch.Tensor | None) -> Backend:

@@ -1,6 +1,8 @@
 """The ops of BatchNorm and LIF in one: schemas, fakes, autograd.
 
-`iirsnn._C` has their kernels for CPU and CUDA tensors, iirsnn.kernels their Triton twins.
+`iirsnn._C` has their kernels for CPU and CUDA tensors, and schemas and autograd of its own in
+csrc/lif/torch/bn_lif_autograd.cpp; where it is not built, or built later at first use, this is
+their twin. iirsnn.kernels has their Triton twins.
 
 bn_lif_forward takes the statistics of x [T, B, C, ...] (float32 or bfloat16, on a GPU float16 too)
 over all but C and gives spikes s like x, and mean, var (biased) and rstd = 1 / sqrt(var + eps) [C],
@@ -26,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lif import no_double_backward
+from .lif import DEFINED_IN_CPP, no_double_backward
 from .reference import empty_spikes
 
 _PARAMETERS = "Tensor? weight, Tensor? bias, Tensor threshold, Tensor leak"
@@ -45,7 +47,7 @@ SCHEMAS = {
     "bn_lif_grad_x": "(Tensor(a!) grad_x, Tensor workspace, Tensor grad_mean, Tensor slope, "
     f"Tensor grad_s, {_CALL}) -> ()",
 }
-for _name, _schema in SCHEMAS.items():
+for _name, _schema in ({} if DEFINED_IN_CPP else SCHEMAS).items():
     torch.library.define(f"iirsnn::{_name}", _schema, tags=(torch.Tag.needs_exact_strides,))
 
 
@@ -115,4 +117,5 @@ def register(forward_op: Any, backward_op: Any) -> None:
     torch.library.register_autograd(backward_op, no_double_backward)
 
 
-register("iirsnn::bn_lif_forward", "iirsnn::bn_lif_backward")
+if not DEFINED_IN_CPP:
+    register("iirsnn::bn_lif_forward", "iirsnn::bn_lif_backward")

@@ -32,7 +32,7 @@ from .progress import Board, StageProgress
 from .run_folder import RunFolder
 from .running_sums import Reading, Sums
 from .schedule import make_optimizer, set_dropout, set_learning_rate
-from .seeds import derive_seed
+from .seeds import derive_seed, seed_step
 from .stage_order import Stage
 from .stopping import Stopped, StopRequest
 from .weight_average import WeightAverage
@@ -218,7 +218,7 @@ class StageTraining:
         images = images.to(self.device, non_blocking=True)
         labels = labels.to(self.device, non_blocking=True)
         set_learning_rate(self.optimizer, config, done)
-        torch.manual_seed(derive_seed(self.seed, progress.step, *self._own_seed()))
+        seed_step(self.device, derive_seed(self.seed, progress.step, *self._own_seed()))
         self.optimizer.zero_grad(set_to_none=True)
         size = len(images) if processes.count == 1 else self.sizes[progress.step % self.epoch_steps]
         first, last = data.part(size, processes.share)
@@ -249,7 +249,7 @@ class StageTraining:
             neuron.constrain_()
         progress.step += 1
         if self.average is not None:
-            self.average.update(self.network, progress.step)
+            self.average.update(progress.step)
         progress.seen += size
 
     def _own_seed(self) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ class WeightAverage:
     `ExponentialMovingAverage` with `num_updates`.
 
     Args:
-        network: whose weights are averaged; it is copied.
+        network: whose weights are averaged; it is copied, and read again at each update.
         decay: in (0, 1); the average is that of about the last 1 / (1 - decay) steps.
 
     Attributes:
@@ -25,14 +25,16 @@ class WeightAverage:
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.network, self.decay = copy.deepcopy(network).requires_grad_(False), decay
+        now = network.state_dict(keep_vars=True)  # the tensors themselves, which training changes
+        pairs = [(average, now[name]) for name, average in self.network.state_dict().items()]
+        self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
-    def update(self, network: nn.Module, step: int) -> None:
+    def update(self, step: int) -> None:
         """Take in the weights after step number `step`, from 1."""
         share = 1 - min(self.decay, (1 + step) / (10 + step))
-        state = network.state_dict()
-        for name, average in self.network.state_dict().items():
-            if average.is_floating_point():
-                average.lerp_(state[name], share)
-            else:
-                average.copy_(state[name])
+        averages, weights = zip(*self._averaged, strict=True)
+        torch._foreach_lerp_(averages, weights, share)
+        for count, now in self._copied:
+            count.copy_(now)

@@ -63,14 +63,14 @@ def test_a_network_without_pairs_is_the_same_object():
 
 @pytest.fixture
 def fused_calls(monkeypatch):
-    """How often the kernel of both ran."""
-    calls, run = [], BatchNormLIF._fused
+    """How often both were trained as one."""
+    calls, run = [], BatchNormLIF._trained
 
     def counted(*arguments):
         calls.append(arguments)
         return run(*arguments)
 
-    monkeypatch.setattr(BatchNormLIF, "_fused", counted)
+    monkeypatch.setattr(BatchNormLIF, "_trained", counted)
     return calls
 
 

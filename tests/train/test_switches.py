@@ -58,7 +58,7 @@ def test_the_average_is_its_formula():
         network(torch.randn(8, 2))  # moves the statistics
         with torch.no_grad():
             network[0].weight.normal_()
-        average.update(network, step)
+        average.update(step)
         decay = min(0.25, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * network[0].weight
     torch.testing.assert_close(average.network[0].weight, expected)

@@ -1,4 +1,4 @@
-// Checks, allocation and threads of the bn_lif ops, whose schemas are defined in iirsnn/ops/batch_norm.py.
+// Checks, allocation and threads of the bn_lif ops, whose schemas are defined in bn_lif_autograd.cpp.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -7,6 +7,7 @@
 #include <cmath>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "lif/cpu/bn_lif_cpu.h"
@@ -43,26 +44,35 @@ void for_all_chunks(const LifShape& shape, F f) {
   at::parallel_for(0, lif_chunks_cpu(shape), 1, f);
 }
 
-// -> sums [2, C] of x and its square, mean, var, rstd
-std::tuple<Tensor, Tensor, Tensor, Tensor> moments(const Tensor& x, double eps) {
+struct Statistics {
+  Tensor chunks, mean, var, rstd;  // sums [2, C] of x and its square in the first of the chunks
+};
+
+Statistics statistics(const Tensor& x, double eps) {
   const LifShape shape = check_bn_lif_x(x);
   const int64_t channels = shape.channels;
-  Tensor chunks = empty_chunks(x, shape, kMoments);
-  double* sums = chunks.mutable_data_ptr<double>();
+  Statistics found{empty_chunks(x, shape, kMoments), empty_beside(x, channels, at::kFloat),
+                   empty_beside(x, channels, at::kFloat), empty_beside(x, channels, at::kFloat)};
+  double* sums = found.chunks.mutable_data_ptr<double>();
   for_all_chunks(shape,
                  [&](int64_t first, int64_t last) { moments_cpu(shape, x.const_data_ptr(), sums, first, last); });
   add_chunks_cpu(shape, kMoments, sums);
 
-  Tensor mean = empty_beside(x, channels, at::kFloat), var = empty_beside(x, channels, at::kFloat);
-  Tensor rstd = empty_beside(x, channels, at::kFloat);
+  float *mean = found.mean.mutable_data_ptr<float>(), *var = found.var.mutable_data_ptr<float>();
+  float* rstd = found.rstd.mutable_data_ptr<float>();
   const double count = double(shape.timesteps) * double(shape.neurons / channels);
   for (int64_t c = 0; c < channels; ++c) {
     const double centre = sums[c] / count, spread = sums[channels + c] / count - centre * centre;
     const double variance = spread < 0 ? 0 : spread;  // below 0 by rounding; NaN stays
-    mean.mutable_data_ptr<float>()[c] = float(centre);
-    var.mutable_data_ptr<float>()[c] = float(variance);
-    rstd.mutable_data_ptr<float>()[c] = float(1 / std::sqrt(variance + eps));
+    mean[c] = float(centre);
+    var[c] = float(variance);
+    rstd[c] = float(1 / std::sqrt(variance + eps));
   }
+  return found;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> moments(const Tensor& x, double eps) {
+  const auto [chunks, mean, var, rstd] = statistics(x, eps);
   return {chunks[0], mean, var, rstd};
 }
 
@@ -82,9 +92,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Option
                                                    const OptionalTensor& bias, const Tensor& threshold,
                                                    const Tensor& leak, double eps, std::string reset, double v_reset,
                                                    bool detach_reset, std::string surrogate, double surrogate_scale) {
-  const auto [sums, mean, var, rstd] = moments(x, eps);
+  const auto [chunks, mean, var, rstd] = statistics(x, eps);
   return {fire(x, mean, rstd, weight, bias, threshold, leak, reset, v_reset, detach_reset, surrogate, surrogate_scale),
           mean, var, rstd};
+}
+
+// Allocates and fills grad_x, not finished, and sums [kBnLifSums, C] in the first of the chunks.
+std::pair<Tensor, Tensor> sum_gradients(BnLif& args, const Tensor& x) {
+  Tensor grad_x = empty_spikes(x, args.shape.neurons);
+  args.grad_x = grad_x.mutable_data_ptr();
+  Tensor chunks = empty_chunks(x, args.shape, kBnLifSums);
+  args.sums = chunks.mutable_data_ptr<double>();
+  std::fill_n(args.sums, chunks.numel(), 0.0);
+  for_all_chunks(args.shape, [&](int64_t first, int64_t last) { bn_lif_backward_cpu(args, first, last); });
+  add_chunks_cpu(args.shape, kBnLifSums, args.sums);
+  args.sums = nullptr;  // the second pass is to add nothing to them
+  return {grad_x, chunks};
 }
 
 // -> grad_x, not finished, and sums [kBnLifSums, C]; the workspace is of other devices
@@ -95,16 +118,8 @@ std::tuple<Tensor, Tensor, Tensor> gradient_sums(const Tensor& grad_s, const Ten
                                                  bool detach_reset, std::string surrogate, double surrogate_scale) {
   BnLifCall call = check_call(x, mean, rstd, weight, bias, threshold, leak, reset, v_reset, detach_reset, surrogate,
                               surrogate_scale);
-  BnLif& args = call.args;
-  const LifShape& shape = args.shape;
-  const Tensor grad_s_like = take_grad_s(args, grad_s, x);
-  Tensor grad_x = empty_spikes(x, shape.neurons);
-  args.grad_x = grad_x.mutable_data_ptr();
-  Tensor chunks = empty_chunks(x, shape, kBnLifSums);
-  args.sums = chunks.mutable_data_ptr<double>();
-  std::fill_n(args.sums, chunks.numel(), 0.0);
-  for_all_chunks(shape, [&](int64_t first, int64_t last) { bn_lif_backward_cpu(args, first, last); });
-  add_chunks_cpu(shape, kBnLifSums, args.sums);
+  const Tensor grad_s_like = take_grad_s(call.args, grad_s, x);
+  const auto [grad_x, chunks] = sum_gradients(call.args, x);
   return {grad_x, chunks[0], empty_beside(x, 0, at::kByte)};
 }
 
@@ -117,9 +132,7 @@ void finish_grad_x(const Tensor& grad_x, const Tensor&, const Tensor& grad_mean,
   BnLifCall call = check_call(x, mean, rstd, weight, bias, threshold, leak, reset, v_reset, detach_reset, surrogate,
                               surrogate_scale);
   BnLif& args = call.args;
-  const Tensor grad_s_like = check_grad_s(grad_s, x, args.shape.neurons);
-  args.grad_s = grad_s_like.const_data_ptr();
-  args.grad_s_stride_t = x.size(0) > 1 && grad_s_like.stride(0) == 0 ? 0 : args.shape.neurons;
+  const Tensor grad_s_like = take_grad_s(args, grad_s, x);
   args.grad_mean = check_channels("grad_mean", grad_mean, x);
   args.slope = check_channels("slope", slope, x);
   args.grad_x = grad_x.mutable_data_ptr();
@@ -132,24 +145,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_s
                                                             const Tensor& leak, std::string reset, double v_reset,
                                                             bool detach_reset, std::string surrogate,
                                                             double surrogate_scale) {
-  const Tensor grad_s_like =
-      check_grad_s(grad_s, x, check_bn_lif_x(x).neurons);  // copied once for both passes, if at all
-  const auto [grad_x, sums, workspace] = gradient_sums(grad_s_like, x, mean, rstd, weight, bias, threshold, leak, reset,
-                                                       v_reset, detach_reset, surrogate, surrogate_scale);
+  BnLifCall call = check_call(x, mean, rstd, weight, bias, threshold, leak, reset, v_reset, detach_reset, surrogate,
+                              surrogate_scale);
+  BnLif& args = call.args;
+  const Tensor grad_s_like = take_grad_s(args, grad_s, x);
+  const auto [grad_x, chunks] = sum_gradients(args, x);
   const int64_t channels = x.size(2);
   const double count = double(x.numel() / channels);
-  const float* rstd_of = rstd.const_data_ptr<float>();
-  const double* total = sums.const_data_ptr<double>();
-  Tensor grad_weight = empty_beside(x, channels, at::kFloat), grad_mean = empty_beside(x, channels, at::kFloat);
-  Tensor slope = empty_beside(x, channels, at::kFloat);
+  const double* total = chunks.const_data_ptr<double>();
+  Tensor grad_weight = empty_beside(x, channels, at::kFloat);
+  const Tensor means = empty_beside(x, 2 * channels, at::kFloat);
+  float *grad_mean = means.mutable_data_ptr<float>(), *slope = grad_mean + channels;
   for (int64_t c = 0; c < channels; ++c) {
-    const double dot = total[kDotSum * channels + c], scale = rstd_of[c];
+    const double dot = total[kDotSum * channels + c], scale = args.rstd[c];
     grad_weight.mutable_data_ptr<float>()[c] = float(dot * scale);
-    grad_mean.mutable_data_ptr<float>()[c] = float(total[kGradSum * channels + c] / count);
-    slope.mutable_data_ptr<float>()[c] = float(dot / count * scale * scale);
+    grad_mean[c] = float(total[kGradSum * channels + c] / count);
+    slope[c] = float(dot / count * scale * scale);
   }
-  finish_grad_x(grad_x, workspace, grad_mean, slope, grad_s_like, x, mean, rstd, weight, bias, threshold, leak, reset,
-                v_reset, detach_reset, surrogate, surrogate_scale);
+  args.grad_mean = grad_mean;
+  args.slope = slope;
+  for_all_chunks(args.shape, [&](int64_t first, int64_t last) { bn_lif_grad_x_cpu(args, first, last); });
 
   // a scalar acts on every channel
   const auto gradient = [&](LifSum which, int64_t size) {

@@ -1,4 +1,5 @@
 // Checks and allocation of the bn_lif ops on CUDA tensors; iirsnn/ops/batch_norm.py says what they mean.
+// An allocation costs small tensors as much as a launch does: what is not returned shares one.
 #if defined(IIRSNN_WITH_CUDA)
 
 #include <ATen/core/Tensor.h>
@@ -44,25 +45,41 @@ BnLifCuda check_call(const Tensor& x, const Tensor& mean, const Tensor& rstd, co
   return args;
 }
 
-// -> sums [2, C], mean, var, rstd
-std::tuple<Tensor, Tensor, Tensor, Tensor> moments(const Tensor& x, double eps) {
-  const c10::cuda::CUDAGuard guard(x.device());
+constexpr int64_t kAligned = 256;  // bytes, as torch's allocator gives them
+int64_t aligned(int64_t bytes) { return (bytes + kAligned - 1) / kAligned * kAligned; }
+
+struct Statistics {
+  Tensor mean, var, rstd;
+};
+
+// Of x; sums [2, C] of it and of its square go to `sums`, or where null are not kept.
+Statistics statistics(const Tensor& x, double eps, double* sums) {
   BnLifMoments args{};
   args.shape = check_bn_lif_x(x);
   args.eps = eps;
   args.x = x.const_data_ptr();
   const int64_t channels = x.size(2);
-  Tensor sums = empty_sums(x, 2, channels);
-  Tensor mean = empty_floats(x, channels), var = empty_floats(x, channels), rstd = empty_floats(x, channels);
-  const Tensor workspace = empty_beside(x, bn_lif_moments_workspace_cuda(args.shape), at::kByte);
+  Statistics found{empty_floats(x, channels), empty_floats(x, channels), empty_floats(x, channels)};
+  const int64_t before = sums ? 0 : aligned(2 * channels * int64_t(sizeof(double)));
+  const Tensor memory = empty_beside(x, before + bn_lif_moments_workspace_cuda(args.shape), at::kByte);
   const Tensor counters = zeroed_counters(x, bn_lif_counters_cuda(args.shape));
-  args.sums = sums.mutable_data_ptr<double>();
-  args.mean = mean.mutable_data_ptr<float>();
-  args.var = var.mutable_data_ptr<float>();
-  args.rstd = rstd.mutable_data_ptr<float>();
-  args.workspace = workspace.mutable_data_ptr();
+  uint8_t* const workspace = memory.mutable_data_ptr<uint8_t>();
+  args.sums = sums ? sums : reinterpret_cast<double*>(workspace);
+  args.mean = found.mean.mutable_data_ptr<float>();
+  args.var = found.var.mutable_data_ptr<float>();
+  args.rstd = found.rstd.mutable_data_ptr<float>();
+  args.workspace = workspace + before;
   args.counters = reinterpret_cast<uint32_t*>(counters.mutable_data_ptr<int>());
   bn_lif_moments_cuda(args, current_stream());
+  return found;
+}
+
+// -> sums [2, C], mean, var, rstd
+std::tuple<Tensor, Tensor, Tensor, Tensor> moments(const Tensor& x, double eps) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  check_bn_lif_x(x);
+  Tensor sums = empty_sums(x, 2, x.size(2));
+  auto [mean, var, rstd] = statistics(x, eps, sums.mutable_data_ptr<double>());
   return {sums, mean, var, rstd};
 }
 
@@ -82,45 +99,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Option
                                                    const OptionalTensor& bias, const Tensor& threshold,
                                                    const Tensor& leak, double eps, std::string reset, double v_reset,
                                                    bool detach_reset, std::string surrogate, double surrogate_scale) {
-  const auto [sums, mean, var, rstd] = moments(x, eps);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const auto [mean, var, rstd] = statistics(x, eps, nullptr);
   return {fire(x, mean, rstd, weight, bias, threshold, leak, reset, v_reset, detach_reset, surrogate, surrogate_scale),
           mean, var, rstd};
 }
 
-// The first pass backward: all that it writes, and what the second one reads.
-struct Backward {
-  BnLifCuda args;
-  Tensor grad_s, grad_x, sums, grad_weight, grad_bias, grad_threshold, grad_leak, grad_mean, slope, workspace;
+// What the first pass backward returns.
+struct Gradients {
+  Tensor grad_x, grad_weight, grad_bias, grad_threshold, grad_leak;
 };
 
-Backward sum_gradients(BnLifCuda args, const Tensor& grad_s, const Tensor& x, const Tensor& threshold,
-                       const Tensor& leak) {
-  const int64_t channels = x.size(2), neurons = args.shape.neurons;
-  Tensor grad_s_like = take_grad_s(args, grad_s, x);
-  Backward b{args,
-             grad_s_like,
-             empty_spikes(x, neurons),
-             empty_sums(x, kBnLifCudaSums, channels),
-             empty_floats(x, channels),
-             empty_floats(x, channels),
-             empty_floats(x, threshold.numel()),
-             empty_floats(x, leak.numel()),
-             empty_floats(x, channels),
-             empty_floats(x, channels),
-             empty_beside(x, bn_lif_workspace_cuda(args.shape), at::kByte)};
+// Launches the first pass, whose sums, grad_mean, slope and workspace have their place.
+Gradients sum_gradients(BnLifCuda& args, const Tensor& x, const Tensor& threshold, const Tensor& leak) {
+  const int64_t channels = x.size(2);
+  Gradients found{empty_spikes(x, args.shape.neurons), empty_floats(x, channels), empty_floats(x, channels),
+                  empty_floats(x, threshold.numel()), empty_floats(x, leak.numel())};
   const Tensor counters = zeroed_counters(x, bn_lif_counters_cuda(args.shape));
-  b.args.sums = b.sums.mutable_data_ptr<double>();
-  b.args.grad_weight = b.grad_weight.mutable_data_ptr<float>();
-  b.args.grad_bias = b.grad_bias.mutable_data_ptr<float>();
-  b.args.grad_threshold = b.grad_threshold.mutable_data_ptr<float>();
-  b.args.grad_leak = b.grad_leak.mutable_data_ptr<float>();
-  b.args.grad_mean = b.grad_mean.mutable_data_ptr<float>();
-  b.args.slope = b.slope.mutable_data_ptr<float>();
-  b.args.grad_x = b.grad_x.mutable_data_ptr();
-  b.args.workspace = b.workspace.mutable_data_ptr();
-  b.args.counters = reinterpret_cast<uint32_t*>(counters.mutable_data_ptr<int>());
-  bn_lif_sums_cuda(b.args, current_stream());
-  return b;
+  args.grad_x = found.grad_x.mutable_data_ptr();
+  args.grad_weight = found.grad_weight.mutable_data_ptr<float>();
+  args.grad_bias = found.grad_bias.mutable_data_ptr<float>();
+  args.grad_threshold = found.grad_threshold.mutable_data_ptr<float>();
+  args.grad_leak = found.grad_leak.mutable_data_ptr<float>();
+  args.counters = reinterpret_cast<uint32_t*>(counters.mutable_data_ptr<int>());
+  bn_lif_sums_cuda(args, current_stream());
+  return found;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_s, const Tensor& x, const Tensor& mean,
@@ -130,11 +133,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_s
                                                             bool detach_reset, std::string surrogate,
                                                             double surrogate_scale) {
   const c10::cuda::CUDAGuard guard(x.device());
-  const BnLifCuda args = check_call(x, mean, rstd, weight, bias, threshold, leak, reset, v_reset, detach_reset,
-                                    surrogate, surrogate_scale);
-  const Backward b = sum_gradients(args, grad_s, x, threshold, leak);
-  bn_lif_grad_x_cuda(b.args, current_stream());
-  return {b.grad_x, b.grad_weight, b.grad_bias, b.grad_threshold, b.grad_leak};
+  BnLifCuda args = check_call(x, mean, rstd, weight, bias, threshold, leak, reset, v_reset, detach_reset, surrogate,
+                              surrogate_scale);
+  const Tensor grad_s_like = take_grad_s(args, grad_s, x);
+  const int64_t channels = x.size(2), floats = aligned(channels * int64_t(sizeof(float)));
+  const int64_t doubles = aligned(kBnLifCudaSums * channels * int64_t(sizeof(double)));
+  const Tensor memory = empty_beside(x, doubles + 2 * floats + bn_lif_workspace_cuda(args.shape), at::kByte);
+  uint8_t* const start = memory.mutable_data_ptr<uint8_t>();
+  args.sums = reinterpret_cast<double*>(start);
+  args.grad_mean = reinterpret_cast<float*>(start + doubles);
+  args.slope = reinterpret_cast<float*>(start + doubles + floats);
+  args.workspace = start + doubles + 2 * floats;
+  Gradients found = sum_gradients(args, x, threshold, leak);
+  bn_lif_grad_x_cuda(args, current_stream());
+  return {found.grad_x, found.grad_weight, found.grad_bias, found.grad_threshold, found.grad_leak};
 }
 
 // The same for many processes, which add up their sums between the two passes.
@@ -144,10 +156,19 @@ std::tuple<Tensor, Tensor, Tensor> gradient_sums(const Tensor& grad_s, const Ten
                                                  const Tensor& leak, std::string reset, double v_reset,
                                                  bool detach_reset, std::string surrogate, double surrogate_scale) {
   const c10::cuda::CUDAGuard guard(x.device());
-  const BnLifCuda args = check_call(x, mean, rstd, weight, bias, threshold, leak, reset, v_reset, detach_reset,
-                                    surrogate, surrogate_scale);
-  const Backward b = sum_gradients(args, grad_s, x, threshold, leak);
-  return {b.grad_x, b.sums, b.workspace};
+  BnLifCuda args = check_call(x, mean, rstd, weight, bias, threshold, leak, reset, v_reset, detach_reset, surrogate,
+                              surrogate_scale);
+  const Tensor grad_s_like = take_grad_s(args, grad_s, x);
+  const int64_t channels = x.size(2);
+  Tensor sums = empty_sums(x, kBnLifCudaSums, channels);
+  Tensor workspace = empty_beside(x, bn_lif_workspace_cuda(args.shape), at::kByte);
+  const Tensor means = empty_floats(x, 2 * channels);  // of this process alone
+  args.sums = sums.mutable_data_ptr<double>();
+  args.grad_mean = means.mutable_data_ptr<float>();
+  args.slope = args.grad_mean + channels;
+  args.workspace = workspace.mutable_data_ptr();
+  const Gradients found = sum_gradients(args, x, threshold, leak);
+  return {found.grad_x, sums, workspace};
 }
 
 void grad_x(const Tensor& grad_x, const Tensor& workspace, const Tensor& grad_mean, const Tensor& slope,

@@ -5,24 +5,17 @@
 #include <ATen/ops/full.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <cmath>
-#include <cstring>
-#include <optional>
 #include <utility>
 
-#include "lif/lif_checks.h"
+#include "lif/torch/call_arguments.h"
 #include "lif/torch/lif_ops.h"
 
 namespace iirsnn {
 namespace {
 
 namespace py = pybind11;
-
-const Tensor* plain_tensor(PyObject* value) {
-  return THPVariable_CheckExact(value) ? &THPVariable_Unpack(value) : nullptr;
-}
 
 // threshold or leak as the op takes it; undefined where it needs more than this.
 Tensor parameter(PyObject* value, const Tensor& x, bool positive) {
@@ -43,45 +36,20 @@ Tensor parameter(PyObject* value, const Tensor& x, bool positive) {
   return *tensor;
 }
 
-bool takes(const char* backend, const Tensor& x) {
-#if defined(IIRSNN_WITH_CUDA)
-  if (x.is_cuda()) return strcmp(backend, "auto") == 0 || strcmp(backend, "cuda") == 0;
-#endif
-  return x.is_cpu() && (strcmp(backend, "auto") == 0 || strcmp(backend, "cpu") == 0);
-}
-
-// A word of ASCII; null for anything else.
-const char* word(PyObject* value) { return PyUnicode_CheckExact(value) ? PyUnicode_AsUTF8(value) : nullptr; }
-
-// NaN where it is none.
-double number(PyObject* value) {
-  if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
-  const double whole = PyLong_CheckExact(value) ? PyLong_AsDouble(value) : NAN;
-  return PyErr_Occurred() ? NAN : whole;
-}
-
 // (s, v) or s of a call that needs no conversion; None where it does, or where something is wrong:
-// iirsnn.functional.lif then takes the long way, which says what. Arguments are read by hand: binding them as C++
-// types would cost as much as all the rest.
+// iirsnn.functional.lif then takes the long way, which says what.
 PyObject* lif_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  enum { kBackend, kX, kThreshold, kLeak, kV0, kReset, kVReset, kDetach, kSurrogate, kScale, kReturnV, kCount };
+  enum { kBackend, kX, kThreshold, kLeak, kV0, kReset, kReturnV = kReset + CallOptions::kCount, kCount };
   TORCH_CHECK_TYPE(count == kCount, "lif_call: expected ", int(kCount), " arguments, got ", count);
   const auto leave = [] { Py_RETURN_NONE; };
   const Tensor* x_pointer = plain_tensor(arguments[kX]);
   if (x_pointer == nullptr || at::impl::torch_function_mode_enabled()) return leave();
   const Tensor& x = *x_pointer;
-  const char *backend = word(arguments[kBackend]), *reset = word(arguments[kReset]);
-  const char* surrogate = word(arguments[kSurrogate]);
-  const double v_reset = number(arguments[kVReset]), scale = number(arguments[kScale]);
-  PyErr_Clear();
-  if (!backend || !reset || !surrogate) return leave();
-  if (place(kResets, reset) == std::size(kResets) || place(kSurrogates, surrogate) == std::size(kSurrogates)) {
-    return leave();
-  }
-  if (!std::isfinite(v_reset) || !std::isfinite(scale) || scale <= 0) return leave();
-  if (!PyBool_Check(arguments[kDetach]) || !PyBool_Check(arguments[kReturnV])) return leave();
-  const bool detach_reset = arguments[kDetach] == Py_True, return_v = arguments[kReturnV] == Py_True;
+  const char* backend = word(arguments[kBackend]);
+  CallOptions how;
+  if (!backend || !how.read(arguments + kReset) || !PyBool_Check(arguments[kReturnV])) return leave();
+  const bool return_v = arguments[kReturnV] == Py_True;
   const at::ScalarType dtype = x.scalar_type();
   const bool float_type = dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
   if (!takes(backend, x) || !float_type || x.dim() < 1 || x.size(0) == 0 || !is_dense(x)) return leave();
@@ -102,7 +70,8 @@ PyObject* lif_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   }
   auto [s, v] = [&] {
     const py::gil_scoped_release no_gil;
-    return lif_forward_op().call(x, threshold, leak, v0, reset, v_reset, detach_reset, surrogate, scale, return_v);
+    return lif_forward_op().call(x, threshold, leak, v0, how.reset, how.v_reset, how.detach_reset, how.surrogate,
+                                 how.scale, return_v);
   }();
   if (!return_v) return THPVariable_Wrap(std::move(s));
   return py::make_tuple(py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(s))),

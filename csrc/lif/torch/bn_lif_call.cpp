@@ -1,0 +1,133 @@
+// The shortest way from Python to a training step of BatchNorm and LIF in one: arguments read in C++, one dispatch, and
+// the running statistics.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <pybind11/pybind11.h>
+#include <torch/csrc/Exceptions.h>
+
+#include <utility>
+
+#include "lif/torch/bn_lif_ops.h"
+#include "lif/torch/call_arguments.h"
+#include "lif/torch/lif_call.h"
+
+namespace iirsnn {
+namespace {
+
+namespace py = pybind11;
+
+// What a BatchNorm keeps: [C], [C] and a number.
+struct Running {
+  Tensor mean, var, calls;
+
+  // As update_running_statistics of iirsnn/nn/batch_norm.py, with its bits.
+  void update(const Tensor& batch_mean, Tensor batch_var, double count, double momentum) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    const double unbiased = count / (count - 1);
+    if (mean.is_cpu()) {  // by hand: a dispatch costs more
+      float* of = batch_var.mutable_data_ptr<float>();
+      for (int64_t c = 0; c < batch_var.numel(); ++c) of[c] *= float(unbiased);
+      ++*calls.mutable_data_ptr<int64_t>();
+    } else {
+      batch_var.mul_(unbiased);
+      calls.add_(1);
+    }
+    mean.lerp_(batch_mean, momentum);
+    var.lerp_(batch_var, momentum);
+    for (const Tensor* written : {&mean, &var, &calls}) {
+      if (!written->is_inference()) written->unsafeGetTensorImpl()->bump_version();
+    }
+  }
+};
+
+// Plain, contiguous and beside x; else undefined.
+Tensor held(PyObject* value, const Tensor& x, at::ScalarType dtype, int64_t size) {
+  const Tensor* tensor = plain_tensor(value);
+  const bool taken = tensor != nullptr && tensor->scalar_type() == dtype && tensor->numel() == size &&
+                     tensor->device() == x.device() && tensor->layout() == at::kStrided && tensor->is_contiguous();
+  return taken ? *tensor : Tensor();
+}
+
+// Whether ops are watched or transformed: each is then to be seen, which those done by hand are not.
+bool watched() {
+  constexpr c10::DispatchKeySet watching({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchDynamicLayerFrontMode});
+  return at::impl::torch_function_mode_enabled() ||
+         c10::impl::tls_local_dispatch_key_set().included_.has_any(watching);
+}
+
+// Spikes of a call in training, whose norm counts it; None where iirsnn.nn.batch_norm has to take the long way, which
+// says what is wrong, if anything is.
+PyObject* bn_lif_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  enum {
+    kBackend,
+    kX,
+    kWeight,
+    kBias,
+    kThreshold,
+    kLeak,
+    kMean,
+    kVar,
+    kCalls,
+    kMomentum,
+    kEps,
+    kReset,
+    kCount = kReset + CallOptions::kCount
+  };
+  TORCH_CHECK_TYPE(count == kCount, "bn_lif_call: expected ", int(kCount), " arguments, got ", count);
+  const auto leave = [] { Py_RETURN_NONE; };
+  const Tensor* x_pointer = plain_tensor(arguments[kX]);
+  const char* backend = word(arguments[kBackend]);
+  CallOptions how;
+  if (x_pointer == nullptr || backend == nullptr || watched() || !how.read(arguments + kReset)) return leave();
+  const Tensor& x = *x_pointer;
+  const at::ScalarType dtype = x.scalar_type();
+  const bool fused = dtype == at::kFloat || dtype == at::kBFloat16 || (dtype == at::kHalf && x.is_cuda());
+  if (!takes(backend, x) || !fused || x.dim() < 3 || !is_dense(x)) return leave();
+  const int64_t channels = x.size(2);
+  if (x.numel() <= channels) return leave();  // 0, or one value per channel
+
+  const auto channel = [&](int which) { return held(arguments[which], x, at::kFloat, channels); };
+  OptionalTensor affine[2];
+  for (int i = 0; i < 2; ++i) {
+    if (arguments[kWeight + i] == Py_None) continue;
+    affine[i] = channel(kWeight + i);
+    if (!affine[i]->defined()) return leave();
+  }
+  Tensor parameters[2];
+  for (int i = 0; i < 2; ++i) {
+    const Tensor* value = plain_tensor(arguments[kThreshold + i]);
+    if (value == nullptr || value->dim() != 1 || (value->numel() != 1 && value->numel() != channels)) return leave();
+    parameters[i] = held(arguments[kThreshold + i], x, at::kFloat, value->numel());
+    if (!parameters[i].defined()) return leave();
+  }
+  Running running{channel(kMean), channel(kVar), held(arguments[kCalls], x, at::kLong, 1)};
+  const double momentum = number(arguments[kMomentum]), eps = number(arguments[kEps]);
+  if (!running.mean.defined() || !running.var.defined() || !running.calls.defined()) return leave();
+  if (!std::isfinite(momentum) || !std::isfinite(eps)) return leave();
+
+  Tensor s = [&] {
+    const py::gil_scoped_release no_gil;
+    auto [spikes, mean, var, rstd] =
+        bn_lif_forward_op().call(x, affine[0], affine[1], parameters[0], parameters[1], eps, how.reset, how.v_reset,
+                                 how.detach_reset, how.surrogate, how.scale);
+    running.update(mean, var, double(x.numel() / channels), momentum);
+    return spikes;
+  }();
+  return THPVariable_Wrap(std::move(s));
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef bn_lif_method{
+    "bn_lif_call", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&bn_lif_call)), METH_FASTCALL,
+    "bn_lif_call(arg0: str, arg1: Tensor, arg2: object, arg3: object, arg4: Tensor, arg5: Tensor, arg6: Tensor, "
+    "arg7: Tensor, arg8: Tensor, arg9: object, arg10: float, arg11: str, arg12: float, arg13: bool, arg14: str, "
+    "arg15: object) -> object\n\n"
+    "The shortest way to a training step of BatchNormLIF: see iirsnn.nn.batch_norm."};
+
+}  // namespace
+
+void bind_bn_lif_call(py::module_& m) { m.add_object("bn_lif_call", PyCFunction_New(&bn_lif_method, nullptr)); }
+
+}  // namespace iirsnn
