@@ -1,4 +1,5 @@
-// The Python module in one source, as torch_ops.cpp: facts of the build. Importing it registers the ops.
+// The Python module and the ops for torch, whose headers take longer to compile than all else: in one source, once.
+// Facts of the build; importing it registers the ops.
 
 // Before any header: one of the flags ends in "errno", which <cerrno> makes a macro of.
 #define IIRSNN_STRING(...) #__VA_ARGS__
@@ -8,9 +9,14 @@ static const char kFlags[] = IIRSNN_EXPANDED(IIRSNN_FLAGS);
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
+#include "lif/torch/bn_lif_autograd.cpp"
 #include "lif/torch/bn_lif_call.cpp"
+#include "lif/torch/bn_lif_torch.cpp"
+#include "lif/torch/lif_autograd.cpp"
 #include "lif/torch/lif_call.cpp"
+#include "lif/torch/lif_torch.cpp"
 #include "simd/capability.h"
+#include "spike/spike_torch.cpp"
 
 #if defined(__clang__)
 #define IIRSNN_COMPILER "clang " __clang_version__

@@ -49,15 +49,21 @@ def disassembler() -> Path:
 
 
 def compile_kernels(
-    arch: int, unrolled: int, link: Iterable[str] = (), launchers: Path | None = None
+    arch: int,
+    unrolled: int,
+    few: bool = False,
+    link: Iterable[str] = (),
+    launchers: Path | None = None,
 ) -> tuple[list[Path], Path]:
     """Compile csrc/lif/cuda, once for the same sources: the PTX of each, and a library of all.
 
-    arch: PTX for compute_<arch>. unrolled: the largest T with kernels of its own. launchers: a
-    source that goes into the library too, linked with the arguments `link`; without it there is no
-    library. Warnings are errors.
+    arch: PTX for compute_<arch>. unrolled: the largest T with kernels of its own. few: as launch.h
+    says. launchers: a source that goes into the library too, linked with the arguments `link`;
+    without it there is no library. Warnings are errors.
     """
     flags = [*_NVCC_FLAGS, f"-DIIRSNN_UNROLLED_TIMESTEPS={unrolled}", "-I", CSRC, "--threads", "2"]
+    if few:
+        flags.append("-DIIRSNN_FEW_KERNELS")
     flags += ["--Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror"]
     content = b"".join(path.read_bytes() for path in [*SOURCES, *HEADERS])
     folder = ROOT / "build" / "kernels" / digest(content + f"{arch} {flags}".encode())

@@ -69,8 +69,10 @@ def split(ptx: str) -> tuple[str, dict[str, str]]:
 
 
 def wanted(kernel: Kernel, arch: int) -> bool:
-    if EVERY or kernel.name not in ("forward", "backward"):
+    if EVERY:
         return True
+    if kernel.name not in ("forward", "backward"):
+        return kernel.name not in ("fire", "single_backward") or kernel.dtype != "__half"
     few = kernel.reset == "soft" and kernel.packet > 1 and kernel.dtype != "__half"
     return few and (arch != 90 or kernel.timesteps in (0, 5, 8))
 
@@ -78,7 +80,7 @@ def wanted(kernel: Kernel, arch: int) -> bool:
 def inspect(arch: int, folder) -> list[Kernel]:
     """Compile for one architecture from the PTX for it, sm_120 from that for sm_100."""
     unrolled = 8 if EVERY or arch == 90 else 0
-    files, _ = compile_kernels(min(arch, 100), unrolled)
+    files, _ = compile_kernels(min(arch, 100), unrolled, few=arch == 90 and not EVERY)
     return [kernel for file in files for kernel in inspect_file(arch, file, folder)]
 
 

@@ -225,7 +225,7 @@ def test_the_architecture_list_is_respected(monkeypatch):
 def test_a_cpu_build_has_no_cuda_in_it():
     recipe = build.recipe("0")
     names = {Path(source).name for source in recipe["sources"]}
-    assert names == {"module.cpp", "torch_ops.cpp"}
+    assert names == {"module.cpp"}
     kernels = {path.name for path in build.kernel_sources()}
     assert {"lif_cpu.cpp", "capability.cpp", "engine.cpp"} <= kernels
     assert not kernels & {*names, "lif_torch.cpp", "spike_torch.cpp"}

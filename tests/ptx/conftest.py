@@ -27,20 +27,22 @@ def cudarun():
     return ptxrun_module("cudarun")
 
 
-# The largest T with kernels of its own: all of them for sm_90, T = 1 and any for the others.
-UNROLLED = {90: 8, 80: 0, 100: 0}
+EVERY = "90, every kernel"
+#: What is compiled for an architecture: the largest T with kernels of its own, and whether there
+#: are but few of them (launch.h). For sm_90 few suffice most tests; all take minutes.
+KERNELS = {90: (90, 8, True), EVERY: (90, 8, False), 80: (80, 0, False), 100: (100, 0, False)}
 
 
 @pytest.fixture(scope="session")
 def all_launchers():
-    """{architecture: the launchers of csrc/lif/cuda}, compiled where a test asks for them."""
+    """{a key of KERNELS: the launchers of csrc/lif/cuda}, compiled where a test asks for them."""
     from tests.ptx.cuda_launchers import Launchers, build
 
     rt = ptxrun_module("ptxcudart")
 
     class Compiled(dict):
         def __missing__(self, arch):
-            self[arch] = Launchers(rt, build(arch, UNROLLED[arch], rt.library_dir()))
+            self[arch] = Launchers(rt, build(*KERNELS[arch], rt.library_dir()))
             return self[arch]
 
     return Compiled()

@@ -53,12 +53,12 @@ class Backward(ctypes.Structure):
     ]
 
 
-def build(arch: int, unrolled: int, library_dir: str) -> Path:
+def build(arch: int, unrolled: int, few: bool, library_dir: str) -> Path:
     """The launchers with PTX inside and the emulator for a runtime. See compile_kernels."""
     runtime = ["-cudart", "none", f"-L{library_dir}", "-lptxcudart"]
     runtime += ["-Xlinker", f"-rpath={library_dir}"]
     launchers = Path(__file__).with_name("launchers.cpp")
-    return compile_kernels(arch, unrolled, runtime, launchers)[1]
+    return compile_kernels(arch, unrolled, few, runtime, launchers)[1]
 
 
 class Launchers:

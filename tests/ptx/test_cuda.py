@@ -3,7 +3,7 @@
 The emulator checks every access against the bounds and alignment of its array, and counts bytes.
 """
 
-import os
+import itertools
 
 import pytest
 import torch
@@ -13,18 +13,28 @@ from iirsnn.ops.reference import RESETS, lif_forward
 from iirsnn.ops.surrogates import SURROGATES
 from tests import lif_cases
 from tests.lif_cases import CASES, FEW, Case, inputs, options
+from tests.ptx.conftest import EVERY
 
 ARCHITECTURES = [(90, case) for case in CASES] + [(a, case) for a in (80, 100) for case in FEW]
-EVERY = os.environ.get("IIRSNN_TEST_EVERY_KERNEL") == "1"  # every reset at every T: minutes
-HALVES = (torch.float16, torch.bfloat16)
-# T with kernels of its own and any T in packets, any T neuron by neuron; the reset goes around.
-EVERY_T = [
-    Case(f"T={t} N={n} {dtype}", (t, n), "contiguous", dtype, reset, detach=False, v0=True)
-    for i, dtype in enumerate((torch.float32, *HALVES))
-    for k, (t, n) in enumerate([*((t, 24) for t in (*range(2, 9), 18)), (18, 25)])
-    if EVERY or i == 0 or k % 2 == i - 1
-    for reset in (RESETS if EVERY else (RESETS[(i + k) % 4],))
-]
+FLOATS = torch.float32, torch.float16, torch.bfloat16
+
+
+def on_kernels(few, name, value):
+    """A test of a value and the key of KERNELS it takes: all that there are make it slow."""
+    marks = () if few else pytest.mark.slow
+    return pytest.param(value, 90 if few else EVERY, id=name, marks=marks)
+
+
+def every_t():
+    """T with kernels of its own and any T in packets, any T neuron by neuron; each reset."""
+    shapes = [*((t, 24) for t in (*range(2, 9), 18)), (18, 25)]
+    for i, dtype in enumerate(FLOATS):
+        for k, (t, n) in enumerate(shapes):
+            for reset in RESETS:
+                few = reset == RESETS[k % 4] if i == 0 else reset == "soft" and k % 2 == i - 1
+                name = f"T={t} N={n} {dtype} {reset}"
+                case = Case(name, (t, n), "contiguous", dtype, reset, detach=False, v0=True)
+                yield on_kernels(few, name, case)
 
 
 @pytest.fixture
@@ -64,8 +74,9 @@ def test_packed(all_launchers, arch, case):
     assert all_launchers[arch].take() or 0 in case.shape
 
 
-@pytest.mark.parametrize("case", EVERY_T, ids=lambda case: f"{case.name} {case.reset}")
-def test_every_t(launchers, case):
+@pytest.mark.parametrize(("case", "kernels"), [*every_t()])
+def test_every_t(all_launchers, case, kernels):
+    launchers = all_launchers[kernels]
     lif_cases.check_forward(case, launchers.ops)
     lif_cases.check_backward(case, launchers.ops)
     assert len({name for name, _ in launchers.take()}) == 2
@@ -85,22 +96,30 @@ def test_repeats(launchers):
     lif_cases.check_repeats(launchers.ops)
 
 
+@pytest.mark.parametrize("kernels", [90, pytest.param(EVERY, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("surrogate", SURROGATES)
-def test_same_bits_as_the_cpu_kernels(launchers, surrogate):
+def test_same_bits_as_the_cpu_kernels(all_launchers, surrogate, kernels):
     """Not the sums over neurons: those are taken in another order."""
     if (reason := why_not("cpu", "cpu")) is not None:
         pytest.skip(reason)
-    for reset, dtype in zip(RESETS, (torch.float32, *HALVES, torch.float32), strict=True):
+    launchers = all_launchers[kernels]
+    for dtype, reset in itertools.product(FLOATS, RESETS):
+        if kernels != EVERY and dtype != torch.float32 and reset != "soft":
+            continue
         case = Case("same", (9, 2, 40), "contiguous", dtype, reset, False, surrogate, v0=True)
         a = inputs(case)
         call = (a.grad_s, None, a.x, a.threshold, a.leak, a.v0, *options(case), False)
         got, wanted = launchers.ops.backward(*call), torch.ops.iirsnn.lif_backward(*call)
         assert all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True)), case
+    launchers.take()
 
 
-@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize(
+    ("reset", "kernels"), [on_kernels(reset == "soft", reset, reset) for reset in RESETS]
+)
 @pytest.mark.parametrize("neurons", [36, 35])
-def test_float64(launchers, reset, neurons):
+def test_float64(all_launchers, reset, neurons, kernels):
+    launchers = all_launchers[kernels]
     case = Case("float64", (10, 2, neurons), reset=reset, detach=False, v0=True, grad_v=True)
     a = inputs(case)
     a.x, a.threshold, a.leak, a.v0 = (t.double() for t in (a.x, a.threshold, a.leak, a.v0))
@@ -111,6 +130,7 @@ def test_float64(launchers, reset, neurons):
     gradients = launchers.ops.backward(a.grad_s, a.grad_v, *call)
     for got, wanted in zip(gradients, lif_cases.reference_gradients(case, a), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    launchers.take()
 
 
 # ---- bytes
@@ -136,7 +156,7 @@ def in_packets(launches, arrays):
                 assert counts[f"{kind}_bytes"] == 32 * counts[f"{kind}_sectors"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("timesteps", [1, 2, 5, 9, 17])
 def test_bytes(launchers, timesteps, dtype):
     neurons = 2048

@@ -10,7 +10,7 @@ from iirsnn.models import vgg
 from iirsnn.models.resnet import Plan, resnet
 from iirsnn.train import stage_training
 from iirsnn.train.fused_norms import fuse_norms
-from tests.train.test_stage_training import (
+from tests.train.tiny_runs import (
     Killed,
     assert_same_outcome,
     kill_after,

@@ -9,7 +9,7 @@ from iirsnn import atomic_files
 from iirsnn.train.pipeline import Pipeline
 from iirsnn.train.run_folder import RunFolder
 from tests.processes import new_event, start
-from tests.train.test_stage_training import assert_same_outcome, tiny, tiny_splits
+from tests.train.tiny_runs import assert_same_outcome, tiny, tiny_splits
 
 KILLS = 20
 

@@ -18,7 +18,7 @@ from iirsnn.train.data import DataConfig
 from iirsnn.train.processes import Processes
 from iirsnn.train.stage_training import StageTraining
 from tests.processes import join, printed, start_many
-from tests.train.test_stage_training import TINY, outcome, steps_done, tiny, tiny_splits
+from tests.train.tiny_runs import TINY, outcome, steps_done, tiny, tiny_splits
 
 #: Of one process and several: gradients are summed in another order.
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}

@@ -11,7 +11,7 @@ from iirsnn.errors import UsageError
 from iirsnn.train import device, progress, recipe, stage_training
 from iirsnn.train.run_folder import RunFolder
 from iirsnn.train.stage_training import StageTraining
-from tests.train.test_stage_training import (
+from tests.train.tiny_runs import (
     Killed,
     assert_same_outcome,
     kill_after,

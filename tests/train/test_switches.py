@@ -21,7 +21,7 @@ from iirsnn.train.run_folder import RunFolder
 from iirsnn.train.schedule import make_optimizer, set_learning_rate
 from iirsnn.train.stage_training import StageTraining
 from iirsnn.train.weight_average import WeightAverage
-from tests.train.test_stage_training import (
+from tests.train.tiny_runs import (
     Killed,
     assert_same_outcome,
     kill_after,

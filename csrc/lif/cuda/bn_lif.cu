@@ -380,7 +380,7 @@ void backward(const BnLifCuda& args, void* stream_) {
             <<<blocks, kWalkThreads, 0, stream>>>(grad_s, x, grad_x, options, out, inputs_of(args), walk);
         return;
       }
-      with_reset(args.reset, [&](auto reset) {
+      with_reset<kEveryKernel>(args.reset, [&](auto reset) {
         backward_kernel<scalar_t, packet, columns, reset, kPass>
             <<<blocks, kWalkThreads, 0, stream>>>(grad_s, args.grad_s_stride_t, x, shape.x_stride_t, grad_x, membranes,
                                                   shape.timesteps, shape.neurons, options, out, inputs_of(args), walk);
@@ -417,7 +417,7 @@ void bn_lif_fire_cuda(const BnLifCuda& args, void* stream_) {
         single_fire_kernel<scalar_t, packet, columns><<<blocks, kWalkThreads, 0, stream>>>(x, s, inputs_of(args), walk);
         return;
       }
-      with_reset(args.reset, [&](auto reset) {
+      with_reset<kEveryKernel>(args.reset, [&](auto reset) {
         fire_kernel<scalar_t, packet, columns, reset><<<blocks, kWalkThreads, 0, stream>>>(
             x, shape.x_stride_t, s, shape.timesteps, shape.neurons, inputs_of(args), walk);
       });

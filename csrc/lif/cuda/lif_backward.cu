@@ -308,7 +308,7 @@ void lif_backward_cuda(const LifBackward& args, void* stream_) {
         });
         return;
       }
-      with_reset(args.reset, [&](auto reset) {
+      with_reset<kEveryKernel || std::is_same_v<scalar_t, float>>(args.reset, [&](auto reset) {
         with_sums([&](auto summed) {
           backward_kernel<scalar_t, packet, columns, reset, summed><<<blocks, kWalkThreads, 0, stream>>>(
               grad_s, args.grad_s_stride_t, x, shape.x_stride_t, inputs, grad_x, static_cast<acc_t*>(args.grad_v0),

@@ -122,7 +122,7 @@ void lif_forward_cuda(const LifForward& args, void* stream_) {
       kernel<<<ceil_div(tiles, kSinglePackets), kBlock, 0, stream>>>(x, threshold, s, args.bits, layout);
       return;
     }
-    with_reset(args.reset, [&](auto reset) {
+    with_reset<kEveryKernel || std::is_same_v<scalar_t, float>>(args.reset, [&](auto reset) {
       with_steps<scalar_t>(packet, args.shape.timesteps, [&](auto size, auto timesteps) {
         forward_kernel<scalar_t, size, timesteps, reset><<<tiles, kBlock, 0, stream>>>(
             x, threshold, static_cast<const acc_t*>(args.leak), static_cast<const acc_t*>(args.v0), s, args.bits,

@@ -1,0 +1,219 @@
+"""The convolution of spike layers and its gradients: by events, or as torch's own products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import events_or_dense
+from .origin import Layout, Origin
+from .spike_packing import pack
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a layer did in its last forward pass, and why.
+
+    Attributes:
+        kept: bits, counts or tensor: what was kept of the input.
+        forward, weight_grad: events or dense.
+        input_grad: the same, of the last backward pass, by the density of the output's gradient
+            (zero where no surrogate gradient reached a neuron); "" before the first.
+        density: fraction of the input that is not 0; nan where it was not counted.
+        reason: one line.
+    """
+
+    kept: str
+    forward: str
+    weight_grad: str
+    density: float
+    reason: str
+    input_grad: str = ""
+
+
+class Convolution(torch.autograd.Function):
+    """x [N, C, H, W] and its layer's parameters -> [N, K, H', W'] in the weight's dtype.
+
+    Linear layers come as 1x1 convolutions of 1x1 images.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Any, geometry: Any
+    ) -> Tensor:
+        ctx.geometry, ctx.size, ctx.x_dtype, ctx.layer = geometry, list(x.shape), x.dtype, layer
+        ctx.x_format = memory_format(x)
+        packed = pack(x) if x.numel() else None
+        if packed is None:
+            layer.decision = Decision(
+                "tensor", "dense", "dense", float("nan"), "the input is neither spikes nor counts"
+            )
+            ctx.save_for_backward(x, weight, None)
+            ctx.kept = ctx.by_events = ctx.addressable = False
+            return _dense_forward(x, weight, bias, geometry)
+        kind, (bits, table, nonzeros) = packed
+        density = nonzeros / x.numel()
+        name = "counts" if kind.counts else "bits"
+        positions = geometry.positions(x, weight)
+        work = events_or_dense.product(weight, geometry.groups, x.shape[0], positions)
+        ways, reason = events_or_dense.decide(layer.mode, name, density, work, weight.dtype)
+        ctx.addressable = geometry.addressable(x, weight)
+        if not ctx.addressable:
+            ways, reason = ("dense", "dense"), "events cannot address images of this size"
+        layer.decision = Decision(name, *ways, density=density, reason=reason)
+        ctx.save_for_backward(bits, weight, table)
+        ctx.kept, ctx.by_events = True, ways[1] == "events"
+        if ways[0] == "dense":
+            return _dense_forward(x, weight, bias, geometry)
+        out: Tensor = torch.ops.iirsnn.spike_conv2d(bits, table, ctx.size, weight, bias, *geometry)
+        last = torch.channels_last in (ctx.x_format, memory_format(weight))
+        return out if last else out.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        _refuse_second()
+        kept, weight, table = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_x = grad_weight = grad_bias = None
+        if need_weight and ctx.by_events:
+            grad_weight = torch.ops.iirsnn.spike_conv2d_weight(
+                kept, table, ctx.size, grad, weight.shape, *ctx.geometry
+            )
+        if need_bias:
+            grad_bias = grad.sum((0, 2, 3)).to(weight.dtype)  # sums of bfloat16 are float32 inside
+        if need_x and _input_by_events(ctx, grad, weight):
+            _, padding, dilation, groups = ctx.geometry
+            grad_x = torch.ops.iirsnn.spike_conv2d_input(
+                grad, weight, ctx.size, padding, dilation, groups
+            )
+            need_x = False
+        dense_weight = need_weight and not ctx.by_events
+        if need_x or dense_weight:
+            if not dense_weight:
+                x = torch.empty(ctx.size, dtype=weight.dtype, memory_format=torch.channels_last)
+            elif ctx.kept:
+                x = torch.ops.iirsnn.spike_unpack(kept, table, ctx.size, weight.dtype)
+            else:
+                x = kept.to(weight.dtype)
+            mask = [need_x, dense_weight, False]
+            grads = _dense_backward(grad, x, weight, ctx.geometry, mask)
+            grad_x = grads[0] if need_x else grad_x
+            grad_weight = grads[1] if dense_weight else grad_weight
+        if grad_x is not None:
+            grad_x = grad_x.to(ctx.x_dtype)
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+class DenseConvolution(torch.autograd.Function):
+    """The same by torch's own products, on any device, for an x of which it is known what it is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, known: Origin, geometry: Any
+    ) -> Tensor:
+        ctx.known, ctx.layout, ctx.geometry = known, Layout.of(x), geometry
+        ctx.save_for_backward(known.pack(x), weight)
+        return _dense_forward(x, weight, bias, geometry)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        _refuse_second()
+        packed, weight = ctx.saved_tensors
+        mask = list(ctx.needs_input_grad[:3])
+        x = ctx.known.unpack(packed, ctx.layout) if mask[1] else ctx.layout.empty(grad.device)
+        grad_x, *grads = _dense_backward(grad, x.to(weight.dtype), weight, ctx.geometry, mask)
+        return None if grad_x is None else grad_x.to(ctx.layout.dtype), *grads, None, None
+
+
+def _refuse_second() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "iirsnn: expected one backward pass through a spike layer, got one that is to be "
+            "differentiated again (create_graph=True)"
+        )
+
+
+class Geometry(tuple[Any, ...]):
+    """(stride, padding, dilation, groups) of a convolution, the first three pairs."""
+
+    @property
+    def groups(self) -> int:
+        return int(self[3])
+
+    def positions(self, x: Tensor, weight: Tensor) -> int:
+        """Of the output of one image of x."""
+        rows, columns = self._output(x, weight)
+        return rows * columns
+
+    def addressable(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether the kernels of events take images of this size: their offsets have 32 bits."""
+        (height, width), (out_height, out_width) = x.shape[2:], self._output(x, weight)
+        positions = max(height, out_height) * (width + out_width)
+        return 192 * max(width, out_width) < 2**25 and positions < 2**25
+
+    def _output(self, x: Tensor, weight: Tensor) -> tuple[int, int]:
+        rows, columns = (
+            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for size, kernel, stride, padding, dilation in zip(
+                x.shape[2:], weight.shape[2:], *self[:3], strict=True
+            )
+        )
+        return rows, columns
+
+
+LINEAR = Geometry(([1, 1], [0, 0], [1, 1], 1))
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _input_by_events(ctx: Any, grad: Tensor, weight: Tensor) -> bool:
+    """Whether the gradient of x is to be computed by the events of the output's gradient."""
+    layer, stride = ctx.layer, ctx.geometry[0]
+    if not ctx.addressable or stride != [1, 1] or weight.dtype != torch.float32 or not grad.numel():
+        return False
+    sample = grad[:: max(1, grad.shape[0] // 16)]
+    density = torch.count_nonzero(sample).item() / sample.numel()
+    outputs, channels, rows, columns = weight.shape
+    images, _, height, width = ctx.size
+    work = events_or_dense.Product(
+        outputs // ctx.geometry.groups, channels, rows, columns, images, height * width
+    )
+    events = events_or_dense.input_by_events(layer.mode, density, work, weight.dtype)
+    layer.decision = replace(layer.decision, input_grad="events" if events else "dense")
+    return events
+
+
+def _dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    x = x.to(weight.dtype)
+    if x.shape[2:] == weight.shape[2:] == (1, 1) and geometry == LINEAR:
+        return F.linear(x.flatten(1), weight.flatten(1), bias)[..., None, None]
+    return F.conv2d(x, weight, bias, *geometry)
+
+
+def _dense_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, mask: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, weight and bias that the mask asks for.
+
+    Where it does not ask for that of the weight, of x the layout alone is read.
+    """
+    if x.shape[2:] == weight.shape[2:] == (1, 1) and geometry == LINEAR:
+        flat = grad.flatten(1)
+        return (
+            (flat @ weight.flatten(1))[..., None, None] if mask[0] else None,
+            (flat.t() @ x.flatten(1))[..., None, None] if mask[1] else None,
+            flat.sum(0) if mask[2] else None,
+        )
+    stride, padding, dilation, groups = geometry
+    size = [weight.shape[0]] if mask[2] else None
+    rest = stride, padding, dilation, False, [0, 0], groups, mask
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None]
+    grads = torch.ops.aten.convolution_backward(grad, x, weight, size, *rest)
+    return grads
