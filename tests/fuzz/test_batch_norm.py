@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
@@ -20,8 +19,6 @@ from iirsnn.ops import batch_norm, reference  # noqa: F401  # defines the ops
 from tests.fuzz.settings import fuzzed
 from tests.fuzz.test_lif import levels
 from tests.lif_cases import laid_out
-
-pytestmark = pytest.mark.usefixtures("as_before")
 
 forward = torch.ops.iirsnn.bn_lif_forward
 backward = torch.ops.iirsnn.bn_lif_backward

@@ -353,14 +353,6 @@ FOUND = {
 }
 
 
-@pytest.fixture(autouse=True)
-def as_before():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    set_capability(levels()[-1])
-
-
 @pytest.mark.parametrize("name", FOUND)
 def test_what_was_found(tmp_path, name):
     check(FOUND[name], tmp_path)
