@@ -76,9 +76,10 @@ def unsupported(name: str, module: object, why: str) -> UsageError:
 
 @dataclass
 class Builder:
-    """Attributes: image_shape: None where it is not known. layers: so far."""
+    """Attributes: image_shape: None where it is not known. timesteps: T. layers: so far."""
 
     image_shape: Shape | None
+    timesteps: int = 1
     layers: list[Layer] = field(default_factory=list)
 
     @property
@@ -309,6 +310,7 @@ class Builder:
         return replace(source, number=len(self.layers))
 
     def _layer(self, kind: str, value: Current) -> Layer:
+        value = self._apart_from_image(value)
         inputs = [
             Input(t.source.number, unit=float(t.source.unit))
             if t.weight is None
@@ -318,6 +320,18 @@ class Builder:
         layer = Layer(kind, value.name, inputs, bias=value.bias)
         check_finite(layer)
         return layer
+
+    def _apart_from_image(self, value: Current) -> Current:
+        """What the image adds is the same at every T: beside others, a layer that is run once."""
+        images = tuple(t for t in value.terms if t.source.number == 0)
+        if self.timesteps == 1 or len(images) in (0, len(value.terms)):
+            return value
+        layer = self._layer(
+            "currents", replace(value, terms=images, bias=torch.zeros_like(value.bias))
+        )
+        once = Term(self._add(layer, Source(0, 0, value.shape, flat=value.flat)))
+        others = tuple(t for t in value.terms if t.source.number)
+        return replace(value, terms=(*others, once))
 
     def _shape(self, value: Value, name: str, what: str) -> Shape:
         if value.shape is None:

@@ -33,7 +33,7 @@ def layers_of(
         UsageError: an operation that the engine does not have, by its name; weights that are not
             finite; a graph without image_shape.
     """
-    builder = Builder(image_shape)
+    builder = Builder(image_shape, timesteps)
     reader = _Reader(builder)
     if isinstance(model, GraphNetwork):
         value = reader.graph(model.graph_module, builder.image, "", model.graph_module.graph)

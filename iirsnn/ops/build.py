@@ -29,8 +29,6 @@ from typing import Any
 CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
 # Of what is between torch and the kernels: no loops, and in half the time.
 _GLUE_FLAGS = ["-O1"]
-# Its OpenMP runtime is the one torch has already loaded: compile with -fopenmp, link without.
-_OPENMP = ["-fopenmp"]
 _NVCC_FLAGS = ["-O3", "--fmad=false"]
 
 #: Of the extension that is compiled at first use.
@@ -105,7 +103,7 @@ def recipe(mode: str, capabilities: str = "native") -> dict[str, Any]:
     """
     sources = [_glue_source()]
     cuda, why = want_cuda(mode)
-    cxx = [*CXX_FLAGS, *_GLUE_FLAGS, *_OPENMP, f"-DIIRSNN_FLAGS={','.join(CXX_FLAGS)}"]
+    cxx = [*CXX_FLAGS, *_GLUE_FLAGS, *_openmp(), f"-DIIRSNN_FLAGS={','.join(CXX_FLAGS)}"]
     if cuda:
         os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs()
         found = {*source_dir().rglob("*.cu"), *source_dir().rglob("*_cuda.cpp")}
@@ -120,6 +118,16 @@ def recipe(mode: str, capabilities: str = "native") -> dict[str, Any]:
         "cuda": cuda,
         "why": why,
     }
+
+
+def _openmp() -> list[str]:
+    """GCC's OpenMP runtime is the one torch has loaded: compile with -fopenmp, link without.
+
+    Clang's is another, in which torch's functions number no threads: its kernels run on one.
+    """
+    command = [*_compiler(), "-dM", "-E", "-x", "c++", os.devnull]
+    macros = subprocess.run(command, capture_output=True, text=True).stdout.split()
+    return [] if "__clang__" in macros else ["-fopenmp"]
 
 
 # ---- The kernels, which need no torch ----

@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,8 +19,6 @@ from iirsnn.ops import batch_norm, reference  # noqa: F401  # defines the ops
 from tests.fuzz.settings import fuzzed
 from tests.fuzz.test_lif import levels
 from tests.lif_cases import laid_out
-
-pytestmark = pytest.mark.usefixtures("as_before")
 
 forward = torch.ops.iirsnn.bn_lif_forward
 backward = torch.ops.iirsnn.bn_lif_backward
@@ -100,8 +97,15 @@ def in_float64(call: Call) -> tuple[Tensor, list[Tensor | None]]:
     return s.detach(), [None if t is None else t.grad for t in wide]
 
 
+#: All values of a channel are the same: its currents are the small differences of large numbers.
+NO_VARIANCE = Call(
+    *((4, 1, 1), torch.float32, "same", True, False, ("soft", 0.0, False, "atan", 2.0), 1, 3)
+)
+
+
 @fuzzed(few=40, share=0.09)
 @given(calls())
+@example(NO_VARIANCE)
 def test_a_norm_and_its_neurons(call):
     *tensors, grad_s = call.tensors()
     x, weight, bias, threshold, leak = tensors
@@ -120,13 +124,17 @@ def test_a_norm_and_its_neurons(call):
     lined = (-1, *[1] * (x.dim() - 3))
     gain = rstd if weight is None else rstd * weight
     shift = (0.0 if bias is None else bias) - mean * gain
-    current = (x.float() * gain.view(lined) + shift.view(lined)).to(call.dtype)
+    scaled = x.float() * gain.view(lined)
+    current = (scaled + shift.view(lined)).to(call.dtype)
     wanted, _ = reference.lif_forward(current, threshold, leak, None, *call.how, False)
     assert torch.equal(s, wanted)
     assert s.stride() == reference.empty_spikes(x).stride()
 
     # Rounding moves the edge of a boxcar, and a current of bfloat16 by more than any tolerance.
     if call.dtype != torch.float32 or call.how[3] == "boxcar":
+        return
+    # Where a channel's values are nearly the same, float32 keeps few digits of their differences.
+    if scaled.abs().max() > 100:
         return
     wide_s, wide = in_float64(call)
     if not torch.equal(s.double(), wide_s):

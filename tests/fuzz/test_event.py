@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -164,13 +163,6 @@ def cases(draw) -> Case:
         draw(st.integers(1, 3)),
         draw(st.integers(0, 2**16)),
     )
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def torchs(network: Network, images: torch.Tensor):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,8 +18,6 @@ from iirsnn.ops import reference
 from tests.fuzz.lif_strategies import TOLERANCE, same
 from tests.fuzz.settings import fuzzed
 from tests.fuzz.test_lif import levels
-
-pytestmark = pytest.mark.usefixtures("as_before")
 
 DTYPES = tuple(TOLERANCE)
 

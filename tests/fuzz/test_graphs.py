@@ -330,12 +330,13 @@ def cases(draw) -> Case:
     )
 
 
+NEURONS = (None, "soft")
 POINT = (1, 1, (1, 1), (1, 1), (0, 0), (1, 1), 1, True)  # a convolution of one weight
 
 
 def found(*operations: tuple[str, tuple[int, ...], Any], end=("plain", ())) -> Case:
     """What the engine once got wrong, or what no other test saw, at its smallest."""
-    return Case((1, 2, 2), (POINT, None, (None, "soft")), operations, end, 1, "fp32", 2, 1, 0)
+    return Case((1, 2, 2), (POINT, None, NEURONS), operations, end, 1, "fp32", 2, 1, 0)
 
 
 FOUND = {
@@ -348,17 +349,15 @@ FOUND = {
     "some channels of the image": replace(
         found(("image", (), ()), ("slice", (1,), (1, 2)), end=("linear", (4, 3))),
         image=(2, 2, 2),
-        stem=((2, *POINT[1:]), None, (None, "soft")),
+        stem=((2, *POINT[1:]), None, NEURONS),
+    ),
+    "the image beside spikes over time": replace(
+        found(
+            ("image", (), ()), ("conv", (1,), POINT), ("add", (2, 0), ()), ("fire", (3,), NEURONS)
+        ),
+        timesteps=2,
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def as_before():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    set_capability(levels()[-1])
 
 
 @pytest.mark.parametrize("name", FOUND)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given
 
@@ -14,12 +13,6 @@ from tests.lif_cases import Implementation
 OPS = Implementation.of("")
 LEVELS = ("portable", "avx2", "avx512")
 BEST = iirsnn._C.build_info()["cpu_capability"]
-
-
-@pytest.fixture(autouse=True)
-def capability():
-    yield
-    iirsnn._C.set_cpu_capability(BEST)
 
 
 def levels():

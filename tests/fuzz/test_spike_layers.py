@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,8 +17,6 @@ from iirsnn.nn import events_or_dense  # noqa: F401  # its costs are read when a
 from tests.fuzz.settings import fuzzed
 from tests.fuzz.test_event import CHANNELS, windows
 from tests.fuzz.test_lif import levels
-
-pytestmark = pytest.mark.usefixtures("as_before")
 
 UNITS = {"spikes": (1.0, 1), "after dropout": (1.25, 1), "counts": (0.25, 12)}
 

@@ -71,13 +71,13 @@ def compile_all(sources: list[Path], folder: Path, command: list[str]) -> dict[P
 
 
 @cache
-def kernels(toolchain: Toolchain) -> dict[Path, Path]:
-    """The objects of csrc by their sources."""
+def kernels(toolchain: Toolchain, engine: bool = False) -> dict[Path, Path]:
+    """The objects of csrc by their sources; engine: of the library of the event engine alone."""
     toolchain.require()
+    sources = package.engine_sources() if engine else package.kernel_sources()
     if toolchain == HOST:
-        return compile_all(package.kernel_sources(), PACKAGE, package.kernel_command("usable"))
-    command = [toolchain.compiler, *package.kernel_flags("all")]
-    return compile_all(package.kernel_sources(), BUILD, command)
+        return compile_all(sources, PACKAGE, package.kernel_command("usable"))
+    return compile_all(sources, BUILD, [toolchain.compiler, *package.kernel_flags("all")])
 
 
 def build(toolchain: Toolchain) -> Path:

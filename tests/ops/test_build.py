@@ -302,6 +302,13 @@ def test_what_was_compiled_is_kept(not_compiled, compiler, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(("macro", "flags"), [("__GNUC__", ["-fopenmp"]), ("__clang__", [])])
+def test_openmp_is_that_of_the_compiler_that_torch_was_built_by(monkeypatch, macro, flags):
+    done = SimpleNamespace(stdout=f"#define {macro} 12\n")
+    monkeypatch.setattr(build.subprocess, "run", lambda *_, **__: done)
+    assert build._openmp() == flags
+
+
 @pytest.mark.parametrize("what", ["torch", "flags", "source", "compiler"])
 def test_another_torch_source_flag_or_compiler_has_a_folder_of_its_own(
     what, not_compiled, monkeypatch, tmp_path

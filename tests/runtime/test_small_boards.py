@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from iirsnn import runtime
-from iirsnn.ops import build
 from tests.native.toolchain import HOST, kernels
 from tests.runtime.test_network import saved, vgg
 from tests.runtime.test_processors import CSRC, FLAGS, HERE
@@ -18,8 +17,8 @@ SOURCES = [CSRC / "event" / "c_interface.cpp", CSRC / "event" / "file" / "tensor
 def board(tmp_path_factory):
     """The program, linked with the engine; what has files in it is compiled without."""
     folder = tmp_path_factory.mktemp("board")
-    made = {source: path for source, path in kernels(HOST).items() if source not in SOURCES}
-    objects = [made[source] for source in build.engine_sources() if source in made]
+    made = kernels(HOST, engine=True).items()
+    objects = [path for source, path in made if source not in SOURCES]
     for source in SOURCES:
         objects.append(folder / f"{source.stem}.o")
         command = [HOST.compiler, "-std=c++17", "-O1", "-DIIRSNN_NO_FILES", f"-I{CSRC}"]
