@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from ..errors import UsageError
 
@@ -41,3 +42,21 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def grad_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
     """The scaling of a loss whose gradients fp16 would round to zero; else it does nothing."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+def memory_format(
+    network: nn.Module, channels_last: bool, device: torch.device
+) -> torch.memory_format:
+    """The layout of a network's convolutions: channels_last where it is asked for and safe.
+
+    On a CPU oneDNN's gradient of a strided 1x1 convolution of fewer than 8 channels in
+    channels_last writes past the end of its memory (seen with torch 2.11 and 2.14).
+    """
+    unsafe = device.type == "cpu" and any(
+        isinstance(layer, nn.Conv2d)
+        and layer.kernel_size == (1, 1)
+        and layer.stride != (1, 1)
+        and layer.in_channels // layer.groups < 8
+        for layer in network.modules()
+    )
+    return torch.channels_last if channels_last and not unsafe else torch.contiguous_format

@@ -291,8 +291,8 @@ class Pipeline:
 
     def _place(self, network: Module) -> Module:
         network.to(self.device)
-        if self.recipe.runtime.channels_last:
-            network.to(memory_format=torch.channels_last)
+        layout = device.memory_format(network, self.recipe.runtime.channels_last, self.device)
+        network.to(memory_format=layout)
         return network
 
 

@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 from iirsnn import atomic_files
 from iirsnn.errors import UsageError
 from iirsnn.train import device, progress, recipe, stage_training
+from iirsnn.train.device import memory_format
 from iirsnn.train.run_folder import RunFolder
 from iirsnn.train.stage_training import StageTraining
 from tests.train.tiny_runs import (
@@ -168,3 +170,18 @@ def test_the_options_are_in_every_recipe():
     assert (runtime.compile, runtime.tensorboard, runtime.checkpoint_steps) == (False, False, 0)
     with pytest.raises(UsageError, match=r"runtime\.checkpoint_steps: expected a value at least 0"):
         recipe.load("digits", ["runtime.checkpoint_steps=-1"])
+
+
+@pytest.mark.parametrize(
+    ("channels", "stride", "device", "expected"),
+    [
+        (4, 2, "cpu", torch.contiguous_format),  # oneDNN writes outside its memory
+        (8, 2, "cpu", torch.channels_last),
+        (4, 1, "cpu", torch.channels_last),
+        (4, 2, "cuda", torch.channels_last),
+    ],
+)
+def test_channels_last_where_it_is_safe(channels, stride, device, expected):
+    network = nn.Sequential(nn.Conv2d(channels, 16, 1, stride))
+    assert memory_format(network, True, torch.device(device)) == expected
+    assert memory_format(network, False, torch.device(device)) == torch.contiguous_format

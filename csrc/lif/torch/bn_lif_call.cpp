@@ -1,7 +1,7 @@
 // The shortest way from Python to a training step of BatchNorm and LIF in one: arguments read in C++, one dispatch, and
 // the running statistics.
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
@@ -52,8 +52,7 @@ Tensor held(PyObject* value, const Tensor& x, at::ScalarType dtype, int64_t size
 // Whether ops are watched or transformed: each is then to be seen, which those done by hand are not.
 bool watched() {
   constexpr c10::DispatchKeySet watching({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchDynamicLayerFrontMode});
-  return at::impl::torch_function_mode_enabled() ||
-         c10::impl::tls_local_dispatch_key_set().included_.has_any(watching);
+  return at::impl::torch_function_mode_enabled() || c10::impl::tls_local_dispatch_key_set().included_.has_any(watching);
 }
 
 // Spikes of a call in training, whose norm counts it; None where iirsnn.nn.batch_norm has to take the long way, which

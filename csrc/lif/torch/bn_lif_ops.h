@@ -13,10 +13,12 @@ namespace iirsnn {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-using BnLifForwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor>(
-    const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& threshold,
-    const Tensor& leak, double eps, std::string reset, double v_reset, bool detach_reset, std::string surrogate,
-    double surrogate_scale);
+using BnLifForwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor& x, const OptionalTensor& weight,
+                                                                         const OptionalTensor& bias,
+                                                                         const Tensor& threshold, const Tensor& leak,
+                                                                         double eps, std::string reset, double v_reset,
+                                                                         bool detach_reset, std::string surrogate,
+                                                                         double surrogate_scale);
 using BnLifBackwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
     const Tensor& grad_s, const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptionalTensor& weight,
     const OptionalTensor& bias, const Tensor& threshold, const Tensor& leak, std::string reset, double v_reset,

@@ -2,8 +2,8 @@
 // cost as much as all the rest. What is not found is for the long way, which says what is wrong.
 #pragma once
 
-#include <Python.h>
 #include <ATen/core/Tensor.h>
+#include <Python.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <cmath>

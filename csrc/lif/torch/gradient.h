@@ -109,14 +109,8 @@ struct Gradient : Node {
   }
 
   std::vector<IValue> packed(const variable_list& tensors) const {
-    return {tensors,
-            options.reset,
-            options.v_reset,
-            options.detach_reset,
-            options.surrogate,
-            options.surrogate_scale,
-            options.return_v,
-            wanted()};
+    return {tensors,           options.reset,           options.v_reset,  options.detach_reset,
+            options.surrogate, options.surrogate_scale, options.return_v, wanted()};
   }
   static variable_list unpacked(const variable_list& grads, const std::vector<IValue>& packed) {
     const std::vector<Tensor> tensors = packed[0].toTensorVector();
