@@ -335,6 +335,8 @@ def run_lif(case: Case, device: Device) -> list[Row]:
 
 def run_bn_lif(case: Case, device: Device) -> list[Row]:
     """In training: 3 elements forward, 5 backward."""
+    from bench_call import TwoModules
+
     from iirsnn import BatchNormLIF, FusedLIF
 
     x, g = inputs(case, device)
@@ -345,21 +347,12 @@ def run_bn_lif(case: Case, device: Device) -> list[Row]:
         if reason:
             continue
         options = {"channels": channels} if case.channels else {}
-        for label, kind in (("fused", BatchNormLIF), ("two modules", _TwoModules)):
+        for label, kind in (("fused", BatchNormLIF), ("two modules", TwoModules)):
             neuron = FusedLIF(1.0, 0.5, backend=name, **options)
             module = kind(nn.BatchNorm2d(channels), neuron).to(device.name)
             run = torch.enable_grad()(lambda module=module: module(leaf))
             contenders[f"{name}, {label}"] = (run, (leaf, *module.parameters()))
     return passes(case, device, contenders, x, g, {"forward": 3, "backward": 5})
-
-
-class _TwoModules(nn.Module):
-    def __init__(self, norm: nn.Module, neuron: nn.Module) -> None:
-        super().__init__()
-        self.norm, self.neuron = norm, neuron
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.neuron(self.norm(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
 
 
 def run_call(case: Case, device: Device) -> list[Row]:

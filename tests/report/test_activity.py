@@ -13,14 +13,6 @@ from iirsnn.train.pipeline import Pipeline, open_data
 from iirsnn.train.run_folder import RunFolder
 
 
-@pytest.fixture
-def pipeline(finished):
-    threads = torch.get_num_threads()
-    folder = RunFolder.read(finished)
-    yield Pipeline(folder, open_data(folder.recipe))
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("reset", RESETS)
 @pytest.mark.parametrize(
     ("shape", "channels"), [((4, 3, 5, 2, 2), 5), ((4, 3, 6), 6), ((1, 7), None)]

@@ -13,16 +13,6 @@ from iirsnn.errors import RunError, UsageError
 from iirsnn.models import Network
 from iirsnn.nn import Readout
 from iirsnn.report import diagnosis
-from iirsnn.train.pipeline import Pipeline, open_data
-from iirsnn.train.run_folder import RunFolder
-
-
-@pytest.fixture
-def pipeline(finished):
-    threads = torch.get_num_threads()
-    folder = RunFolder.read(finished)
-    yield Pipeline(folder, open_data(folder.recipe))
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("timesteps", [1, 3])
