@@ -187,11 +187,22 @@ def _convolution(step: Step, conv: Any) -> Any:
 
     shape = step.input_shape[1:]
     bias = np.zeros(len(conv.weight), np.float32) if conv.bias is None else _array(conv.bias)
-    options = (conv.stride, conv.padding, conv.dilation, conv.groups, bias)
+    weight = _array(_without_groups(conv.weight, conv.groups))
+    options = (conv.stride, conv.padding, conv.dilation, 1, bias)
     if isinstance(conv, nn.Conv1d):
         one = [o[0] if isinstance(o, tuple) else o for o in options[:3]]
-        return nir.Conv1d(shape[0], _array(conv.weight), *one, *options[3:])
-    return nir.Conv2d(tuple(shape), _array(conv.weight), *options)
+        return nir.Conv1d(shape[0], weight, *one, *options[3:])
+    return nir.Conv2d(tuple(shape), weight, *options)
+
+
+def _without_groups(weight: Tensor, groups: int) -> Tensor:
+    """Weights that are 0 between groups: nir takes the channels of one group for the input's."""
+    outputs, channels, *kernel = weight.shape
+    dense = weight.new_zeros(outputs, groups, channels, *kernel)
+    parts = zip(dense.chunk(groups), weight.detach().chunk(groups), strict=True)
+    for group, (part, own) in enumerate(parts):
+        part[:, group] = own
+    return dense.flatten(1, 2)
 
 
 def _affine(weight: Tensor, bias: Tensor | None) -> Any:

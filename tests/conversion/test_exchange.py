@@ -16,6 +16,7 @@ from torch import nn
 
 from iirsnn import FusedLIF, Network, Readout, convert, from_nir, to_nir, to_onnx
 from iirsnn.conversion import NeuronConfig
+from iirsnn.conversion.nir import _without_groups
 from iirsnn.conversion.plain_graph import as_graph
 from iirsnn.models import MembraneBlock, ModelConfig, ResidualBlock, build
 from iirsnn.nn import neurons
@@ -123,6 +124,17 @@ def test_a_network_comes_back_from_nir(leak, per_channel, tmp_path):
     assert same.all() or leak != 1
 
 
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
+@torch.no_grad()
+def test_a_convolution_of_groups_is_one_without_in_nir(kind):
+    conv = kind(6, 9, 3, groups=3)
+    dense = kind(6, 9, 3)
+    dense.weight.copy_(_without_groups(conv.weight, 3))
+    dense.bias.copy_(conv.bias)
+    x = torch.randn(2, 6, *[5] * (conv.weight.dim() - 2))
+    torch.testing.assert_close(dense(x), conv(x))
+
+
 @torch.no_grad()
 def test_a_graph_network_comes_back_from_nir():
     ann = nn.Sequential(
@@ -208,7 +220,7 @@ def test_nir_graphs_that_are_refused(graph, message):
 
 @torch.no_grad()
 def test_a_network_of_sinabs_loads():
-    import sinabs.layers as sl
+    sl = pytest.importorskip("sinabs.layers", reason="needs sinabs: pip install 'sinabs>=3.1'")
     from sinabs.nir import to_nir as sinabs_to_nir
 
     torch.manual_seed(0)
