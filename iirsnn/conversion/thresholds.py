@@ -122,7 +122,7 @@ class _Balancing:
     def at_once(self, images: Tensor) -> None:
         def balance(neuron: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             steps = self._steps(neuron, inputs[0])
-            percentile = np.float64(self.percentile)  # of a float NumPy 2.2 rounds places to float32
+            percentile = np.float64(self.percentile)  # of a float NumPy 2.2 rounds to float32
             values = (np.percentile(s.float().cpu().numpy(), percentile) for s in steps)
             self._set(neuron, max(values))
 
