@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.backend import choose, direct
 from . import events_or_dense
-from .origin import Layout, Origin
+from .origin import Layout, Origin, half_for
 from .spike_packing import pack
 
 
@@ -35,6 +37,48 @@ class Decision:
     input_grad: str = ""
 
 
+@functools.lru_cache(maxsize=64)  # a layer asks in every step
+def without_events(kept: str, reason: str) -> Decision:
+    """Where events cannot run."""
+    return Decision(kept, "dense", "dense", float("nan"), reason)
+
+
+def by_events_or_dense(
+    x: Tensor, weight: Tensor, bias: Tensor | None, layer: Any, geometry: Geometry
+) -> Tensor:
+    """The output of a spike layer on a CPU, which decides how by the values of x."""
+    return _as_convolution(Convolution, x, weight, bias, layer, geometry)
+
+
+def dense(
+    x: Tensor, weight: Tensor, bias: Tensor | None, known: Origin, geometry: Geometry
+) -> Tensor:
+    """The output of a spike layer by torch's own products, on any device, for an x that is known.
+
+    The compiled way has no Python in its backward pass; DenseConvolution is its twin.
+    """
+    call = direct("spike_product")
+    if call is not None:
+        triton = choose("auto", x.device).name == "triton"
+        shape = None if geometry is LINEAR else geometry
+        out = call(x, weight, bias, known.most, known.divisor, half_for(x), triton, shape)
+        if out is not None:
+            return out  # type: ignore[no-any-return]
+    return _as_convolution(DenseConvolution, x, weight, bias, known, geometry)
+
+
+def _as_convolution(
+    function: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: Any, geometry: Geometry
+) -> Tensor:
+    """function.apply, which takes a linear layer, x [..., C], as a 1x1 convolution."""
+    if geometry is not LINEAR:
+        out: Tensor = function.apply(x, weight, bias, how, geometry)
+        return out
+    flat = x.reshape(-1, weight.shape[1], 1, 1)
+    out = function.apply(flat, weight[..., None, None], bias, how, geometry)
+    return out.reshape(*x.shape[:-1], weight.shape[0])
+
+
 class Convolution(torch.autograd.Function):
     """x [N, C, H, W] and its layer's parameters -> [N, K, H', W'] in the weight's dtype.
 
@@ -49,9 +93,7 @@ class Convolution(torch.autograd.Function):
         ctx.x_format = memory_format(x)
         packed = pack(x) if x.numel() else None
         if packed is None:
-            layer.decision = Decision(
-                "tensor", "dense", "dense", float("nan"), "the input is neither spikes nor counts"
-            )
+            layer.decision = without_events("tensor", "the input is neither spikes nor counts")
             ctx.save_for_backward(x, weight, None)
             ctx.kept = ctx.by_events = ctx.addressable = False
             return _dense_forward(x, weight, bias, geometry)
@@ -163,6 +205,13 @@ class Geometry(tuple[Any, ...]):
             )
         )
         return rows, columns
+
+
+@functools.lru_cache(maxsize=256)  # a layer asks in every step
+def geometry_of(
+    stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...], groups: int
+) -> Geometry:
+    return Geometry((list(stride), list(padding), list(dilation), groups))
 
 
 LINEAR = Geometry(([1, 1], [0, 0], [1, 1], 1))
