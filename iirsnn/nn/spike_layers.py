@@ -33,7 +33,6 @@ from .spike_convolution import (
     Geometry,
     by_events_or_dense,
     dense,
-    geometry_of,
     memory_format,
     without_events,
 )
@@ -73,6 +72,10 @@ class _SpikeLayer:
         check_choice("mode", mode, MODES)
         self.mode = mode
 
+    def decide(self, decision: Decision) -> None:
+        """Say what was done."""
+        object.__setattr__(self, "decision", decision)  # a module's own looks for parameters first
+
     def _no_events(self, x: Tensor, dtype: torch.dtype) -> str | None:
         """Why events cannot run; None where they can."""
         if x.device.type != "cpu":
@@ -96,9 +99,7 @@ class _SpikeLayer:
         if reason is not None:
             if weight.requires_grad and torch.is_grad_enabled():
                 known = origin(x)
-            decision = without_events("tensor" if known is None else known.name, reason)
-            if self.decision is not decision:
-                self.decision = decision
+            self.decide(without_events("tensor" if known is None else known.name, reason))
             if known is None:
                 return None
         if weight.dtype != dtype:
@@ -139,7 +140,7 @@ class SpikeConv2d(_SpikeLayer, nn.Conv2d):
                 mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
                 input, padding = F.pad(input, [left, right, top, bottom], mode=mode), (0, 0)
         sizes = tuple(self.stride), tuple(padding), tuple(self.dilation)
-        geometry = geometry_of(*sizes, self.groups)
+        geometry = Geometry(*sizes, self.groups)
         x = input if input.dim() == 4 else input.unsqueeze(0)
         out: Tensor = product(x, geometry)
         return out if input.dim() == 4 else out.squeeze(0)
