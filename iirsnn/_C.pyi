@@ -49,7 +49,7 @@ def spike_product(
     most: int,
     divisor: int,
     half: Tensor,
-    triton: bool,
+    kernels: str,
     geometry: tuple[Any, ...] | None,
     /,
 ) -> Tensor | None: ...

@@ -59,9 +59,11 @@ def dense(
     """
     call = direct("spike_product")
     if call is not None:
-        triton = choose("auto", x.device).name == "triton"
-        shape = None if geometry is LINEAR else geometry
-        out = call(x, weight, bias, known.most, known.divisor, half_for(x), triton, shape)
+        half, shape = half_for(x), None if geometry is LINEAR else geometry
+        out = call(x, weight, bias, known.most, known.divisor, half, "auto", shape)
+        if out is None:  # Triton's kernels, or none for the values of x are
+            name = choose("auto", x.device).name
+            out = call(x, weight, bias, known.most, known.divisor, half, name, shape)
         if out is not None:
             return out  # type: ignore[no-any-return]
     return _as_convolution(DenseConvolution, x, weight, bias, known, geometry)

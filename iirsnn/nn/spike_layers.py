@@ -41,6 +41,9 @@ from .spike_convolution import (
 MODES = ("auto", "events", "dense")
 
 
+_autocast_available = functools.cache(torch.amp.is_autocast_available)
+
+
 def _graph_break(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A method that torch.compile does not look into; where it is not at work, for nothing."""
     outside = _disable_dynamo(forward)
@@ -93,7 +96,7 @@ class _SpikeLayer:
         None where torch's own layer has to run.
         """
         device, dtype = x.device.type, weight.dtype
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if _autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         reason, known = self._no_events(x, dtype), None
         if reason is not None:

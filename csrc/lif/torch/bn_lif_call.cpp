@@ -71,7 +71,8 @@ PyObject* bn_lif_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const Tensor* x_pointer = plain_tensor(arguments[kX]);
   const char* backend = word(arguments[kBackend]);
   CallOptions how;
-  if (x_pointer == nullptr || backend == nullptr || watched() || transformed() || !how.read(arguments + kReset)) return leave();
+  if (x_pointer == nullptr || backend == nullptr || watched() || transformed() || !how.read(arguments + kReset))
+    return leave();
   const Tensor& x = *x_pointer;
   const at::ScalarType dtype = x.scalar_type();
   const bool fused = dtype == at::kFloat || dtype == at::kBFloat16 || (dtype == at::kHalf && x.is_cuda());

@@ -1,4 +1,5 @@
-// The average pool of spikes: its node of autograd's graph keeps nothing of the input but its size, and says what it is.
+// The average pool of spikes: its node of autograd's graph keeps nothing of the input but its size, and says what it
+// is.
 #pragma once
 
 #include <ATen/ops/avg_pool2d_backward.h>

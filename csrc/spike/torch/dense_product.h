@@ -56,9 +56,13 @@ inline Tensor unpack_bits(const Tensor& bits, at::IntArrayRef size, at::IntArray
 
 // ---- The product ----
 
+// Without the dispatcher where nothing is to be done.
+inline Tensor as_dtype(const Tensor& t, at::ScalarType dtype) { return t.scalar_type() == dtype ? t : t.to(dtype); }
+inline Tensor as_sizes(const Tensor& t, at::IntArrayRef sizes) { return t.sizes() == sizes ? t : t.reshape(sizes); }
+
 struct Product {
   int64_t most, divisor;  // values of x are k / divisor, k = 0..most
-  bool triton;            // packs and unpacks
+  bool triton;            // packs and unpacks, else the compiled kernels
   int64_t dtype;          // of x, as its size and strides
   std::vector<int64_t> size, strides;
   std::vector<int64_t> stride, padding, dilation;  // of a convolution; empty: a linear layer, x [..., C]
@@ -101,7 +105,7 @@ struct DenseProduct : Gradient<DenseProduct, 2, Product> {
   static constexpr const char* kName = "SpikeProduct";
 
   static Tensor forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Product& product) {
-    const Tensor values = x.to(weight.scalar_type());
+    const Tensor values = as_dtype(x, weight.scalar_type());
     if (product.stride.empty()) return at::linear(values, weight, bias);
     if (!product.is_linear(weight)) {
       return at::conv2d(values, weight, bias, product.stride, product.padding, product.dilation, product.groups);
@@ -123,10 +127,10 @@ struct DenseProduct : Gradient<DenseProduct, 2, Product> {
     };
     Tensor grad_x, grad_weight, grad_bias;
     if (product.is_linear(weight)) {
-      const int64_t outputs = weight.size(0), inputs = weight.size(1);
-      const Tensor flat = grad.reshape({-1, outputs});
-      if (need_x) grad_x = flat.mm(weight.reshape({outputs, inputs})).view(product.size);
-      if (need_weight) grad_weight = flat.t().mm(x().reshape({-1, inputs})).view(weight.sizes());
+      const int64_t outputs = weight.size(0), inputs = weight.size(1), rows = grad.numel() / outputs;
+      const Tensor flat = as_sizes(grad, {rows, outputs});
+      if (need_x) grad_x = as_sizes(flat.mm(as_sizes(weight, {outputs, inputs})), product.size);
+      if (need_weight) grad_weight = as_sizes(flat.t().mm(as_sizes(x(), {rows, inputs})), weight.sizes());
       if (need_bias) grad_bias = flat.sum(0);
     } else {
       at::OptionalIntArrayRef bias;
@@ -136,7 +140,7 @@ struct DenseProduct : Gradient<DenseProduct, 2, Product> {
           at::convolution_backward(grad, x(), weight, bias, product.stride, product.padding, product.dilation, false,
                                    {0, 0}, product.groups, {need_x, need_weight, need_bias});
     }
-    if (need_x) grad_x = grad_x.to(product.x_dtype());
+    if (need_x) grad_x = as_dtype(grad_x, product.x_dtype());
     return {std::move(grad_x), std::move(grad_weight), std::move(grad_bias)};
   }
 };

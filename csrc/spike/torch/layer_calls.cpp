@@ -106,18 +106,18 @@ Tensor with_gradient(Node* gradient, const Run& run, const Inputs&... inputs) {
 
 PyObject* spike_product(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  enum { kX, kWeight, kBias, kMost, kDivisor, kHalf, kTriton, kGeometry, kCount };
+  enum { kX, kWeight, kBias, kMost, kDivisor, kHalf, kKernels, kGeometry, kCount };
   TORCH_CHECK_TYPE(count == kCount, "spike_product: expected ", int(kCount), " arguments, got ", count);
   const Tensor *x = read_tensor(arguments[kX]), *weight = read_tensor(arguments[kWeight]);
   const Tensor* half = plain_tensor(arguments[kHalf]);
+  const char* kernels = word(arguments[kKernels]);
   const bool has_bias = arguments[kBias] != Py_None;
   const Tensor* bias = has_bias ? read_tensor(arguments[kBias]) : nullptr;
   Product product{};
-  if (!x || !weight || !half || (has_bias && !bias) || transformed()) return none();
-  if (!read(arguments[kMost], product.most) || !read(arguments[kDivisor], product.divisor) ||
-      !read_flag(arguments[kTriton], product.triton)) {
-    return none();
-  }
+  if (!x || !weight || !half || !kernels || (has_bias && !bias) || transformed()) return none();
+  if (strcmp(kernels, "auto") == 0 && !takes(kernels, *x)) return none();
+  product.triton = strcmp(kernels, "triton") == 0;
+  if (!read(arguments[kMost], product.most) || !read(arguments[kDivisor], product.divisor)) return none();
   PyObject* const geometry = arguments[kGeometry];
   if (geometry != Py_None) {
     if (!PyTuple_Check(geometry) || PyTuple_GET_SIZE(geometry) != 4 || x->dim() != 4 || weight->dim() != 4) {
@@ -143,8 +143,7 @@ PyObject* spike_product(PyObject*, PyObject* const* arguments, Py_ssize_t count)
         [&] {
           gradient->kept[DenseProduct::kPacked] = SavedVariable(product.packed(*x, *half), false);
           gradient->kept[DenseProduct::kWeight] = SavedVariable(*weight, false);
-          Tensor result =
-              DenseProduct::forward(*x, *weight, bias ? OptionalTensor(*bias) : OptionalTensor(), product);
+          Tensor result = DenseProduct::forward(*x, *weight, bias ? OptionalTensor(*bias) : OptionalTensor(), product);
           gradient->options = std::move(product);
           return result;
         },
@@ -177,8 +176,7 @@ PyObject* spike_average_pool(PyObject*, PyObject* const* arguments, Py_ssize_t c
     return with_gradient(
         gradient,
         [&] {
-          return at::avg_pool2d(*x, how.kernel, how.stride, how.padding, how.ceil, how.counted,
-                                how.divisor_or_none());
+          return at::avg_pool2d(*x, how.kernel, how.stride, how.padding, how.ceil, how.counted, how.divisor_or_none());
         },
         *x);
   }();
@@ -193,16 +191,18 @@ PyMethodDef method_of(const char* name, Function* function, const char* text) {
 
 PyMethodDef methods[] = {
     method_of("spike_origin", &spike_origin,
-     "spike_origin(arg0: Tensor, arg1: object, arg2: object) -> object\n\n"
-     "The shortest way to iirsnn.nn.origin.origin, which names the nodes."),
-    method_of("spike_product", &spike_product,
-     "spike_product(arg0: Tensor, arg1: Tensor, arg2: object, arg3: int, arg4: int, arg5: Tensor, arg6: bool, arg7: "
-     "object) -> object\n\n"
-     "The shortest way to a product by torch that keeps spikes packed: see iirsnn.nn.spike_convolution."),
+              "spike_origin(arg0: Tensor, arg1: object, arg2: object) -> object\n\n"
+              "The shortest way to iirsnn.nn.origin.origin, which names the nodes."),
+    method_of(
+        "spike_product", &spike_product,
+        "spike_product(arg0: Tensor, arg1: Tensor, arg2: object, arg3: int, arg4: int, arg5: Tensor, arg6: str, arg7: "
+        "object) -> object\n\n"
+        "The shortest way to a product by torch that keeps spikes packed: see iirsnn.nn.spike_convolution."),
     method_of("spike_average_pool", &spike_average_pool,
-     "spike_average_pool(arg0: Tensor, arg1: object, arg2: object, arg3: object, arg4: bool, arg5: bool, arg6: object) "
-     "-> object\n\n"
-     "An average pool that keeps nothing of its input: see iirsnn.nn.spike_layers."),
+              "spike_average_pool(arg0: Tensor, arg1: object, arg2: object, arg3: object, arg4: bool, arg5: bool, "
+              "arg6: object) "
+              "-> object\n\n"
+              "An average pool that keeps nothing of its input: see iirsnn.nn.spike_layers."),
 };
 
 }  // namespace

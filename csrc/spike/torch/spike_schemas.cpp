@@ -1,5 +1,5 @@
-// Schemas of the spike_* ops and what they return for tensors without data; iirsnn/ops/spike.py says what they mean, and
-// is their twin where this file is not compiled.
+// Schemas of the spike_* ops and what they return for tensors without data; iirsnn/ops/spike.py says what they mean,
+// and is their twin where this file is not compiled.
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/enum_tag.h>
@@ -32,8 +32,8 @@ Tensor unpack_meta(const Tensor& packed, const Tensor&, SymIntArrayRef size, at:
 }
 
 Tensor conv2d_meta(const Tensor&, const Tensor&, SymIntArrayRef size, const Tensor& weight,
-                   const std::optional<Tensor>&, SymIntArrayRef stride, SymIntArrayRef padding,
-                   SymIntArrayRef dilation, const SymInt&) {
+                   const std::optional<Tensor>&, SymIntArrayRef stride, SymIntArrayRef padding, SymIntArrayRef dilation,
+                   const SymInt&) {
   std::vector<SymInt> out{size[0], weight.sym_size(0)};
   for (int i = 0; i < 2; ++i) {
     const SymInt reach = dilation[i] * (weight.sym_size(2 + i) - 1) + 1;
