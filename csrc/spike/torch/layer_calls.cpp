@@ -97,7 +97,7 @@ Tensor with_gradient(Node* gradient, const Run& run, const Inputs&... inputs) {
   const NodePointer node = owned<NodePointer>(gradient);
   node->set_next_edges(torch::autograd::collect_next_edges(inputs...));
   Tensor out = [&] {
-    const at::AutoDispatchBelowADInplaceOrView guard;
+    const at::NoGradGuard guard;
     return run();
   }();
   torch::autograd::set_history(out, node);
