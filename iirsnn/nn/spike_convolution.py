@@ -47,7 +47,9 @@ def by_events_or_dense(
     x: Tensor, weight: Tensor, bias: Tensor | None, layer: Any, geometry: Geometry
 ) -> Tensor:
     """The output of a spike layer on a CPU, which decides how by the values of x."""
-    return _as_convolution(Convolution, x, weight, bias, layer, geometry)
+    function: Any = Linear if geometry is LINEAR else Convolution
+    out: Tensor = function.apply(x, weight, bias, layer, geometry)
+    return out
 
 
 def dense(
@@ -66,26 +68,15 @@ def dense(
             out = call(x, weight, bias, known.most, known.divisor, half, name, shape)
         if out is not None:
             return out  # type: ignore[no-any-return]
-    return _as_convolution(DenseConvolution, x, weight, bias, known, geometry)
-
-
-def _as_convolution(
-    function: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: Any, geometry: Geometry
-) -> Tensor:
-    """function.apply, which takes a linear layer, x [..., C], as a 1x1 convolution."""
     if geometry is not LINEAR:
-        out: Tensor = function.apply(x, weight, bias, how, geometry)
-        return out
+        return DenseConvolution.apply(x, weight, bias, known, geometry)  # type: ignore[no-any-return]
     flat = x.reshape(-1, weight.shape[1], 1, 1)
-    out = function.apply(flat, weight[..., None, None], bias, how, geometry)
-    return out.reshape(*x.shape[:-1], weight.shape[0])
+    out = DenseConvolution.apply(flat, weight[..., None, None], bias, known, geometry)
+    return out.reshape(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
 
 
 class Convolution(torch.autograd.Function):
-    """x [N, C, H, W] and its layer's parameters -> [N, K, H', W'] in the weight's dtype.
-
-    Linear layers come as 1x1 convolutions of 1x1 images.
-    """
+    """x [N, C, H, W] and its layer's parameters -> [N, K, H', W'] in the weight's dtype."""
 
     @staticmethod
     def forward(
@@ -150,8 +141,35 @@ class Convolution(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None
 
 
+class Linear(torch.autograd.Function):
+    """x [..., C] and its layer's parameters -> [..., K]: a 1x1 convolution of 1x1 images.
+
+    A function of its own, as views that autograd knows of cost as much as the product of few.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Any, geometry: Any
+    ) -> Tensor:
+        ctx.shape, (outputs, inputs) = x.shape, weight.shape
+        images = x.reshape(-1, inputs, 1, 1)
+        out = Convolution.forward(ctx, images, weight[..., None, None], bias, layer, geometry)
+        return out.reshape(*x.shape[:-1], outputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        images = grad.reshape(-1, grad.shape[-1], 1, 1)
+        grad_x, grad_weight, *rest = Convolution.backward(ctx, images)
+        if grad_x is not None:
+            grad_x = grad_x.reshape(ctx.shape)
+        return grad_x, None if grad_weight is None else grad_weight.flatten(1), *rest
+
+
 class DenseConvolution(torch.autograd.Function):
-    """The same by torch's own products, on any device, for an x of which it is known what it is."""
+    """The same by torch's own products, on any device, for an x of which it is known what it is.
+
+    Linear layers come as 1x1 convolutions of 1x1 images.
+    """
 
     @staticmethod
     def forward(
