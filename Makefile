@@ -79,7 +79,7 @@ fuzz: $(VENV)/.installed
 
 # csrc but for what needs torch or Python, so that nothing else is reported, under ASan and UBSan and under TSan: the
 # engine shared by threads and its reader of files (sanitize-engine: some of their cases), and (sanitize) every kernel.
-# Unoptimised and for one instruction set: minutes, not hours.
+# Unoptimised and for one instruction set: minutes, not hours. Three threads share the work of each kernel.
 NATIVE := $(filter-out %/module.cpp %_torch.cpp csrc/lif/torch/%,$(shell find csrc -name '*.cpp'))
 ENGINE := $(filter csrc/event/% csrc/simd/%,$(NATIVE))
 SANITIZE_FLAGS := -std=c++17 -O0 -g1 -ffp-contract=off -Wno-psabi -pthread -Icsrc -DIIRSNN_PORTABLE_ONLY
@@ -91,7 +91,7 @@ sanitize sanitize-engine:
 	$(MAKE) KINDS=address,undefined $(NATIVE_TESTS:%=sanitized-%)
 	$(MAKE) KINDS=thread $(NATIVE_TESTS:%=sanitized-%)
 sanitized-%: $(SANITIZED)/%
-	$< $(SHORT) > /dev/null
+	THREADS=3 $< $(SHORT) > /dev/null
 
 OBJECTS = $(patsubst %.cpp,$(SANITIZED)/%.o,$(1))
 $(SANITIZED)/shared_engine: $(call OBJECTS,$(ENGINE) tests/native/sanitized/shared_engine.cpp)

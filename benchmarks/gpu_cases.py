@@ -5,9 +5,9 @@ of a few thousand numbers, the cases are rehearsed: what they print there is no 
 
 Every time of a kernel stands beside that of the same bytes by x.clone() (forward) or
 torch.add(x, g) (backward), which no kernel can beat. All that is compared is timed in turns, so
-that a clock that changes hits all of it. "cold" empties the caches before each call. The device
-is kept busy until the host has launched all of a call: what is timed is the device's work. What the
-host needs is in the cases "call" and in the networks' times.
+that a clock that changes hits all of it. "cold" empties the caches before each call. What is timed
+is the device's work (gpu_device.py); what the host needs is in the cases "call" and in the
+networks' times.
 """
 
 from __future__ import annotations
@@ -28,15 +28,14 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from gpu_device import Call, Device
+
 ROOT = Path(__file__).resolve().parent.parent
-Call = Callable[[], Any]
 Row = dict[str, Any]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: Maps of VGG16 on 32x32 images, [C, H, W], where its neurons are.
 MAPS = {"64x32x32": (64, 32, 32), "128x16x16": (128, 16, 16), "512x4x4": (512, 4, 4)}
 BATCH = 128
-#: Clock cycles that the device waits before what is timed: about 3 ms.
-AHEAD = 5_000_000
 
 
 @dataclass(frozen=True)
@@ -101,74 +100,6 @@ def cases() -> list[Case]:
     ordered += [case for case in rest if case not in first]
     ordered += [Case("test", 240, "everything"), Case("network", 90, "vgg16", 5, "fp32", last)]
     return ordered
-
-
-# ---- The device, or the processor that stands in for it
-
-
-@dataclass
-class Device:
-    name: str  # "cuda", or "cpu" for a rehearsal
-
-    def __post_init__(self) -> None:
-        self.real = self.name == "cuda"
-        self.rounds = 20 if self.real else 2
-        self.trash = torch.empty(2**28 if self.real else 64, dtype=torch.uint8, device=self.name)
-
-    def synchronise(self) -> None:
-        if self.real:
-            torch.cuda.synchronize()
-
-    def milliseconds(self, call: Call, cold: bool, ahead: bool) -> float:
-        if cold:
-            self.trash.zero_()
-        if ahead and self.real:
-            torch.cuda._sleep(AHEAD)
-        if not self.real:
-            start = time.perf_counter()
-            call()
-            return (time.perf_counter() - start) * 1e3
-        start_event, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start_event.record()
-        call()
-        end.record()
-        end.synchronize()
-        return float(start_event.elapsed_time(end))
-
-    def compare(
-        self, calls: dict[str, Call], cold: bool = True, ahead: bool = True
-    ) -> dict[str, float]:
-        """Median milliseconds of each, in turns; `ahead`: of the device's work alone."""
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for call in calls.values():
-            for _ in range(3):
-                call()
-        for _ in range(self.rounds):
-            for name, call in calls.items():
-                times[name].append(self.milliseconds(call, cold, ahead))
-        return {name: statistics.median(t) for name, t in times.items()}
-
-    def peak_bytes(self, call: Call) -> int:
-        """Device memory that one call needs beyond what is there before it."""
-        if not self.real:
-            call()
-            return 0
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-
-    def launches(self, call: Call) -> int:
-        """Kernels and copies that one call launches."""
-        if not self.real:
-            return 0
-        activities = [torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profile:
-            call()
-            torch.cuda.synchronize()
-        return sum(event.count for event in profile.key_averages())
 
 
 # ---- What is timed

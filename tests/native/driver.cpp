@@ -1,9 +1,11 @@
 // Runs every CPU kernel on pseudo-random numbers and prints a line a case: its name and a hash of the bits that came
-// out. Builds of any compiler, for any instruction set, print the same.
+// out. Builds of any compiler, for any instruction set, print the same, by any number of THREADS.
 #include "driver.h"
 
+#include <algorithm>
 #include <cinttypes>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 
 #include "simd/capability.h"
@@ -12,6 +14,12 @@ namespace iirsnn::native {
 
 void print(const std::string& name, const Hash& hash) {
   std::printf("%s %016" PRIx64 "\n", name.c_str(), hash.value());
+}
+
+int threads() {
+  static const char* const text = std::getenv("THREADS");
+  static const int count = text ? std::max(std::atoi(text), 1) : 1;
+  return count;
 }
 
 }  // namespace iirsnn::native

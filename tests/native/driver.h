@@ -1,8 +1,10 @@
 // What the cases share: numbers to compute on, a hash of what came out, a line for each case.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "simd/half.h"
@@ -68,5 +70,19 @@ class Hash {
 };
 
 void print(const std::string& name, const Hash& hash);
+
+int threads();  // of the environment variable THREADS
+
+// f(first, last) for parts of [0, units), each by a thread of its own.
+template <typename F>
+void in_parts(int64_t units, const F& f) {
+  const int64_t part = std::max<int64_t>((units + threads() - 1) / threads(), 1);
+  std::vector<std::thread> team;
+  for (int64_t first = part; first < units; first += part) {
+    team.emplace_back([&f, first, last = std::min(first + part, units)] { f(first, last); });
+  }
+  f(0, std::min(part, units));
+  for (std::thread& thread : team) thread.join();
+}
 
 }  // namespace iirsnn::native

@@ -1,3 +1,4 @@
+#include <atomic>
 #include <cmath>
 #include <limits>
 
@@ -80,12 +81,19 @@ void forward(Reset reset, const LifShape& shape, bool state, bool nan, Hash& has
   }
   const int64_t chunks = lif_chunks_cpu(shape);
   args.s = s.data();
-  lif_forward_cpu(args, 0, chunks);
+  std::atomic<bool> same{true};
+  const auto run = [&](int64_t first, int64_t last) {
+    if (!lif_forward_cpu(args, first, last)) same = false;
+  };
+  in_parts(chunks, run);
   hash.add(s).add(v);
   args.s = nullptr;
   args.bits = bits.data();
-  hash.add(lif_forward_cpu(args, 0, chunks)).add(bits).add(v);
-  unpack_spikes_cpu(bits.data(), s.data(), shape.dtype, n, 0, steps);
+  same = true;
+  in_parts(chunks, run);
+  hash.add(bool(same)).add(bits).add(v);
+  in_parts(steps,
+           [&](int64_t first, int64_t last) { unpack_spikes_cpu(bits.data(), s.data(), shape.dtype, n, first, last); });
   hash.add(s);
 }
 
@@ -125,7 +133,7 @@ void backward(Reset reset, Surrogate surrogate, const LifShape& shape, bool stat
   }
   std::vector<double> workspace(lif_backward_workspace_cpu(args) / sizeof(double));
   args.workspace = workspace.data();
-  lif_backward_cpu(args, 0, lif_chunks_cpu(shape));
+  in_parts(lif_chunks_cpu(shape), [&](int64_t first, int64_t last) { lif_backward_cpu(args, first, last); });
   if (parameters) lif_backward_finish_cpu(args);
   hash.add(grad_x).add(grad_v0).add(grad_threshold).add(grad_leak);
 }
@@ -185,7 +193,7 @@ void batch_norm(Reset reset, Surrogate surrogate, const LifShape& shape, bool af
              weight = random.reals<float>(channels, 0.5, 1.5), bias = random.reals<float>(channels, -0.5, 0.5);
   const int64_t chunks = lif_chunks_cpu(shape);
   std::vector<double> moments(chunks * kMoments * channels), sums(chunks * kBnLifSums * channels);
-  moments_cpu(shape, x.data(), moments.data(), 0, chunks);
+  in_parts(chunks, [&](int64_t first, int64_t last) { moments_cpu(shape, x.data(), moments.data(), first, last); });
   add_chunks_cpu(shape, kMoments, moments.data());
   std::vector<float> mean(channels), rstd(channels);
   const double count = double(steps) * double(n / channels);
@@ -214,11 +222,11 @@ void batch_norm(Reset reset, Surrogate surrogate, const LifShape& shape, bool af
   args.grad_s_stride_t = n;
   args.grad_x = grad_x.data();
   args.sums = sums.data();
-  bn_lif_forward_cpu(args, 0, chunks);
-  bn_lif_backward_cpu(args, 0, chunks);
+  in_parts(chunks, [&](int64_t first, int64_t last) { bn_lif_forward_cpu(args, first, last); });
+  in_parts(chunks, [&](int64_t first, int64_t last) { bn_lif_backward_cpu(args, first, last); });
   add_chunks_cpu(shape, kBnLifSums, sums.data());
   hash.add(moments).add(s).add(sums);
-  bn_lif_grad_x_cpu(args, 0, chunks);
+  in_parts(chunks, [&](int64_t first, int64_t last) { bn_lif_grad_x_cpu(args, first, last); });
   hash.add(grad_x);
 }
 

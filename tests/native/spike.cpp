@@ -1,5 +1,7 @@
 #include "spike/spike.h"
 
+#include <atomic>
+
 #include "driver.h"
 
 namespace iirsnn::native {
@@ -57,10 +59,15 @@ void run_shape(const Shape& shape, bool counts, const std::string& name) {
   pack.packed = packed.data();
   Hash packing;
   const auto pack_all = [&] {
-    int64_t nonzeros = 0;
-    const bool exact = counts ? pack_counts(pack, 0, conv.images, nonzeros) : pack_bits(pack, 0, conv.images, nonzeros);
-    packing.add(exact);
-    if (exact) packing.add(nonzeros).add(packed);
+    std::atomic<int64_t> nonzeros{0};
+    std::atomic<bool> exact{true};
+    in_parts(conv.images, [&](int64_t first, int64_t last) {
+      int64_t found = 0;
+      if (!(counts ? pack_counts(pack, first, last, found) : pack_bits(pack, first, last, found))) exact = false;
+      nonzeros += found;
+    });
+    packing.add(bool(exact));
+    if (exact) packing.add(int64_t(nonzeros)).add(packed);
   };
   pack_all();
   scalar_t odd = Convert<scalar_t>::round(0.3f);
@@ -72,7 +79,9 @@ void run_shape(const Shape& shape, bool counts, const std::string& name) {
 
   const Source source{counts ? Kind::counts : Kind::bits, packed.data(), table.data()};
   std::vector<scalar_t> back(x.size());
-  unpack({source, kType<scalar_t>, conv.images, conv.channels, pack.positions, back.data()}, 0, conv.images);
+  in_parts(conv.images, [&](int64_t first, int64_t last) {
+    unpack({source, kType<scalar_t>, conv.images, conv.channels, pack.positions, back.data()}, first, last);
+  });
   print(name + "/pack", packing.add(back));
 
   const int64_t taps = conv.kernel_h * conv.kernel_w;
@@ -83,7 +92,7 @@ void run_shape(const Shape& shape, bool counts, const std::string& name) {
   Forward work{conv, source, weight.data(), kType<scalar_t>, false, bias.data(), out.data()};
   Hash outs;
   for (const int64_t threads : {1, 3}) {
-    forward(work, threads, 0, forward_units(work, threads));
+    in_parts(forward_units(work, threads), [&](int64_t first, int64_t last) { forward(work, threads, first, last); });
     outs.add(out);
   }
   print(name + "/forward", outs);
@@ -96,8 +105,9 @@ void run_shape(const Shape& shape, bool counts, const std::string& name) {
     gradient.splits = weight_grad_splits(conv, threads);
     const Buffer<float> partials(gradient.splits * weight_grad_floats(conv));
     gradient.partials = partials.get();
-    weight_grad(gradient, 0, weight_grad_units(gradient));
-    weight_grad_finish(gradient, 0, weight_grad_finish_units(gradient));
+    in_parts(weight_grad_units(gradient), [&](int64_t first, int64_t last) { weight_grad(gradient, first, last); });
+    in_parts(weight_grad_finish_units(gradient),
+             [&](int64_t first, int64_t last) { weight_grad_finish(gradient, first, last); });
     grads.add(grad_weight);
   }
   print(name + "/weight_grad", grads);
@@ -118,7 +128,7 @@ void input_gradient(const Shape& shape, const std::string& name) {
   std::vector<float> out(conv.images * conv.out_height * conv.out_width * conv.outputs);
   const Source source{Kind::reals, grad.data(), nullptr};
   Forward work{conv, source, weight.data(), DType::float32, true, nullptr, out.data()};
-  forward(work, 1, 0, forward_units(work, 1));
+  in_parts(forward_units(work, 1), [&](int64_t first, int64_t last) { forward(work, 1, first, last); });
   print(name + "/input_grad", Hash().add(out));
 }
 

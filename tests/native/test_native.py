@@ -42,6 +42,11 @@ def test_same_bits_of_every_instruction_set(expected, capability):
     check(bits(HOST, IIRSNN_CPU_CAPABILITY=capability), expected)
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_same_bits_by_any_number_of_threads(expected, threads):
+    check(bits(HOST, THREADS=str(threads)), expected)
+
+
 @pytest.mark.slow  # compiles all kernels for another processor
 def test_same_bits_on_arm(expected):
     check(bits(ARM), expected)
