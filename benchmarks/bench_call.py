@@ -3,8 +3,8 @@ BatchNormLIF beside the two modules that it stands for; on 256, of spike layers 
 
     python benchmarks/bench_call.py [neurons] [layers]
 
-A spike layer computes by events or as torch does, as it is told, or as on a GPU: where its input
-comes from tells what it is. "Alone" is without the neuron before it.
+A spike layer computes by events or as torch does, as it decides or is told, or as on a GPU: where
+its input comes from tells what it is. "Alone" is without the neuron before it.
 
 On tensors this small nothing is left but the call: dispatch, checks, autograd. Round robin over all
 contenders; of each the median over the rounds of the mean of a round, in processor time of the one
@@ -96,7 +96,7 @@ def normed() -> Contenders:
 def spike_layers(plain: nn.Module, spiking: nn.Module) -> dict[str, nn.Module]:
     """torch's own layer, and ours in each of its ways."""
     layers = {f"nn.{type(plain).__name__}": plain}
-    for way in ("events", "dense", "as on a GPU"):
+    for way in ("auto", "events", "dense", "as on a GPU"):
         layer: Any = copy.deepcopy(spiking)
         if way == "as on a GPU":
             layer._no_events = lambda x, dtype: "as on a GPU"
