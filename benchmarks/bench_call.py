@@ -1,7 +1,10 @@
-"""What a call costs: forward and backward on 64 numbers, of neurons beside torch.relu, and of
-BatchNormLIF beside the two modules that it stands for.
+"""What a call costs: forward and backward on 64 numbers, of neurons beside torch.relu, of
+BatchNormLIF beside the two modules that it stands for; on 256, of spike layers beside torch's.
 
-    python benchmarks/bench_call.py
+    python benchmarks/bench_call.py [neurons] [layers]
+
+A spike layer computes by events or as torch does, as it decides or is told, or as on a GPU: where
+its input comes from tells what it is. "Alone" is without the neuron before it.
 
 On tensors this small nothing is left but the call: dispatch, checks, autograd. Round robin over all
 contenders; of each the median over the rounds of the mean of a round, in processor time of the one
@@ -10,7 +13,9 @@ thread (which other programs on the machine disturb less than the wall clock).
 
 from __future__ import annotations
 
+import copy
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import iirsnn._C
-from iirsnn import BatchNormLIF, FusedLIF
+from iirsnn import BatchNormLIF, FusedLIF, SpikeAvgPool2d, SpikeConv2d, SpikeLinear
 from iirsnn.functional import lif
 
 NEURONS, CHANNELS = 64, 8
@@ -51,6 +56,18 @@ class TwoModules(nn.Module):
         return spikes
 
 
+class AfterNeurons(nn.Module):
+    """A neuron and a layer for what it fires."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.neuron, self.layer = FusedLIF(1.0, 0.9), layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(self.neuron(x).flatten(0, 1))
+        return out
+
+
 LEARNED: dict[str, Any] = {}
 FIXED: dict[str, Any] = {"learn_threshold": False, "learn_leak": False}
 RELU, TWO = "torch.relu", "norm, neuron: learned"
@@ -76,6 +93,22 @@ def normed() -> Contenders:
     }
 
 
+def spike_layers(plain: nn.Module, spiking: nn.Module) -> dict[str, nn.Module]:
+    """torch's own layer, and ours in each of its ways."""
+    layers = {f"nn.{type(plain).__name__}": plain}
+    for way in ("auto", "events", "dense", "as on a GPU"):
+        layer: Any = copy.deepcopy(spiking)
+        if way == "as on a GPU":
+            layer._no_events = lambda x, dtype: "as on a GPU"
+        else:
+            layer.set_mode(way)
+        layers[f"{type(layer).__name__}, {way}"] = layer
+    return layers
+
+
+Steps = dict[str, Callable[[], object]]
+
+
 def step(function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> Callable[[], None]:
     leaves = [x, *(function.parameters() if isinstance(function, nn.Module) else [])]
 
@@ -87,11 +120,26 @@ def step(function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> Calla
     return run
 
 
-def measure(functions: Contenders, shape: tuple[int, ...]) -> dict[str, float]:
-    """Microseconds of a forward and backward, by contender."""
+def steps_of(functions: Contenders, shape: tuple[int, ...]) -> Steps:
     x = torch.randn(shape).add_(0.5).requires_grad_()
-    grad = torch.randn(shape)
-    steps = {name: step(function, x, grad) for name, function in functions.items()}
+    grad = torch.randn_like(next(iter(functions.values()))(x))
+    return {name: step(function, x, grad) for name, function in functions.items()}
+
+
+def steps_alone(layers: dict[str, nn.Module], shape: tuple[int, ...]) -> Steps:
+    """Of layers, without the neuron whose spikes they see."""
+    spikes = FusedLIF(1.0, 0.9)(torch.randn(shape).add_(0.5).requires_grad_()).flatten(0, 1)
+    grad = torch.randn_like(next(iter(layers.values()))(spikes))
+
+    def alone(layer: nn.Module) -> Callable[[], object]:
+        inputs = [spikes, *layer.parameters()]
+        return lambda: torch.autograd.grad(layer(spikes), inputs, grad)
+
+    return {f"{name}, alone": alone(layer) for name, layer in layers.items()}
+
+
+def measure(steps: Steps) -> dict[str, float]:
+    """Microseconds of a forward and backward, by contender."""
     found: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(ROUNDS + 3):  # the first ones warm up
         for name, run in steps.items():
@@ -103,19 +151,43 @@ def measure(functions: Contenders, shape: tuple[int, ...]) -> dict[str, float]:
     return {name: 1e6 * statistics.median(times) for name, times in found.items()}
 
 
+def show(title: str, steps: Steps, one: str) -> None:
+    times = measure(steps)
+    print(f"\n{title}: microseconds, and as a multiple of {one}")
+    for name, time_ in times.items():
+        print(f"{name:32} {time_:7.2f} {time_ / times[one]:6.2f}")
+
+
+def show_neurons() -> None:
+    for timesteps in (1, 5):
+        for functions, size, one in (
+            (neurons(), (NEURONS,), RELU),
+            (normed(), (2, CHANNELS, 2, 2), TWO),
+        ):
+            show(f"T = {timesteps}, {list(size)}", steps_of(functions, (timesteps, *size)), one)
+
+
+def show_layers() -> None:
+    image = (1, 2, CHANNELS, 4, 4)
+    conv = spike_layers(
+        nn.Conv2d(CHANNELS, 8, 3, padding=1), SpikeConv2d(CHANNELS, 8, 3, padding=1)
+    )
+    linear = spike_layers(nn.Linear(64, 8), SpikeLinear(64, 8))
+    pool = {"nn.AvgPool2d": nn.AvgPool2d(2), "SpikeAvgPool2d": SpikeAvgPool2d(2)}
+    for layers, shape in ((conv, image), (linear, (1, 4, 64)), (pool, image)):
+        one, title = next(iter(layers)), f"Spikes {list(shape[1:])}"
+        after: Contenders = {name: AfterNeurons(layer) for name, layer in layers.items()}
+        show(f"{title}, neuron and layer", steps_of(after, shape), one)
+        show(f"{title}, alone", steps_alone(layers, shape), f"{one}, alone")
+
+
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {iirsnn._C.build_info()['cpu_capability']}")
-    for timesteps in (1, 5):
-        for functions, shape, one in (
-            (neurons(), (NEURONS,), RELU),
-            (normed(), (2, CHANNELS, 2, 2), TWO),
-        ):
-            times = measure(functions, (timesteps, *shape))
-            print(f"\nT = {timesteps}, {list(shape)}: microseconds, and as a multiple of {one}")
-            for name, time_ in times.items():
-                print(f"{name:24} {time_:7.2f} {time_ / times[one]:6.2f}")
+    shown = {"neurons": show_neurons, "layers": show_layers}
+    for name in sys.argv[1:] or shown:
+        shown[name]()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ static const char kFlags[] = IIRSNN_EXPANDED(IIRSNN_FLAGS);
 #include "lif/torch/lif_call.cpp"
 #include "lif/torch/lif_torch.cpp"
 #include "simd/capability.h"
-#include "spike/spike_torch.cpp"
+#include "spike/torch/layer_calls.cpp"
+#include "spike/torch/spike_ops.cpp"
+#include "spike/torch/spike_schemas.cpp"
 
 #if defined(__clang__)
 #define IIRSNN_COMPILER "clang " __clang_version__
@@ -56,4 +58,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Use the CPU kernels for portable, avx2 or avx512; ValueError where the processor lacks it.");
   iirsnn::bind_lif_call(m);
   iirsnn::bind_bn_lif_call(m);
+  iirsnn::sparse::bind_layer_calls(m);
 }

@@ -39,3 +39,27 @@ def bn_lif_call(
     surrogate_scale: float | None,
     /,
 ) -> Tensor | None: ...
+def spike_origin(
+    x: Tensor, spikes: frozenset[str], same: frozenset[str], /
+) -> tuple[int, int] | None: ...
+def spike_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    most: int,
+    divisor: int,
+    half: Tensor,
+    kernels: str,
+    geometry: tuple[Any, ...] | None,
+    /,
+) -> Tensor | None: ...
+def spike_average_pool(
+    x: Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int],
+    padding: int | tuple[int, int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+    /,
+) -> Tensor | None: ...

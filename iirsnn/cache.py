@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -12,8 +13,12 @@ def folder() -> Path | None:
     A relative XDG_CACHE_HOME is ignored, as the XDG base directory specification says. The folder
     need not exist.
     """
-    chosen = os.environ.get("XDG_CACHE_HOME", "")
+    return _folder(os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~"))
+
+
+@functools.lru_cache(maxsize=16)  # spike layers ask in every step
+def _folder(chosen: str, home: str) -> Path | None:
     if os.path.isabs(chosen):
         return Path(chosen) / "iirsnn"
-    home = os.path.expanduser("~")  # "~" itself without HOME and without an entry in passwd
+    # home is "~" itself without HOME and without an entry in passwd
     return Path(home) / ".cache" / "iirsnn" if os.path.isabs(home) else None

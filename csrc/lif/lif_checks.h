@@ -118,12 +118,27 @@ inline Tensor with_strides(const Tensor& t, at::IntArrayRef strides) {
 
 // ---- Checks ----
 
+// Whether elements lie side by side in some order of the dimensions; a tensor of them, to be asked, would cost more.
+inline bool is_filled(at::IntArrayRef sizes, at::IntArrayRef strides) {
+  const int64_t elements = c10::multiply_integers(sizes);
+  if (elements <= 1) return true;
+  int64_t inner = 1;
+  for (bool found = true; found && inner < elements;) {
+    found = false;
+    for (size_t d = 0; d < sizes.size() && !found; ++d) {
+      found = sizes[d] != 1 && strides[d] == inner;
+      if (found) inner *= sizes[d];
+    }
+  }
+  return inner == elements;
+}
+
 // Whether timesteps have no holes and do not overlap, as the kernels read them.
 inline bool is_dense(const Tensor& x) {
   if (x.is_contiguous()) return true;
   const int64_t neurons = c10::multiply_integers(x.sizes().slice(1));
   const bool apart = x.size(0) == 1 || x.stride(0) == 0 || x.stride(0) >= neurons;
-  return apart && x.detach().select(0, 0).is_non_overlapping_and_dense();
+  return apart && is_filled(x.sizes().slice(1), x.strides().slice(1));
 }
 
 inline LifShape check_x(const Tensor& x) {

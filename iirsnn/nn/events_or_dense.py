@@ -63,12 +63,6 @@ class Product(NamedTuple):
         return sum(abs(math.log(max(a, 1) / max(b, 1))) for a, b in pairs)
 
 
-def product(weight: Tensor, groups: int, images: int, positions: int) -> Product:
-    """Of a convolution's weight [K, C / groups, rows, columns]."""
-    outputs, channels, rows, columns = weight.shape
-    return Product(channels, outputs // groups, rows, columns, images, positions)
-
-
 class Shape(NamedTuple):
     """What is timed: images [channels, size, size] and a square kernel."""
 
@@ -146,9 +140,14 @@ def cache_path(dtype: torch.dtype) -> Path | None:
     root = cache.folder()
     if root is None:
         return None
-    extension = importlib.import_module("iirsnn._C")
+    extension = _extension()
     capability = extension.build_info()["cpu_capability"]
     return _cache_path(str(root), extension.__file__, capability, torch.get_num_threads(), dtype)
+
+
+@functools.cache
+def _extension() -> Any:
+    return importlib.import_module("iirsnn._C")
 
 
 @functools.lru_cache(maxsize=16)  # asked by every layer in every step
@@ -308,15 +307,22 @@ def ratio(which: str, kind: str, density: float, work: Product, dtype: torch.dty
         work: the product.
         dtype: of the weight.
     """
-    shape = _most_similar(work)
-    cost, reach = costs(dtype)[which, kind][shape], shape.product.reach
-    fixed = cost.fixed * reach / min(reach, work.reach)
-    return work.waste * (fixed + cost.slope * density)
+    return _ratio(costs(dtype)[which, kind], density, work)
+
+
+def _ratio(by_shape: dict[Shape, Cost], density: float, work: Product) -> float:
+    shape, reach, own_reach, waste = _most_similar(work)
+    cost = by_shape[shape]
+    fixed = cost.fixed * reach / own_reach
+    return waste * (fixed + cost.slope * density)
 
 
 @functools.lru_cache(maxsize=1024)  # a layer asks in every step
-def _most_similar(work: Product) -> Shape:
-    return min(SHAPES, key=lambda shape: work.distance(shape.product))
+def _most_similar(work: Product) -> tuple[Shape, int, int, float]:
+    """(shape, its reach, that of `work` where it is less, the waste of `work`)."""
+    shape = min(SHAPES, key=lambda shape: work.distance(shape.product))
+    reach = shape.product.reach
+    return shape, reach, min(reach, work.reach), work.waste
 
 
 def decide(
@@ -333,7 +339,8 @@ def decide(
     """
     if mode != "auto":
         return (mode, mode), f"mode is {mode}"
-    ratios = [ratio(which, kind, density, work, dtype) for which in ("forward", "weight_grad")]
+    known = costs(dtype)
+    ratios = [_ratio(known[which, kind], density, work) for which in ("forward", "weight_grad")]
     forward, weight_grad = ("events" if r < GAIN else "dense" for r in ratios)
     reason = (
         f"density {density:.3f} of {kind}: events are expected to take {ratios[0]:.2f} (forward) "

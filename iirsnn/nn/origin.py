@@ -6,6 +6,7 @@ the graph is on the host. A tensor that was written to since it was made is not 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..functional import is_dense
-from ..ops.backend import choose, has_kernels
+from ..ops.backend import choose, direct, has_kernels
 from ..ops.reference import acc_dtype
 
 _MOST = 255  # of a count in 8 bits
@@ -38,8 +39,7 @@ class Origin:
         """x, which is dense, as bits in memory order, uint8 [1, 8 * ceil(N / 64)], or as counts."""
         if self.name == "counts":
             return (x * self.divisor).to(torch.uint8)
-        half = x.new_full((1,), 0.5, dtype=acc_dtype(x.dtype))
-        kernels = choose("auto", x.device)
+        half, kernels = half_for(x), choose("auto", x.device)
         bits: Tensor = kernels.packed(x.unsqueeze(0), half, half, None, "none", 0.0, False)[0]
         return bits
 
@@ -68,8 +68,31 @@ class Layout:
         return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=device)
 
 
+_halves: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
+def half_for(x: Tensor) -> Tensor:
+    """The threshold [1] that tells 0 from 1 in x: one for a device, for each call would fill it."""
+    key = x.device, acc_dtype(x.dtype)
+    half = _halves.get(key)
+    if half is None:
+        with torch.inference_mode(False):  # kept for calls that need gradients
+            half = torch.full((1,), 0.5, dtype=key[1], device=key[0])
+        graph = x.is_cuda and torch.cuda.is_current_stream_capturing()  # the memory is the graph's
+        if type(half) is Tensor and not graph:
+            _halves[key] = half
+    return half
+
+
+_known = functools.lru_cache(maxsize=256)(Origin)
+
+
 def origin(x: Tensor) -> Origin | None:
     """What x is and can be packed as, or None where that is not known."""
+    follow = direct("spike_origin")
+    found = None if follow is None else follow(x, _SPIKES, _SAME)
+    if found is not None:
+        return _known(*found)
     if x.grad_fn is None or x._version != 0 or not is_dense(x.unsqueeze(0)):
         return None
     if not has_kernels(x.device.type):
@@ -81,7 +104,10 @@ def _of(node: Any, output: int) -> Origin | None:
     name, written_here = node.name(), getattr(node, "_forward_cls", None)
     if name in _SPIKES or getattr(written_here, "gives_spikes", False):
         return Origin() if output == 0 else None
-    rule = getattr(written_here, "origin", None) or _RULES.get(name)
+    if name.startswith(_AVERAGE):
+        rule: Any = _package_average
+    else:
+        rule = getattr(written_here, "origin", None) or _RULES.get(name)
     found = None if rule is None else rule(node)
     return found if found is not None and found.most <= _MOST else None
 
@@ -109,15 +135,22 @@ def _together(node: Any) -> Origin | None:
     return max(found, key=lambda of: of.most)  # type: ignore[union-attr]
 
 
+def _average_of(node: Any, pooled: int) -> Origin | None:
+    of = _same(node)
+    return None if of is None else Origin(of.most * pooled, of.divisor * pooled)
+
+
+def _package_average(node: Any) -> Origin | None:
+    return _average_of(node, int(node.name().removeprefix(_AVERAGE)))
+
+
 def average(
     node: Any, kernel: Any, padding: Any, ceil: bool, counted: bool, divisor: int | None
 ) -> Origin | None:
     """Of an average pool with the options of nn.AvgPool2d."""
-    of, pooled = _same(node), int(kernel[0] * kernel[-1])
+    pooled = int(kernel[0] * kernel[-1])
     ragged = ceil or divisor is not None or (any(padding) and not counted)
-    if of is None or ragged or pooled & (pooled - 1):
-        return None
-    return Origin(of.most * pooled, of.divisor * pooled)
+    return None if ragged or pooled & (pooled - 1) else _average_of(node, pooled)
 
 
 def _torch_average(node: Any) -> Origin | None:
@@ -128,21 +161,30 @@ def _torch_average(node: Any) -> Origin | None:
 
 #: Nodes whose first output is spikes: of C++, and of gradients that are registered in Python. A
 #: torch.autograd.Function of this package says so itself, by `gives_spikes` or a rule, `origin`.
-_SPIKES = {"LifGradient", "BnLifGradient"} | {
+_SPIKES = frozenset({"LifGradient", "BnLifGradient"}) | {
     f"GeneratedBackwardFor_iirsnn_{prefix}{op}_forward_defaultBackward"
     for prefix in ("", "triton_")
     for op in ("lif", "bn_lif")
 }
+
+#: Nodes of SpikeAvgPool2d, by csrc/spike/torch/average_pool.h, are called this and how many.
+_AVERAGE = "SpikeAverageOf"
+
+#: Nodes that move or select the values of their first input.
+_SAME = frozenset(
+    f"{name}Backward{number}"
+    for name in (
+        *("Alias", "Clone", "Expand", "MaxPool2DWithIndices", "Permute", "ReshapeAlias", "Select"),
+        *("Slice", "Split", "Squeeze", "ToCopy", "Transpose", "Unbind", "UnsafeView", "Unsqueeze"),
+        "View",
+    )
+    for number in (0, 1)
+)
 
 _RULES: dict[str, Callable[[Any], Origin | None]] = {
     "AddBackward0": _sum,
     "AvgPool2DBackward0": _torch_average,
     "CatBackward0": _together,
     "StackBackward0": _together,
+    **dict.fromkeys(_SAME, _same),
 }
-for _name in (
-    *("Alias", "Clone", "Expand", "MaxPool2DWithIndices", "Permute", "ReshapeAlias", "Select"),
-    *("Slice", "Split", "Squeeze", "ToCopy", "Transpose", "Unbind", "UnsafeView", "Unsqueeze"),
-    "View",
-):
-    _RULES[f"{_name}Backward0"] = _RULES[f"{_name}Backward1"] = _same

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.backend import choose, direct
 from . import events_or_dense
-from .origin import Layout, Origin
+from .origin import Layout, Origin, half_for
 from .spike_packing import pack
 
 
@@ -35,11 +37,46 @@ class Decision:
     input_grad: str = ""
 
 
-class Convolution(torch.autograd.Function):
-    """x [N, C, H, W] and its layer's parameters -> [N, K, H', W'] in the weight's dtype.
+@functools.lru_cache(maxsize=64)  # a layer asks in every step
+def without_events(kept: str, reason: str) -> Decision:
+    """Where events cannot run."""
+    return Decision(kept, "dense", "dense", float("nan"), reason)
 
-    Linear layers come as 1x1 convolutions of 1x1 images.
+
+def by_events_or_dense(
+    x: Tensor, weight: Tensor, bias: Tensor | None, layer: Any, geometry: Geometry
+) -> Tensor:
+    """The output of a spike layer on a CPU, which decides how by the values of x."""
+    function: Any = Linear if geometry is LINEAR else Convolution
+    out: Tensor = function.apply(x, weight, bias, layer, geometry)
+    return out
+
+
+def dense(
+    x: Tensor, weight: Tensor, bias: Tensor | None, known: Origin, geometry: Geometry
+) -> Tensor:
+    """The output of a spike layer by torch's own products, on any device, for an x that is known.
+
+    The compiled way has no Python in its backward pass; DenseConvolution is its twin.
     """
+    call = direct("spike_product")
+    if call is not None:
+        half, shape = half_for(x), None if geometry is LINEAR else geometry
+        out = call(x, weight, bias, known.most, known.divisor, half, "auto", shape)
+        if out is None:  # Triton's kernels, or none for the values of x are
+            name = choose("auto", x.device).name
+            out = call(x, weight, bias, known.most, known.divisor, half, name, shape)
+        if out is not None:
+            return out  # type: ignore[no-any-return]
+    if geometry is not LINEAR:
+        return DenseConvolution.apply(x, weight, bias, known, geometry)  # type: ignore[no-any-return]
+    flat = x.reshape(-1, weight.shape[1], 1, 1)
+    out = DenseConvolution.apply(flat, weight[..., None, None], bias, known, geometry)
+    return out.reshape(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+
+
+class Convolution(torch.autograd.Function):
+    """x [N, C, H, W] and its layer's parameters -> [N, K, H', W'] in the weight's dtype."""
 
     @staticmethod
     def forward(
@@ -49,22 +86,18 @@ class Convolution(torch.autograd.Function):
         ctx.x_format = memory_format(x)
         packed = pack(x) if x.numel() else None
         if packed is None:
-            layer.decision = Decision(
-                "tensor", "dense", "dense", float("nan"), "the input is neither spikes nor counts"
-            )
+            layer.decide(without_events("tensor", "the input is neither spikes nor counts"))
             ctx.save_for_backward(x, weight, None)
-            ctx.kept = ctx.by_events = ctx.addressable = False
+            ctx.kept, ctx.by_events, ctx.work = False, False, None
             return _dense_forward(x, weight, bias, geometry)
         kind, (bits, table, nonzeros) = packed
         density = nonzeros / x.numel()
         name = "counts" if kind.counts else "bits"
-        positions = geometry.positions(x, weight)
-        work = events_or_dense.product(weight, geometry.groups, x.shape[0], positions)
-        ways, reason = events_or_dense.decide(layer.mode, name, density, work, weight.dtype)
-        ctx.addressable = geometry.addressable(x, weight)
-        if not ctx.addressable:
+        ctx.work = work = work_of(geometry, x.shape, weight.shape)
+        ways, reason = events_or_dense.decide(layer.mode, name, density, work.product, weight.dtype)
+        if not work.addressable:
             ways, reason = ("dense", "dense"), "events cannot address images of this size"
-        layer.decision = Decision(name, *ways, density=density, reason=reason)
+        layer.decide(Decision(name, *ways, density=density, reason=reason))
         ctx.save_for_backward(bits, weight, table)
         ctx.kept, ctx.by_events = True, ways[1] == "events"
         if ways[0] == "dense":
@@ -108,8 +141,35 @@ class Convolution(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None
 
 
+class Linear(torch.autograd.Function):
+    """x [..., C] and its layer's parameters -> [..., K]: a 1x1 convolution of 1x1 images.
+
+    A function of its own, as views that autograd knows of cost as much as the product of few.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Any, geometry: Any
+    ) -> Tensor:
+        ctx.shape, (outputs, inputs) = x.shape, weight.shape
+        images = x.reshape(-1, inputs, 1, 1)
+        out = Convolution.forward(ctx, images, weight[..., None, None], bias, layer, geometry)
+        return out.reshape(*x.shape[:-1], outputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        images = grad.reshape(-1, grad.shape[-1], 1, 1)
+        grad_x, grad_weight, *rest = Convolution.backward(ctx, images)
+        if grad_x is not None:
+            grad_x = grad_x.reshape(ctx.shape)
+        return grad_x, None if grad_weight is None else grad_weight.flatten(1), *rest
+
+
 class DenseConvolution(torch.autograd.Function):
-    """The same by torch's own products, on any device, for an x of which it is known what it is."""
+    """The same by torch's own products, on any device, for an x of which it is known what it is.
+
+    Linear layers come as 1x1 convolutions of 1x1 images.
+    """
 
     @staticmethod
     def forward(
@@ -137,35 +197,54 @@ def _refuse_second() -> None:
         )
 
 
-class Geometry(tuple[Any, ...]):
-    """(stride, padding, dilation, groups) of a convolution, the first three pairs."""
+class Geometry(NamedTuple):
+    """Of a convolution."""
 
-    @property
-    def groups(self) -> int:
-        return int(self[3])
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
 
-    def positions(self, x: Tensor, weight: Tensor) -> int:
-        """Of the output of one image of x."""
-        rows, columns = self._output(x, weight)
-        return rows * columns
-
-    def addressable(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether the kernels of events take images of this size: their offsets have 32 bits."""
-        (height, width), (out_height, out_width) = x.shape[2:], self._output(x, weight)
-        positions = max(height, out_height) * (width + out_width)
-        return 192 * max(width, out_width) < 2**25 and positions < 2**25
-
-    def _output(self, x: Tensor, weight: Tensor) -> tuple[int, int]:
+    def output(self, size: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, int]:
+        """Rows and columns, of images [N, C, rows, columns] and a weight [K, C, rows, columns]."""
         rows, columns = (
             (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
             for size, kernel, stride, padding, dilation in zip(
-                x.shape[2:], weight.shape[2:], *self[:3], strict=True
+                size[2:], weight[2:], *self[:3], strict=True
             )
         )
         return rows, columns
 
 
-LINEAR = Geometry(([1, 1], [0, 0], [1, 1], 1))
+LINEAR = Geometry((1, 1), (0, 0), (1, 1), 1)
+
+
+class Work(NamedTuple):
+    """What is to be computed forward and backward, as events_or_dense compares it.
+
+    Attributes:
+        product: of the output and of the weight's gradient.
+        input_grad: the product of the input's gradient.
+        addressable: whether the kernels of events take images of this size: offsets have 32 bits.
+    """
+
+    product: events_or_dense.Product
+    input_grad: events_or_dense.Product
+    addressable: bool
+
+
+@functools.lru_cache(maxsize=1024)  # a layer asks in every step
+def work_of(geometry: Geometry, size: tuple[int, ...], weight: tuple[int, ...]) -> Work:
+    images, _, height, width = size
+    out_height, out_width = geometry.output(size, weight)
+    positions = max(height, out_height) * (width + out_width)
+    outputs, channels, rows, columns = weight
+    outputs //= geometry.groups
+    return Work(
+        events_or_dense.Product(channels, outputs, rows, columns, images, out_height * out_width),
+        events_or_dense.Product(outputs, channels, rows, columns, images, height * width),
+        192 * max(width, out_width) < 2**25 and positions < 2**25,
+    )
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -175,18 +254,15 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 def _input_by_events(ctx: Any, grad: Tensor, weight: Tensor) -> bool:
     """Whether the gradient of x is to be computed by the events of the output's gradient."""
-    layer, stride = ctx.layer, ctx.geometry[0]
-    if not ctx.addressable or stride != [1, 1] or weight.dtype != torch.float32 or not grad.numel():
+    layer, work = ctx.layer, ctx.work
+    if work is None or not work.addressable or ctx.geometry.stride != (1, 1):
+        return False
+    if weight.dtype != torch.float32 or not grad.numel():
         return False
     sample = grad[:: max(1, grad.shape[0] // 16)]
     density = torch.count_nonzero(sample).item() / sample.numel()
-    outputs, channels, rows, columns = weight.shape
-    images, _, height, width = ctx.size
-    work = events_or_dense.Product(
-        outputs // ctx.geometry.groups, channels, rows, columns, images, height * width
-    )
-    events = events_or_dense.input_by_events(layer.mode, density, work, weight.dtype)
-    layer.decision = replace(layer.decision, input_grad="events" if events else "dense")
+    events = events_or_dense.input_by_events(layer.mode, density, work.input_grad, weight.dtype)
+    layer.decide(replace(layer.decision, input_grad="events" if events else "dense"))
     return events
 
 

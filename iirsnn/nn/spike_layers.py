@@ -14,6 +14,7 @@ origin.py). There is no second derivative. Under torch.compile each such layer i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,20 +24,35 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # torch.compiler's imports torch._dynamo at once
 
 from ..errors import check_choice
-from ..ops.backend import why_not
+from ..ops.backend import direct, why_not
 from .neuron import FusedLIF
 from .origin import Origin, average, origin
 from .spike_convolution import (
     LINEAR,
-    Convolution,
     Decision,
-    DenseConvolution,
     Geometry,
+    by_events_or_dense,
+    dense,
     memory_format,
+    without_events,
 )
 
 #: How a layer chooses between events and dense products.
 MODES = ("auto", "events", "dense")
+
+
+_autocast_available = functools.cache(torch.amp.is_autocast_available)
+
+
+def _graph_break(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A method that torch.compile does not look into; where it is not at work, for nothing."""
+    outside = _disable_dynamo(forward)
+
+    @functools.wraps(forward)
+    def run(*args: Any) -> Tensor:
+        return outside(*args) if torch.compiler.is_compiling() else forward(*args)
+
+    return run
 
 
 class _SpikeLayer:
@@ -59,6 +75,10 @@ class _SpikeLayer:
         check_choice("mode", mode, MODES)
         self.mode = mode
 
+    def decide(self, decision: Decision) -> None:
+        """Say what was done."""
+        object.__setattr__(self, "decision", decision)  # a module's own looks for parameters first
+
     def _no_events(self, x: Tensor, dtype: torch.dtype) -> str | None:
         """Why events cannot run; None where they can."""
         if x.device.type != "cpu":
@@ -76,21 +96,25 @@ class _SpikeLayer:
         None where torch's own layer has to run.
         """
         device, dtype = x.device.type, weight.dtype
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if _autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        parameters = weight.to(dtype), None if bias is None else bias.to(dtype)
-        reason = self._no_events(x, dtype)
-        if reason is None:
-            return lambda x, geometry: Convolution.apply(x, *parameters, self, geometry)
-        known = origin(x) if torch.is_grad_enabled() and weight.requires_grad else None
-        kept = "tensor" if known is None else known.name
-        self.decision = Decision(kept, "dense", "dense", float("nan"), reason)
+        reason, known = self._no_events(x, dtype), None
+        if reason is not None:
+            if weight.requires_grad and torch.is_grad_enabled():
+                known = origin(x)
+            self.decide(without_events("tensor" if known is None else known.name, reason))
+            if known is None:
+                return None
+        if weight.dtype != dtype:
+            weight = weight.to(dtype)
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
         if known is None:
-            return None
-        return lambda x, geometry: DenseConvolution.apply(x, *parameters, known, geometry)
+            return lambda x, geometry: by_events_or_dense(x, weight, bias, self, geometry)
+        return lambda x, geometry: dense(x, weight, bias, known, geometry)
 
 
-#: (x [N, C, H, W], geometry) -> output
+#: (x [N, C, H, W], or [..., C] of a linear layer, geometry) -> output
 _Product = Callable[[Tensor, Geometry], Any]
 
 
@@ -105,7 +129,7 @@ class SpikeConv2d(_SpikeLayer, nn.Conv2d):
     Returns what nn.Conv2d returns. `decision` tells how it was computed, and why.
     """
 
-    @_disable_dynamo
+    @_graph_break
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         product = self._product(input, weight, bias)
         if product is None:
@@ -118,7 +142,8 @@ class SpikeConv2d(_SpikeLayer, nn.Conv2d):
             if self.padding_mode != "zeros" or (left, top) != (right, bottom):
                 mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
                 input, padding = F.pad(input, [left, right, top, bottom], mode=mode), (0, 0)
-        geometry = Geometry((list(self.stride), list(padding), list(self.dilation), self.groups))
+        sizes = tuple(self.stride), tuple(padding), tuple(self.dilation)
+        geometry = Geometry(*sizes, self.groups)
         x = input if input.dim() == 4 else input.unsqueeze(0)
         out: Tensor = product(x, geometry)
         return out if input.dim() == 4 else out.squeeze(0)
@@ -130,20 +155,19 @@ class SpikeLinear(_SpikeLayer, nn.Linear):
     x: [..., in_features]. `decision` tells how it was computed, and why.
     """
 
-    @_disable_dynamo
+    @_graph_break
     def forward(self, input: Tensor) -> Tensor:
-        product = self._product(input, self.weight[..., None, None], self.bias)
-        if product is None:
-            return super().forward(input)
-        x = input.reshape(-1, self.in_features, 1, 1)
-        out: Tensor = product(x, LINEAR)
-        return out.reshape(*input.shape[:-1], self.out_features)
+        product = self._product(input, self.weight, self.bias)
+        out: Tensor = super().forward(input) if product is None else product(input, LINEAR)
+        return out
 
 
 # ---- The pool ----
 
 
 class _AveragePool(torch.autograd.Function):
+    """The twin of csrc/spike/torch/average_pool.h, for where that is not compiled or not taken."""
+
     @staticmethod
     def origin(node: Any) -> Origin | None:
         kernel, _, *options = node.options
@@ -172,6 +196,13 @@ class SpikeAvgPool2d(nn.AvgPool2d):
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() != 4:
             return super().forward(input)
+        pool = None if torch.compiler.is_compiling() else direct("spike_average_pool")
+        if pool is not None:
+            sizes = self.kernel_size, self.stride, self.padding
+            how = self.ceil_mode, self.count_include_pad, self.divisor_override
+            out = pool(input, *sizes, *how)
+            if out is not None:
+                return out  # type: ignore[no-any-return]
         kernel, stride, padding = (
             [n, n] if isinstance(n, int) else list(n)
             for n in (self.kernel_size, self.stride, self.padding)

@@ -56,8 +56,17 @@ def _guesses(x: Tensor) -> list[Kind]:
     return guesses
 
 
+_SPIKES = Kind(False, 1.0)
+
+
 def pack(x: Tensor) -> tuple[Kind, tuple[Tensor, Tensor, int]] | None:
-    """x packed as what it is, by its values alone; None: it is neither spikes nor counts."""
+    """x packed as what it is, by its values alone; None: it is neither spikes nor counts.
+
+    Spikes first: another value is found out at once, a guess would take longer than small layers.
+    """
+    result = _SPIKES.pack(x)
+    if result is not None:
+        return _SPIKES, result
     for kind in _guesses(x):
         result = kind.pack(x)
         if result is not None:

@@ -25,15 +25,17 @@ from . import batch_norm, build, lif, reference  # noqa: F401  (they define the 
 class Backend:
     """The three entry points, each with the arguments of its op (see ops/lif.py)."""
 
+    name: str  # compiled, triton or reference
     forward: Callable[..., Any]
     packed: Callable[..., Any]
     unpack: Callable[..., Any]
 
 
-_COMPILED = Backend(
-    torch.ops.iirsnn.lif_forward, torch.ops.iirsnn.lif_packed, torch.ops.iirsnn.unpack_spikes
+_ops = torch.ops.iirsnn
+_COMPILED = Backend("compiled", _ops.lif_forward, _ops.lif_packed, _ops.unpack_spikes)
+_REFERENCE = Backend(
+    "reference", reference.lif_forward, reference.lif_packed, reference.unpack_spikes
 )
-_REFERENCE = Backend(reference.lif_forward, reference.lif_packed, reference.unpack_spikes)
 NAMES = ("auto", "cpu", "cuda", "triton", "reference")
 
 #: Timesteps up to which torch.compile sees plain operators in place of a kernel, by device.
@@ -54,9 +56,11 @@ def _compiled(device: str) -> str | None:
         _compiled_reason["import"] = build.load()
     reason = _compiled_reason["import"]
     if reason is None and device == "cuda":
-        info = importlib.import_module("iirsnn._C").build_info()
-        if not info["cuda"]:
-            reason = "iirsnn._C was built without CUDA (build with IIRSNN_BUILD_CUDA=1)"
+        if device not in _compiled_reason:
+            built = importlib.import_module("iirsnn._C").build_info()["cuda"]
+            why = "iirsnn._C was built without CUDA (build with IIRSNN_BUILD_CUDA=1)"
+            _compiled_reason[device] = None if built else why
+        reason = _compiled_reason[device]
     return reason
 
 
@@ -166,7 +170,8 @@ def direct(name: str = "lif_call") -> Callable[..., Any] | None:
     """iirsnn._C.lif_call, the shortest way to lif_forward; None where it is not compiled.
 
     It takes the name of a backend and the arguments of `iirsnn.functional.lif`, and returns None
-    where that has to take them. bn_lif_call does the same for `BatchNormLIF` in training.
+    where that has to take them. bn_lif_call does the same for `BatchNormLIF` in training, and
+    spike_origin, spike_product and spike_average_pool for spike layers.
     """
     if "import" not in _compiled_reason:
         _compiled_reason["import"] = build.load()
@@ -181,6 +186,12 @@ def choose_compiled(name: str, x: torch.Tensor, v0: torch.Tensor | None) -> Back
     return _REFERENCE if name == "auto" and plain else choose(name, x.device)
 
 
+@functools.cache  # its ops are defined when it is imported
+def _triton_backend() -> Backend:
+    names = ("triton_lif_forward", "triton_lif_packed", "triton_unpack_spikes")
+    return Backend("triton", *(getattr(_ops, name) for name in names))
+
+
 def choose(name: str, device: torch.device) -> Backend:
     """The backend `name` for tensors on `device`.
 
@@ -188,8 +199,5 @@ def choose(name: str, device: torch.device) -> Backend:
     """
     resolved = _resolve(name, device.type)
     if resolved == "triton":
-        triton = torch.ops.iirsnn
-        return Backend(
-            triton.triton_lif_forward, triton.triton_lif_packed, triton.triton_unpack_spikes
-        )
+        return _triton_backend()
     return _REFERENCE if resolved == "reference" else _COMPILED

@@ -130,6 +130,19 @@ def test_packed_and_back(name, dtype):
     assert packed.nbytes == (-(-x.numel() // 64) * 8 if what == BITS else x.numel())
 
 
+@pytest.fixture
+def no_short_way(monkeypatch):
+    """The twins in Python, as where iirsnn._C is compiled later or does not take the device."""
+    for module in ("origin", "spike_convolution", "spike_layers"):
+        monkeypatch.setattr(f"iirsnn.nn.{module}.direct", lambda name: None)
+
+
+@pytest.mark.parametrize("name", [*KNOWN, *UNKNOWN])
+def test_the_twin_knows_as_much(name, no_short_way):
+    make, wanted = KNOWN.get(name) or (UNKNOWN[name], None)
+    assert origin(make(spikes(6, 1, 4, 8, 8).squeeze(1))) == wanted
+
+
 def products(layer, plain, x):
     """[out, grad_x, grad_weight, grad_bias] of both layers, for the same x."""
     plain.load_state_dict(layer.state_dict())
@@ -171,10 +184,121 @@ def test_convolutions_have_the_bits_of_torchs(no_events, name, pool, layout, dty
     assert (layer.decision.forward, layer.decision.reason) == ("dense", "not in this test")
 
 
-def test_a_linear_layer_has_the_bits_of_torchs(no_events):
+@pytest.mark.parametrize("twin", [False, True], ids=["compiled", "twin"])
+def test_a_linear_layer_has_the_bits_of_torchs(no_events, request, twin):
+    if twin:
+        request.getfixturevalue("no_short_way")
     x = spikes(5, 3, 70)
     for ours, torchs in zip(*products(SpikeLinear(70, 9), nn.Linear(70, 9), x), strict=True):
         assert torch.equal(ours, torchs)
+
+
+LAYERS = {
+    "convolution": lambda: SpikeConv2d(4, 6, (1, 3), stride=(2, 1), padding=1, groups=2),
+    "1x1": lambda: SpikeConv2d(4, 5, 1, bias=False),
+    "pool": lambda: SpikeAvgPool2d(2),
+    "ragged pool": lambda: SpikeAvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False),
+    "pool with a divisor": lambda: SpikeAvgPool2d((2, 1), divisor_override=3),
+    "linear": lambda: nn.Sequential(nn.Flatten(), SpikeLinear(256, 3)),
+}
+NODES = {"convolution": "SpikeProduct", "1x1": "SpikeProduct", "linear": "SpikeProduct"}
+NODES |= {"pool": "SpikeAverageOf4", "ragged pool": "SpikeAveragePool"}
+NODES["pool with a divisor"] = "SpikeAveragePool"
+SPIKES = {
+    "bits": lambda s: s,
+    "channels_last": lambda s: s.to(memory_format=torch.channels_last),
+    "turned": lambda s: s.transpose(2, 3),
+    "counts": lambda s: s + s,
+}
+
+
+@pytest.mark.parametrize("trained", ["x", "weight", "all"])
+@pytest.mark.parametrize("kind", SPIKES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_compiled_layers_are_their_twins(no_events, monkeypatch, name, kind, trained):
+    """Outputs and gradients in bits and strides, whichever gradients are asked for."""
+    torch.manual_seed(0)
+    s, layer = SPIKES[kind](spikes(6, 1, 4, 8, 8).squeeze(1)), LAYERS[name]()
+    inputs = {"x": [s], "weight": [*layer.parameters()][:1], "all": [s, *layer.parameters()]}
+    found = []
+    for short in (True, False):
+        if not short:
+            for module in ("origin", "spike_convolution", "spike_layers"):
+                monkeypatch.setattr(f"iirsnn.nn.{module}.direct", lambda name: None)
+        out = layer(s)
+        assert (out.grad_fn.name() == NODES[name]) == short
+        of = inputs[trained] or [s]
+        found.append([out, *torch.autograd.grad(out, of, torch.ones_like(out) / 3)])
+    for ours, twins in zip(*found, strict=True):
+        assert torch.equal(ours, twins)
+        assert ours.stride() == twins.stride()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_compiled_autograd(no_events, name):
+    """A graph of gradients that is compiled as a whole has the gradients of one that is not."""
+    from torch._dynamo import compiled_autograd
+
+    torch.manual_seed(0)
+    layer, x = LAYERS[name](), torch.randn(1, 6, 4, 8, 8, requires_grad=True)
+
+    def gradients():
+        loss = layer(FusedLIF(learn_threshold=False)(x * 2).flatten(0, 1)).square().sum()
+        leaves = [x, *layer.parameters()]
+        loss.backward()
+        return [(leaf.grad, setattr(leaf, "grad", None))[0] for leaf in leaves]
+
+    wanted = gradients()
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        found = gradients()
+    for got, grad in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, grad, rtol=0, atol=0)
+
+
+def test_a_graph_is_used_once_and_what_it_keeps_is_watched(no_events):
+    layer = SpikeConv2d(4, 5, 3)
+    loss = layer(spikes(6, 1, 4, 8, 8).squeeze(1)).sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+    loss = layer(spikes(6, 1, 4, 8, 8).squeeze(1)).sum()
+    with torch.no_grad():
+        layer.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_pool_is_differentiated_twice():
+    """It is linear, and an average of more than spikes is one too."""
+    x = torch.randn(2, 3, 4, 4, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradgradcheck(SpikeAvgPool2d(2), x)
+    assert torch.autograd.gradgradcheck(SpikeAvgPool2d(3, 1, 1), x)
+
+
+def test_what_the_short_ways_leave(no_events):
+    """Subclasses, transforms, forward mode, meta tensors, and what has no gradient."""
+
+    class Own(torch.Tensor):
+        pass
+
+    s = spikes(6, 1, 4, 8, 8).squeeze(1)
+    layer, pool, half = SpikeConv2d(4, 5, 3), SpikeAvgPool2d(2), torch.full((1,), 0.5)
+    product = iirsnn._C.spike_product
+    options = (1, 1, half, "auto", ((1, 1), (0, 0), (1, 1), 1))
+    assert product(s, layer.weight, layer.bias, *options).shape == (6, 5, 6, 6)
+    assert product(s.detach(), layer.weight.detach(), None, *options) is None
+    assert product(s.as_subclass(Own), layer.weight, None, *options) is None
+    assert product(s.to("meta"), layer.weight.to("meta"), None, *options) is None
+    assert product(s.flatten(1), layer.weight, None, *options) is None
+    assert product(s, layer.weight, None, *options[:-1], (1, 0, 1)) is None
+    assert isinstance(pool(s.as_subclass(Own)), Own)
+    assert not pool(s.detach()).requires_grad
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(s, s)
+        assert product(dual, layer.weight, None, *options) is None
+    taken = []
+    torch.func.grad(lambda x: taken.append(product(x, layer.weight, None, *options)) or x.sum())(s)
+    assert taken == [None]
 
 
 def test_what_is_unknown_is_kept_and_runs_as_torchs(no_events):

@@ -9,7 +9,7 @@ import torch
 
 import iirsnn._C
 from iirsnn.functional import lif
-from iirsnn.ops import backend, batch_norm
+from iirsnn.ops import backend, batch_norm, spike
 from iirsnn.ops import lif as contract
 
 WAYS = {
@@ -119,7 +119,7 @@ def test_one_dispatch():
 
 def test_schemas_in_cpp_are_those_of_the_twin():
     assert contract.DEFINED_IN_CPP
-    for name, schema in (contract.SCHEMAS | batch_norm.SCHEMAS).items():
+    for name, schema in (contract.SCHEMAS | batch_norm.SCHEMAS | spike.SCHEMAS).items():
         op = getattr(torch.ops.iirsnn, name).default
         assert str(op._schema) == f"iirsnn::{name}{schema}"
         assert torch.Tag.needs_exact_strides in op.tags
@@ -136,6 +136,15 @@ x = torch.randn(5, 2, 3, 4, generator=torch.Generator().manual_seed(0)).requires
 one = torch.full((3,), 0.9).requires_grad_()
 s, v = lif(x, one, one, return_v=True, backend="cpu")
 grads = torch.autograd.grad(s.sum() + v.sum(), (x, one))
+from iirsnn import SpikeConv2d
+from tests.nn.test_spike_layers import test_opcheck
+test_opcheck()
+torch.manual_seed(0)
+layer = SpikeConv2d(3, 2, 3)
+layer.set_mode("events")
+spikes = (torch.rand(2, 3, 5, 5) < 0.2).float().requires_grad_()
+out = layer(spikes)
+grads += torch.autograd.grad(out.square().sum(), (spikes, layer.weight))
 torch.save([s.detach(), v.detach(), *grads], sys.argv[1])
 """
 
@@ -146,6 +155,11 @@ def test_kernels_that_are_compiled_at_first_use_have_the_twins_autograd(tmp_path
     one = torch.full((3,), 0.9).requires_grad_()
     s, v = lif(x, one, one, return_v=True)
     wanted = [s, v, *torch.autograd.grad(s.sum() + v.sum(), (x, one))]
+    torch.manual_seed(0)
+    layer = iirsnn.SpikeConv2d(3, 2, 3)
+    layer.set_mode("events")
+    spikes = (torch.rand(2, 3, 5, 5) < 0.2).float().requires_grad_()
+    wanted += torch.autograd.grad(layer(spikes).square().sum(), (spikes, layer.weight))
     for got, t in zip(torch.load(tmp_path / "found"), wanted, strict=True):
         assert torch.equal(got, t)
 

@@ -1,8 +1,6 @@
 // The shortest way from Python to a training step of BatchNorm and LIF in one: arguments read in C++, one dispatch, and
 // the running statistics.
-#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
 
@@ -49,12 +47,6 @@ Tensor held(PyObject* value, const Tensor& x, at::ScalarType dtype, int64_t size
   return taken ? *tensor : Tensor();
 }
 
-// Whether ops are watched or transformed: each is then to be seen, which those done by hand are not.
-bool watched() {
-  constexpr c10::DispatchKeySet watching({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchDynamicLayerFrontMode});
-  return at::impl::torch_function_mode_enabled() || c10::impl::tls_local_dispatch_key_set().included_.has_any(watching);
-}
-
 // Spikes of a call in training, whose norm counts it; None where iirsnn.nn.batch_norm has to take the long way, which
 // says what is wrong, if anything is.
 PyObject* bn_lif_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
@@ -79,7 +71,8 @@ PyObject* bn_lif_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const Tensor* x_pointer = plain_tensor(arguments[kX]);
   const char* backend = word(arguments[kBackend]);
   CallOptions how;
-  if (x_pointer == nullptr || backend == nullptr || watched() || !how.read(arguments + kReset)) return leave();
+  if (x_pointer == nullptr || backend == nullptr || watched() || transformed() || !how.read(arguments + kReset))
+    return leave();
   const Tensor& x = *x_pointer;
   const at::ScalarType dtype = x.scalar_type();
   const bool fused = dtype == at::kFloat || dtype == at::kBFloat16 || (dtype == at::kHalf && x.is_cuda());

@@ -2,8 +2,10 @@
 // cost as much as all the rest. What is not found is for the long way, which says what is wrong.
 #pragma once
 
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/Tensor.h>
 #include <Python.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <cmath>
@@ -24,6 +26,16 @@ inline bool takes(const char* backend, const Tensor& x) {
   if (x.is_cuda()) return strcmp(backend, "auto") == 0 || strcmp(backend, "cuda") == 0;
 #endif
   return x.is_cpu() && (strcmp(backend, "auto") == 0 || strcmp(backend, "cpu") == 0);
+}
+
+inline bool included(c10::DispatchKey key) { return c10::impl::tls_local_dispatch_key_set().included_.has(key); }
+
+// Whether every op is to be seen from Python, which those done by hand are not.
+inline bool watched() { return included(c10::DispatchKey::Python); }
+
+// Whether functions of torch are replaced or transformed (by functorch).
+inline bool transformed() {
+  return at::impl::torch_function_mode_enabled() || included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
 // A word of ASCII; null for anything else.

@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
+#include <array>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -24,7 +25,7 @@ using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-// What the gradient of an op needs to know of its call, beside the tensors.
+// What the gradient of a neuron's op needs to know of its call, beside the tensors.
 struct Options {
   std::string reset;
   double v_reset;
@@ -32,6 +33,16 @@ struct Options {
   std::string surrogate;
   double surrogate_scale;
   bool return_v = false;
+
+  template <typename Options, typename Visit>
+  static void each(Options& options, const Visit& visit) {
+    visit(options.reset);
+    visit(options.v_reset);
+    visit(options.detach_reset);
+    visit(options.surrogate);
+    visit(options.surrogate_scale);
+    visit(options.return_v);
+  }
 };
 
 inline Tensor or_undefined(const OptionalTensor& t) { return t ? *t : Tensor(); }
@@ -51,20 +62,21 @@ bool needs_gradient(const Tensors&... tensors) {
 
 // The gradient of an op as torch's own ops have theirs. autograd::Function would keep tensors by name in a map, and
 // what it knows of inputs and outputs beside them. Own has kName and
-//   variable_list gradients(const variable_list& grads, const Tensor* kept, const Options&, int64_t wanted)
-// where bit i of `wanted` is whether the gradient of input i is.
-template <typename Own, int kKept>
+//   variable_list gradients(const variable_list& grads, const Tensor* kept, const Known&, int64_t wanted)
+// where bit i of `wanted` is whether the gradient of input i is. Known::each visits its members: strings, numbers and
+// vectors of int64_t.
+template <typename Own, int kKept, typename Known = Options>
 struct Gradient : Node {
-  SavedVariable kept[kKept];
-  Options options;
+  std::array<SavedVariable, kKept> kept;
+  Known options;
 
   std::string name() const override { return Own::kName; }
 
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    Tensor tensors[kKept];
+    std::array<Tensor, kKept> tensors;
     for (int i = 0; i < kKept; ++i) tensors[i] = kept[i].unpack();
-    return Own::gradients(grads, tensors, options, wanted());
+    return Own::gradients(grads, tensors.data(), options, wanted());
   }
 
   void release_variables() override {
@@ -75,12 +87,7 @@ struct Gradient : Node {
   // Of a graph that is compiled as a whole (torch._dynamo.compiled_autograd).
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     for (const SavedVariable& variable : kept) args.collect(variable, false);
-    args.collect(options.reset);
-    args.collect(options.v_reset);
-    args.collect(options.detach_reset);
-    args.collect(options.surrogate);
-    args.collect(options.surrogate_scale);
-    args.collect(options.return_v);
+    Known::each(options, [&](const auto& member) { args.collect(member); });
   }
 
   variable_list apply_with_saved(const variable_list& grads,
@@ -109,14 +116,16 @@ struct Gradient : Node {
   }
 
   std::vector<IValue> packed(const variable_list& tensors) const {
-    return {tensors,           options.reset,           options.v_reset,  options.detach_reset,
-            options.surrogate, options.surrogate_scale, options.return_v, wanted()};
+    std::vector<IValue> all{tensors, wanted()};
+    Known::each(options, [&](const auto& member) { all.emplace_back(member); });
+    return all;
   }
   static variable_list unpacked(const variable_list& grads, const std::vector<IValue>& packed) {
     const std::vector<Tensor> tensors = packed[0].toTensorVector();
-    const Options options{packed[1].toStringRef(), packed[2].toDouble(), packed[3].toBool(),
-                          packed[4].toStringRef(), packed[5].toDouble(), packed[6].toBool()};
-    return Own::gradients(grads, tensors.data(), options, packed[7].toInt());
+    Known options;
+    auto next = packed.begin() + 2;
+    Known::each(options, [&](auto& member) { member = (next++)->template to<std::decay_t<decltype(member)>>(); });
+    return Own::gradients(grads, tensors.data(), options, packed[1].toInt());
   }
 };
 

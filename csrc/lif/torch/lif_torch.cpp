@@ -170,14 +170,14 @@ Tensor unpack_spikes(const Tensor& bits, at::IntArrayRef size, at::IntArrayRef s
                     "size, stride: expected one entry a dimension of [T, "
                     "*neurons], got ",
                     size, " and ", stride);
-  Tensor s = at::empty_strided(size, stride, bits.options().dtype(dtype));
+  Tensor s = empty_beside(bits, size, stride, dtype);
   const int64_t timesteps = size[0], neurons = c10::multiply_integers(size.slice(1));
   TORCH_CHECK_VALUE(bits.scalar_type() == at::kByte && bits.dim() == 2 && bits.size(0) == timesteps &&
                         bits.size(1) == packed_bytes(neurons),
                     "bits: expected uint8 [", timesteps, ", ", packed_bytes(neurons), "] for spikes ", size, ", got ",
                     bits.scalar_type(), " ", bits.sizes());
   if (s.numel() == 0) return s;
-  TORCH_CHECK_VALUE(s.select(0, 0).is_non_overlapping_and_dense() && (timesteps == 1 || stride[0] == neurons),
+  TORCH_CHECK_VALUE(is_filled(size.slice(1), stride.slice(1)) && (timesteps == 1 || stride[0] == neurons),
                     "stride: expected dense timesteps, time outermost, got ", stride, " for size ", size);
   const Tensor dense = bits.contiguous();
   const uint8_t* from = dense.const_data_ptr<uint8_t>();

@@ -1,4 +1,4 @@
-// Checks, allocation and threads of the spike_* ops. Their schemas are defined in iirsnn/ops/spike.py.
+// Checks, allocation and threads of the spike_* ops. Their schemas are in spike_schemas.cpp.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
