@@ -78,8 +78,7 @@ IIRSNN_INLINE Ratio<acc_t> surrogate_ratio(acc_t z, acc_t a) {
 template <Surrogate kSurrogate, typename acc_t>
 IIRSNN_INLINE acc_t surrogate(acc_t z, acc_t a) {
   if constexpr (kSurrogate == Surrogate::triangle) {
-    const acc_t height = sub(acc_t(1), magnitude(z));
-    return mul(a, select(height < acc_t(0), acc_t(0), height));
+    return mul(a, positive(sub(acc_t(1), magnitude(z))));
   } else if constexpr (kSurrogate == Surrogate::boxcar) {
     return select(magnitude(z) <= a, div(acc_t(0.5), a), acc_t(0));
   } else {

@@ -60,6 +60,23 @@ IIRSNN_INLINE acc_t magnitude(acc_t z) {
   return z < acc_t(0) ? -z : z;
 }
 
+// 0 for what is below, NaN for NaN.
+template <typename acc_t>
+IIRSNN_INLINE acc_t positive(acc_t a) {
+  return select(a < acc_t(0), acc_t(0), a);
+}
+
+// The same in one instruction or none.
+#if defined(__CUDA_ARCH__)
+IIRSNN_INLINE float magnitude(float z) { return fabsf(z); }
+#if __CUDA_ARCH__ >= 800
+IIRSNN_INLINE float positive(float a) {
+  asm("max.NaN.f32 %0, %0, 0f00000000;" : "+f"(a));
+  return a;
+}
+#endif
+#endif
+
 // What arithmetic is about: a number, or on the CPU many at once (lanes.h).
 template <typename acc_t>
 struct Number;

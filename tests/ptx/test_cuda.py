@@ -146,13 +146,13 @@ def moved(launches, kind):
     return total
 
 
-def in_packets(launches, arrays):
-    """Every access to these arrays moves 16 bytes, and a warp's accesses are neighbours."""
+def in_packets(launches, arrays, width=16):
+    """Every access to these arrays moves `width` bytes, and a warp's accesses are neighbours."""
     for _, stats in launches:
         for name in arrays & stats.by_array.keys():
             counts = stats.by_array[name]
             for kind in ("ld", "st"):
-                assert counts[f"{kind}_bytes"] == 16 * counts[f"{kind}_threads"]
+                assert counts[f"{kind}_bytes"] == width * counts[f"{kind}_threads"]
                 assert counts[f"{kind}_bytes"] == 32 * counts[f"{kind}_sectors"]
 
 
@@ -191,7 +191,10 @@ def test_bytes(launchers, timesteps, dtype):
     assert moved(backward, "st") == {"grad_x": all_rows} | (
         {"workspace": checkpoints} if checkpoints else {}
     )
-    in_packets([*forward, *packed, *backward, *unpack], {"x", "s", "grad_s", "grad_x"})
+    arrays = {"x", "s", "grad_s", "grad_x"}
+    in_packets([*forward, *packed, *unpack], arrays)
+    half = dtype != torch.float32 and timesteps > 6  # eight neurons take too much shared memory
+    in_packets(backward, arrays, width=8 if half else 16)
     if timesteps <= 8:
         both = sum(sum(moved(forward + backward, kind).values()) for kind in ("ld", "st"))
         assert both == 5 * timesteps * dtype.itemsize * neurons
@@ -261,7 +264,8 @@ def test_many_blocks(launchers, case):
     lif_cases.check_backward(case, launchers.ops)
     ((_, backward),) = launchers.take()
     assert backward.blocks <= max(2048, case.shape[2])
-    assert backward.by_array.get("workspace", {"ld_bytes": 0})["ld_bytes"] <= 2**20
+    read = backward.by_array.get("workspace", {"ld_bytes": 0})["ld_bytes"]
+    assert read <= 2**20 * 17 // 16  # the sums of every block, and of every 32 blocks
 
 
 # ---- ordering

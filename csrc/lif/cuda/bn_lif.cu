@@ -49,9 +49,15 @@ __device__ __forceinline__ void load_channels(Channel (&channels)[Place<kSize, k
 }
 
 // What a BatchNorm of the dtype of x would write.
-template <typename scalar_t>
-__device__ __forceinline__ float normalised(scalar_t x, const Channel& c) {
-  return widen(narrow<scalar_t>(add(mul(widen(x), c.gain), c.shift)));
+template <typename scalar_t, int kSize, int kChannels>
+__device__ __forceinline__ void normalise(float (&current)[kSize], const float (&x)[kSize],
+                                          const Channel (&channels)[kChannels]) {
+#pragma unroll
+  for (int k = 0; k < kSize; ++k) {
+    const Channel& channel = channels[kChannels > 1 ? k : 0];
+    current[k] = add(mul(x[k], channel.gain), channel.shift);
+  }
+  if constexpr (sizeof(scalar_t) == 2) widen(current, narrow<scalar_t>(current));
 }
 
 // ---- spikes
@@ -74,13 +80,25 @@ __global__ void __launch_bounds__(kWalkThreads, 1)
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       if (first + i * place.step >= place.end) break;
+      float x_i[kSize], current[kSize];
+      widen(x_i, packets[i]);
+      normalise<scalar_t>(current, x_i, channels);
 #pragma unroll
-      for (int k = 0; k < kSize; ++k) {
-        const Channel& channel = channels[kColumns ? k : 0];
-        packets[i].set(k, narrow<scalar_t>(spike(normalised(packets[i].get(k), channel), channel.neuron.threshold)));
-      }
-      store(s + at[i], packets[i]);
+      for (int k = 0; k < kSize; ++k) current[k] = spike(current[k], channels[kColumns ? k : 0].neuron.threshold);
+      store(s + at[i], narrow<scalar_t>(current));
     }
+  }
+}
+
+// Packets of up to kSegment timesteps, from t0 on. With a stride of 0 all are one.
+template <typename scalar_t, int kSize>
+__device__ __forceinline__ void load_segment(Packet<scalar_t, kSize> (&packets)[kSegment], const scalar_t* from,
+                                             int64_t stride_t, int64_t t0, int64_t timesteps) {
+  packets[0] = load<kSize>(from + t0 * stride_t);
+#pragma unroll
+  for (int j = 1; j < kSegment; ++j) {
+    packets[j] = packets[0];
+    if (stride_t != 0 && t0 + j < timesteps) packets[j] = load<kSize>(from + (t0 + j) * stride_t);
   }
 }
 
@@ -100,14 +118,17 @@ __global__ void __launch_bounds__(kWalkThreads, 1)
 #pragma unroll
       for (int j = 0; j < kSegment; ++j) {
         if (t0 + j >= timesteps) break;
+        float x_j[kSize], current[kSize];
+        widen(x_j, packets[j]);
+        normalise<scalar_t>(current, x_j, channels);
 #pragma unroll
         for (int k = 0; k < kSize; ++k) {
-          const Channel& channel = channels[kColumns ? k : 0];
-          const float h = charge<kReset>(normalised(packets[j].get(k), channel), v[k], channel.neuron);
-          packets[j].set(k, narrow<scalar_t>(spike(h, channel.neuron.threshold)));
-          v[k] = discharge<kReset>(h, channel.neuron);
+          const Neuron<float>& neuron = channels[kColumns ? k : 0].neuron;
+          const float h = charge<kReset>(current[k], v[k], neuron);
+          current[k] = spike(h, neuron.threshold);
+          v[k] = discharge<kReset>(h, neuron);
         }
-        store(s + (t0 + j) * neurons + n, packets[j]);
+        store(s + (t0 + j) * neurons + n, narrow<scalar_t>(current));
       }
     }
   }
@@ -122,30 +143,24 @@ struct SumsOut {
   double count;  // of x in a channel
 };
 
-// The sum over all channels, in a fixed order, by the threads of one block.
-__device__ __forceinline__ void sum_channels(float* to, const double* from, int64_t channels, double* shared) {
+// The sum over all channels, in a fixed order, by one warp.
+__device__ __forceinline__ void sum_channels(float* to, const double* from, int64_t channels) {
   double sum = 0;
-  for (int64_t channel = threadIdx.x; channel < channels; channel += kWalkThreads) sum += __ldcg(from + channel);
-  __syncthreads();
-  shared[threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  for (int thread = 1; thread < kWalkThreads; ++thread) sum += shared[thread];
-  *to = float(sum);
+  for (int64_t channel = threadIdx.x % 32; channel < channels; channel += 32) sum += __ldcg(from + channel);
+  for (int apart = 16; apart > 0; apart /= 2) sum += __shfl_xor_sync(kWarp, sum, apart);
+  if (threadIdx.x % 32 == 0) *to = float(sum);
 }
 
-// sums: [kSums, kChannels] of a thread. What all of them are is written by the last block of each group, and what runs
-// over groups by the last of those.
+// sums: [kSums, kSize] of a thread. What all of them are is written by the last block of each group, and what runs over
+// groups by the last of those. total: kGroupDoubles of them.
 template <int kSize, bool kColumns>
-__device__ __forceinline__ void finish_sums(const float (&sums)[kSums * Place<kSize, kColumns>::kChannels],
-                                            const SumsOut& out, const ChannelInputs& inputs, const Walk& walk,
+__device__ __forceinline__ void finish_sums(double* total, const float (&sums)[kSums * kSize], const SumsOut& out,
+                                            const ChannelInputs& inputs, const Walk& walk,
                                             const Place<kSize, kColumns>& place) {
   constexpr int kChannels = Place<kSize, kColumns>::kChannels, kCount = kSums * kChannels;
-  __shared__ double total[kGroupDoubles<kCount>];
   __shared__ bool last;
   double mine[kCount];
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) mine[i] = sums[i];
+  add_neurons<kSums, kSize, kColumns>(mine, sums);
   if (!sum_group(total, mine, walk, place, out.partials, out.counters)) return;
   for (int i = threadIdx.x; i < walk.cols * kChannels; i += kWalkThreads) {
     const int64_t channel = int64_t(place.group) * walk.cols * kChannels + i;
@@ -162,27 +177,30 @@ __device__ __forceinline__ void finish_sums(const float (&sums)[kSums * Place<kS
     out.slope[channel] = float(dot / out.count * rstd * rstd);
   }
   if (!inputs.one_threshold && !inputs.one_leak) return;
-  __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(out.counters + walk.groups, 1u) + 1 == walk.groups;
+  if (threadIdx.x == 0) {
+    uint32_t* const counter = out.counters + walk.groups * (1 + walk.clusters());
+    __threadfence();
+    last = atomicAdd(counter, 1u) + 1 == walk.groups;
+    __threadfence();
+    if (last) *counter = 0;
+  }
   __syncthreads();
   if (!last) return;
-  if (threadIdx.x == 0) out.counters[walk.groups] = 0;
-  __threadfence();
-  if (inputs.one_threshold)
-    sum_channels(out.grad_threshold, out.sums + kThresholdSum * walk.channels, walk.channels, total);
-  if (inputs.one_leak) sum_channels(out.grad_leak, out.sums + kLeakSum * walk.channels, walk.channels, total);
+  if (inputs.one_threshold && threadIdx.x / 32 == 0)
+    sum_channels(out.grad_threshold, out.sums + kThresholdSum * walk.channels, walk.channels);
+  if (inputs.one_leak && threadIdx.x / 32 == 1)
+    sum_channels(out.grad_leak, out.sums + kLeakSum * walk.channels, walk.channels);
 }
 
-// What a neuron adds to the sums of its channel.
-template <int kCount>
-__device__ __forceinline__ void add_sums(float (&sums)[kCount], int c, const StepGrad<float>& grad, float x,
-                                         const Channel& channel) {
-  constexpr int kChannels = kCount / kSums;
-  sums[kThresholdSum * kChannels + c] += grad.threshold;
-  sums[kLeakSum * kChannels + c] += grad.leak;
-  sums[kGradSum * kChannels + c] += grad.x;
-  sums[kDotSum * kChannels + c] += grad.x * (x - channel.mean);
+// What neuron k adds to sums [kSums, kSize].
+template <int kSize>
+__device__ __forceinline__ void add_sums(float (&sums)[kSums * kSize], int k, const StepGrad<float>& grad, float before,
+                                         float x, const Channel& channel) {
+  sums[kThresholdSum * kSize + k] += grad.threshold;
+  sums[kLeakSum * kSize + k] = __fmaf_rn(grad.x, before, sums[kLeakSum * kSize + k]);
+  sums[kGradSum * kSize + k] += grad.x;
+  sums[kDotSum * kSize + k] = __fmaf_rn(grad.x, x - channel.mean, sums[kDotSum * kSize + k]);
 }
 
 // grad_x = gain (g - mean(g) - (x - mean) slope), g the gradient of the current.
@@ -192,7 +210,8 @@ __device__ __forceinline__ float through_statistics(float grad, float x, const C
 }
 
 template <typename scalar_t, int kSize, bool kColumns, Pass kPass>
-__global__ void __launch_bounds__(kWalkThreads, 1)
+__global__ void __launch_bounds__(kWalkThreads,
+                                  kColumns&& kPass == Pass::grad_x && std::is_same_v<scalar_t, __nv_bfloat16> ? 8 : 1)
     single_backward_kernel(const scalar_t* __restrict__ grad_s, const scalar_t* __restrict__ x,
                            scalar_t* __restrict__ grad_x, const __grid_constant__ BackwardOptions<float> options,
                            const __grid_constant__ SumsOut out, const __grid_constant__ ChannelInputs inputs,
@@ -201,7 +220,7 @@ __global__ void __launch_bounds__(kWalkThreads, 1)
   const Place<kSize, kColumns> place(walk);
   Channel channels[Place<kSize, kColumns>::kChannels];
   load_channels<kPass>(channels, inputs, walk, place);
-  float sums[kSums * Place<kSize, kColumns>::kChannels] = {};
+  float sums[kSums * kSize] = {};
   for (int64_t first = place.first; first < place.end; first += kPackets * place.step) {
     Packet<scalar_t, kSize> input[kPackets], grad[kPackets];
     int64_t at[kPackets];
@@ -215,57 +234,81 @@ __global__ void __launch_bounds__(kWalkThreads, 1)
 #pragma unroll
     for (int i = 0; i < kPackets; ++i) {
       if (first + i * place.step >= place.end) break;
+      float value[kSize], h[kSize], g[kSize], slopes[kSize];
+      Neuron<float> neurons[kSize];
+      widen(value, input[i]);
+      widen(g, grad[i]);
+      normalise<scalar_t>(h, value, channels);
+#pragma unroll
+      for (int k = 0; k < kSize; ++k) neurons[k] = channels[kColumns ? k : 0].neuron;
+      spike_slopes(slopes, h, neurons, options.surrogate, options.scale);
 #pragma unroll
       for (int k = 0; k < kSize; ++k) {
-        const int c = kColumns ? k : 0;
-        const Channel& channel = channels[c];
-        const Neuron<float> neuron[1] = {channel.neuron};
-        const float value = widen(input[i].get(k)), h[1] = {normalised(input[i].get(k), channel)};
-        float slope[1];
-        spike_slopes(slope, h, neuron, options.surrogate, options.scale);
+        const Channel& channel = channels[kColumns ? k : 0];
         Carry<float> carry{};
-        const auto step =
-            backward_step<Reset::none>(widen(grad[i].get(k)), h[0], 0.0f, slope[0], channel.neuron, true, carry);
+        const auto step = backward_step<Reset::none>(g[k], h[k], 0.0f, slopes[k], neurons[k], true, carry);
         if constexpr (kPass == Pass::sums)
-          add_sums(sums, c, step, value, channel);
+          add_sums<kSize>(sums, k, step, 0.0f, value[k], channel);
         else
-          grad[i].set(k, narrow<scalar_t>(through_statistics(step.x, value, channel)));
+          g[k] = through_statistics(step.x, value[k], channel);
       }
-      if constexpr (kPass == Pass::grad_x) store(grad_x + at[i], grad[i]);
+      if constexpr (kPass == Pass::grad_x) store(grad_x + at[i], narrow<scalar_t>(g));
     }
   }
-  if constexpr (kPass == Pass::sums) finish_sums(sums, out, inputs, walk, place);
+  if constexpr (kPass == Pass::sums) {
+    __shared__ double total[kGroupDoubles<kSums * Place<kSize, kColumns>::kChannels>];
+    finish_sums(total, sums, out, inputs, walk, place);
+  }
 }
+
+// Blocks of a multiprocessor: the most for which nothing spills.
+template <typename scalar_t, int kSize, bool kColumns, Pass kPass>
+constexpr int kBlocks = kPass == Pass::sums && kSize > 4 && std::is_same_v<scalar_t, __half> ? 3
+                        : kSize > 4 || (kPass == Pass::sums && kColumns)                     ? 4
+                                                                                             : 5;
 
 // membranes: [segments - 1, N], those that each segment but the first starts from; the pass over the sums writes them.
 template <typename scalar_t, int kSize, bool kColumns, Reset kReset, Pass kPass>
-__global__ void __launch_bounds__(kWalkThreads, 3)
+__global__ void __launch_bounds__(kWalkThreads, kBlocks<scalar_t, kSize, kColumns, kPass>)
     backward_kernel(const scalar_t* __restrict__ grad_s, int64_t grad_s_stride_t, const scalar_t* __restrict__ x,
                     int64_t x_stride_t, scalar_t* __restrict__ grad_x, float* membranes, int64_t timesteps,
                     int64_t neurons, const __grid_constant__ BackwardOptions<float> options,
                     const __grid_constant__ SumsOut out, const __grid_constant__ ChannelInputs inputs,
                     const __grid_constant__ Walk walk) {
-  constexpr int kTogether = kSize < kPart ? kSize : kPart;
+  extern __shared__ uint4 memory[];
   const Place<kSize, kColumns> place(walk);
+  const int64_t last = (timesteps - 1) / kSegment * kSegment;  // where the last segment starts
+  const Stage<scalar_t, kSize> stage(memory, segment_steps(timesteps), x_stride_t, grad_s_stride_t);
+  constexpr int kStep = stage.kStep;
+  const auto ask = [&](int64_t t0, int64_t n) {
+    const int steps = segment_steps(timesteps - t0);
+    stage.ask_x(x + t0 * x_stride_t + n, x_stride_t, steps);
+    stage.ask_grad(grad_s + t0 * grad_s_stride_t + n, grad_s_stride_t, steps);
+  };
+  bool asked = (last == 0 || kPass == Pass::grad_x) && place.first < place.end;
+  if (asked) ask(last, place.at(walk, place.first));  // before what is loaded of channels
   Channel channels[Place<kSize, kColumns>::kChannels];
   load_channels<kPass>(channels, inputs, walk, place);
-  const int64_t last = (timesteps - 1) / kSegment * kSegment;  // where the last segment starts
-  float sums[kSums * Place<kSize, kColumns>::kChannels] = {};
+  Neuron<float> neuron[kSize];
+#pragma unroll
+  for (int k = 0; k < kSize; ++k) neuron[k] = channels[kColumns ? k : 0].neuron;
+  float sums[kSums * kSize] = {};
   for (int64_t i = place.first; i < place.end; i += place.step) {
     const int64_t n = place.at(walk, i);
-    Packet<scalar_t, kSize> input[kSegment], grad[kSegment];
-    float start[kSize] = {};
+    float start[kSize] = {};  // the membranes a segment starts from
     if constexpr (kPass == Pass::sums) {
       for (int64_t t0 = 0; t0 < last; t0 += kSegment) {
-        load_segment(input, x + n, x_stride_t, t0, timesteps);
+        stage.ask_x(x + t0 * x_stride_t + n, x_stride_t, kSegment);
+        wait_for_copies();
+        const scalar_t* x_at = stage.x;
+#pragma unroll 1
+        for (int j = 0; j < kSegment; ++j, x_at += stage.x_step) {
+          float current[kSize];
+          widen(current, load<kSize>(x_at));
+          normalise<scalar_t>(current, current, channels);
 #pragma unroll
-        for (int j = 0; j < kSegment; ++j) {
-#pragma unroll
-          for (int k = 0; k < kSize; ++k) {
-            const Channel& channel = channels[kColumns ? k : 0];
-            const float h = charge<kReset>(normalised(input[j].get(k), channel), start[k], channel.neuron);
-            start[k] = discharge<kReset>(h, channel.neuron);
-          }
+          for (int k = 0; k < kSize; ++k)
+            start[k] = discharge<kReset>(charge<kReset>(current[k], start[k], neuron[k]), neuron[k]);
         }
         store_membrane(membranes + t0 / kSegment * neurons + n, start);
       }
@@ -274,59 +317,49 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
     }
     Carry<float> carry[kSize] = {};
     for (int64_t t0 = last;; t0 -= kSegment) {
-      load_segment(input, x + n, x_stride_t, t0, timesteps);
-      load_segment(grad, grad_s + n, grad_s_stride_t, t0, timesteps);
+      if (!asked) ask(t0, n);
+      asked = false;
+      const int steps = segment_steps(timesteps - t0);
+      float h[kSize], v[kSize], *kept = stage.h;
 #pragma unroll
-      for (int part = 0; part < kSize; part += kTogether) {
-        Neuron<float> neuron[kTogether];
-        float h[kSegment][kTogether], v[kTogether];
-        float part_sums[kSums * kTogether] = {};  // short chains of additions
+      for (int k = 0; k < kSize; ++k) v[k] = start[k];
+      const scalar_t* x_at = stage.x;
+      wait_for_copies();
+#pragma unroll 1
+      for (int j = 0; j < steps; ++j, x_at += stage.x_step) {
+        if (j > 0) stage.keep(kept, h), kept += kStep;
+        float current[kSize];
+        widen(current, load<kSize>(x_at));
+        normalise<scalar_t>(current, current, channels);
 #pragma unroll
-        for (int k = 0; k < kTogether; ++k) {
-          neuron[k] = channels[kColumns ? part + k : 0].neuron;
-          v[k] = start[part + k];
-        }
-#pragma unroll
-        for (int j = 0; j < kSegment; ++j) {
-          if (t0 + j >= timesteps) break;
-#pragma unroll
-          for (int k = 0; k < kTogether; ++k) {
-            const Channel& channel = channels[kColumns ? part + k : 0];
-            h[j][k] = charge<kReset>(normalised(input[j].get(part + k), channel), v[k], neuron[k]);
-            v[k] = discharge<kReset>(h[j][k], neuron[k]);
-          }
-        }
-#pragma unroll
-        for (int j = kSegment - 1; j >= 0; --j) {
-          if (t0 + j >= timesteps) continue;
-          float slopes[kTogether];
-          spike_slopes(slopes, h[j], neuron, options.surrogate, options.scale);
-#pragma unroll
-          for (int k = 0; k < kTogether; ++k) {
-            const int c = kColumns ? part + k : 0;
-            const float before =
-                j > 0 ? discharge<kReset>(forgotten(h[j > 0 ? j - 1 : 0][k]), neuron[k]) : start[part + k];
-            const auto step = backward_step<kReset>(widen(grad[j].get(part + k)), h[j][k], before, slopes[k], neuron[k],
-                                                    options.detach_reset, carry[part + k]);
-            const float value = widen(input[j].get(part + k));
-            if constexpr (kPass == Pass::sums)
-              add_sums(part_sums, k, step, value, channels[c]);
-            else
-              grad[j].set(part + k, narrow<scalar_t>(through_statistics(step.x, value, channels[c])));
-          }
-        }
-        if constexpr (kPass == Pass::sums) {
-#pragma unroll
-          for (int i = 0; i < kSums * kTogether; ++i) {
-            const int c = kColumns ? part + i % kTogether : 0;
-            sums[i / kTogether * Place<kSize, kColumns>::kChannels + c] += part_sums[i];
-          }
+        for (int k = 0; k < kSize; ++k) {
+          h[k] = charge<kReset>(current[k], v[k], neuron[k]);
+          v[k] = discharge<kReset>(h[k], neuron[k]);
         }
       }
-      if constexpr (kPass == Pass::grad_x) {
+      const scalar_t* grad_at = stage.grad + (steps - 1) * stage.grad_step;
+      scalar_t* to = grad_x + (t0 + steps - 1) * neurons + n;
+#pragma unroll 1
+      for (int j = steps - 1; j >= 0; --j, grad_at -= stage.grad_step, to -= neurons) {
+        x_at -= stage.x_step;
+        float grad[kSize], value[kSize], slopes[kSize], earlier[kSize] = {};
+        widen(grad, load<kSize>(grad_at));
+        widen(value, load<kSize>(x_at));
+        if (j > 0) stage.take(earlier, kept -= kStep);
+        spike_slopes(slopes, h, neuron, options.surrogate, options.scale);
 #pragma unroll
-        for (int j = 0; j < kSegment; ++j)
-          if (t0 + j < timesteps) store(grad_x + (t0 + j) * neurons + n, grad[j]);
+        for (int k = 0; k < kSize; ++k) {
+          const Channel& channel = channels[kColumns ? k : 0];
+          const float before = j > 0 ? discharge<kReset>(earlier[k], neuron[k]) : start[k];
+          const auto step =
+              backward_step<kReset>(grad[k], h[k], before, slopes[k], neuron[k], options.detach_reset, carry[k]);
+          if constexpr (kPass == Pass::sums)
+            add_sums<kSize>(sums, k, step, before, value[k], channel);
+          else
+            grad[k] = through_statistics(step.x, value[k], channel);
+          h[k] = earlier[k];
+        }
+        if constexpr (kPass == Pass::grad_x) store(to, narrow<scalar_t>(grad));
       }
       if (t0 == 0) break;
       if (t0 > kSegment)
@@ -335,13 +368,16 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
         for (float& at_rest : start) at_rest = 0.0f;
     }
   }
-  if constexpr (kPass == Pass::sums) finish_sums(sums, out, inputs, walk, place);
+  if constexpr (kPass == Pass::sums) {
+    __syncthreads();  // the stage is done with
+    finish_sums(reinterpret_cast<double*>(memory), sums, out, inputs, walk, place);
+  }
 }
 
 // ---- launchers
 
-int packet_of(const BnLifCuda& args) {
-  return walk_packet(args.shape, args.grad_s_stride_t, args.x, args.s, args.grad_s, args.grad_x);
+int packet_of(const BnLifCuda& args, int64_t most) {
+  return walk_packet(args.shape, most, args.grad_s_stride_t, args.x, args.s, args.grad_s, args.grad_x);
 }
 
 ChannelInputs inputs_of(const BnLifCuda& args) {
@@ -358,7 +394,7 @@ template <Pass kPass>
 void backward(const BnLifCuda& args, void* stream_) {
   const auto stream = static_cast<cudaStream_t>(stream_);
   const LifShape& shape = args.shape;
-  const int size = packet_of(args);
+  const int size = packet_of(args, stage_packet(shape));
   const Walk walk = walk_of(shape, size);
   const auto workspace = static_cast<char*>(args.workspace);
   const auto membranes = reinterpret_cast<float*>(workspace);
@@ -374,16 +410,20 @@ void backward(const BnLifCuda& args, void* stream_) {
     const auto grad_s = static_cast<const scalar_t*>(args.grad_s), x = static_cast<const scalar_t*>(args.x);
     const auto grad_x = static_cast<scalar_t*>(args.grad_x);
     const int64_t blocks = walk.groups * walk.splits;
-    with_packet<scalar_t>(shape, size, [&](auto packet, auto columns) {
-      if (shape.timesteps == 1) {
+    if (shape.timesteps == 1) {
+      with_packet<scalar_t, false>(shape, size, [&](auto packet, auto columns) {
         single_backward_kernel<scalar_t, packet, columns, kPass>
             <<<blocks, kWalkThreads, 0, stream>>>(grad_s, x, grad_x, options, out, inputs_of(args), walk);
-        return;
-      }
+      });
+      return;
+    }
+    with_packet<scalar_t, true>(shape, size, [&](auto packet, auto columns) {
+      const int sums = kPass == Pass::sums ? kSums * Place<packet, columns>::kChannels : 0;
+      const int memory = stage_bytes<scalar_t, packet>(shape.timesteps, sums);
       with_reset<kEveryKernel>(args.reset, [&](auto reset) {
-        backward_kernel<scalar_t, packet, columns, reset, kPass>
-            <<<blocks, kWalkThreads, 0, stream>>>(grad_s, args.grad_s_stride_t, x, shape.x_stride_t, grad_x, membranes,
-                                                  shape.timesteps, shape.neurons, options, out, inputs_of(args), walk);
+        backward_kernel<scalar_t, packet, columns, reset, kPass><<<blocks, kWalkThreads, memory, stream>>>(
+            grad_s, args.grad_s_stride_t, x, shape.x_stride_t, grad_x, membranes, shape.timesteps, shape.neurons,
+            options, out, inputs_of(args), walk);
       });
     });
   });
@@ -396,23 +436,25 @@ namespace iirsnn {
 
 using namespace cuda;
 
-int64_t bn_lif_counters_cuda(const LifShape& shape) { return shape.channels + 1; }
+int64_t bn_lif_counters_cuda(const LifShape& shape) {
+  return 1 + std::max(walk_counters(shape, whole_packet(shape)), walk_counters(shape, stage_packet(shape)));
+}
 
 int64_t bn_lif_workspace_cuda(const LifShape& shape) {
-  return membrane_bytes(shape) + walk_partial_bytes(shape, kSums);
+  return membrane_bytes(shape) + walk_partial_bytes(shape, stage_packet(shape), kSums);
 }
 
 void bn_lif_fire_cuda(const BnLifCuda& args, void* stream_) {
   const auto stream = static_cast<cudaStream_t>(stream_);
   const LifShape& shape = args.shape;
-  const int size = packet_of(args);
+  const int size = packet_of(args, whole_packet(shape));
   const Walk walk = walk_of(shape, size);
   with_float(shape.dtype, [&](auto dtype) {
     using scalar_t = decltype(dtype);
     const auto x = static_cast<const scalar_t*>(args.x);
     const auto s = static_cast<scalar_t*>(args.s);
     const int64_t blocks = walk.groups * walk.splits;
-    with_packet<scalar_t>(shape, size, [&](auto packet, auto columns) {
+    with_packet<scalar_t, false>(shape, size, [&](auto packet, auto columns) {
       if (shape.timesteps == 1) {
         single_fire_kernel<scalar_t, packet, columns><<<blocks, kWalkThreads, 0, stream>>>(x, s, inputs_of(args), walk);
         return;

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kWalkThreads, 1)
   }
 }
 
-int packet_of(const BnLifMoments& args) { return walk_packet(args.shape, 0, args.x); }
+int packet_of(const BnLifMoments& args) { return walk_packet(args.shape, whole_packet(args.shape), 0, args.x); }
 
 }  // namespace
 }  // namespace iirsnn::cuda
@@ -88,7 +88,9 @@ namespace iirsnn {
 
 using namespace cuda;
 
-int64_t bn_lif_moments_workspace_cuda(const LifShape& shape) { return walk_partial_bytes(shape, 2); }
+int64_t bn_lif_moments_workspace_cuda(const LifShape& shape) {
+  return walk_partial_bytes(shape, whole_packet(shape), 2);
+}
 
 void bn_lif_moments_cuda(const BnLifMoments& args, void* stream_) {
   const auto stream = static_cast<cudaStream_t>(stream_);
@@ -102,7 +104,7 @@ void bn_lif_moments_cuda(const BnLifMoments& args, void* stream_) {
       count,     shape.timesteps / timesteps};
   with_float(shape.dtype, [&](auto dtype) {
     using scalar_t = decltype(dtype);
-    with_packet<scalar_t>(shape, size, [&](auto packet, auto columns) {
+    with_packet<scalar_t, false>(shape, size, [&](auto packet, auto columns) {
       moments_kernel<scalar_t, packet, columns><<<walk.groups * walk.splits, kWalkThreads, 0, stream>>>(
           static_cast<const scalar_t*>(args.x), timesteps, shape.x_stride_t, out, walk);
     });

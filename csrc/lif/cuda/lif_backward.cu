@@ -33,16 +33,14 @@ __device__ __forceinline__ void load_parameters(Neuron<acc_t> (&neurons)[Place<k
   }
 }
 
-// sums: [kSums, kChannels] of a thread: of threshold, and of leak unless it plays no part.
+// sums: [kSums, kSize] of a thread: of threshold, and of leak unless it plays no part. total: kGroupDoubles of them.
 template <int kSums, int kSize, bool kColumns, typename acc_t>
-__device__ __forceinline__ void finish_sums(const acc_t (&sums)[kSums * Place<kSize, kColumns>::kChannels],
+__device__ __forceinline__ void finish_sums(double* total, const acc_t (&sums)[kSums * kSize],
                                             const SumsOut<acc_t>& out, const Walk& walk,
                                             const Place<kSize, kColumns>& place) {
   constexpr int kChannels = Place<kSize, kColumns>::kChannels, kCount = kSums * kChannels;
-  __shared__ double total[kGroupDoubles<kCount>];
   double mine[kCount];
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) mine[i] = sums[i];
+  add_neurons<kSums, kSize, kColumns>(mine, sums);
   if (!sum_group(total, mine, walk, place, out.partials, out.counters)) return;
   for (int i = threadIdx.x; i < walk.cols * kChannels; i += kWalkThreads) {
     const int64_t channel = int64_t(place.group) * walk.cols * kChannels + i;
@@ -55,9 +53,9 @@ __device__ __forceinline__ void finish_sums(const acc_t (&sums)[kSums * Place<kS
 
 // T = 1 from rest, and nothing arrives at the membrane.
 template <typename scalar_t, int kSize, bool kColumns, bool kSummed>
-__global__ void __launch_bounds__(kWalkThreads, sizeof(scalar_t) == 8 ? 5
-                                                : kSize > 4           ? 6
-                                                                      : 8)
+__global__ void __launch_bounds__(kWalkThreads, sizeof(scalar_t) == 8 || (kSummed && kSize > 4) ? 5
+                                                : kSize > 4                                     ? 6
+                                                                                                : 8)
     single_backward_kernel(const scalar_t* __restrict__ grad_s, const scalar_t* __restrict__ x,
                            const acc_of<scalar_t>* __restrict__ threshold, scalar_t* __restrict__ grad_x,
                            int64_t neurons, const __grid_constant__ BackwardOptions<acc_of<scalar_t>> options,
@@ -78,41 +76,42 @@ __global__ void __launch_bounds__(kWalkThreads, sizeof(scalar_t) == 8 ? 5
   load_from(place.first);  // before the parameters, whose division would wait first
   Neuron<acc_t> parameters[Place<kSize, kColumns>::kChannels];
   load_parameters(parameters, threshold, static_cast<const acc_t*>(nullptr), options.v_reset, walk, place);
-  acc_t sums[Place<kSize, kColumns>::kChannels] = {};
+  acc_t sums[kSize] = {};
   for (int64_t first = place.first; first < place.end;) {
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       if (first + i * place.step >= place.end) break;
-      acc_t h[kSize], slopes[kSize];
+      acc_t h[kSize], g[kSize], slopes[kSize];
+      widen(h, current[i]);
+      widen(g, grad[i]);
       Neuron<acc_t> neuron[kSize];
 #pragma unroll
-      for (int k = 0; k < kSize; ++k) {
-        h[k] = widen(current[i].get(k));
-        neuron[k] = parameters[kColumns ? k : 0];
-      }
+      for (int k = 0; k < kSize; ++k) neuron[k] = parameters[kColumns ? k : 0];
       spike_slopes(slopes, h, neuron, options.surrogate, options.scale);
 #pragma unroll
       for (int k = 0; k < kSize; ++k) {
         Carry<acc_t> carry{};
-        const auto step =
-            backward_step<Reset::none>(acc_t(widen(grad[i].get(k))), h[k], acc_t(0), slopes[k], neuron[k], true, carry);
-        if constexpr (kSummed) sums[kColumns ? k : 0] = add(sums[kColumns ? k : 0], step.threshold);
-        grad[i].set(k, narrow<scalar_t>(step.x));
+        const auto step = backward_step<Reset::none>(g[k], h[k], acc_t(0), slopes[k], neuron[k], true, carry);
+        if constexpr (kSummed) sums[k] = add(sums[k], step.threshold);
+        g[k] = step.x;
       }
-      store_tail(grad_x, at[i], neurons, grad[i]);
+      store_tail(grad_x, at[i], neurons, narrow<scalar_t>(g));
     }
     first += kAtOnce * place.step;
     load_from(first);
   }
-  if constexpr (kSummed) finish_sums<1>(sums, out, walk, place);
+  if constexpr (kSummed) {
+    __shared__ double total[kGroupDoubles<Place<kSize, kColumns>::kChannels>];
+    finish_sums<1>(total, sums, out, walk, place);
+  }
 }
 
 // Any number of timesteps, in segments of kSegment. checkpoints: [segments - 2, N], the membranes that the segments
 // between the first and the last start from.
 template <typename scalar_t, int kSize, bool kColumns, Reset kReset, bool kSummed>
-__global__ void __launch_bounds__(kWalkThreads, sizeof(scalar_t) == 8 ? 1
-                                                : kSummed             ? 3
-                                                                      : 4)
+__global__ void __launch_bounds__(kWalkThreads, sizeof(scalar_t) == 8 || kSize > 4 ? 4
+                                                : kReset == Reset::soft_delayed    ? 5
+                                                                                   : 6)
     backward_kernel(const scalar_t* __restrict__ grad_s, int64_t grad_s_stride_t, const scalar_t* __restrict__ x,
                     int64_t x_stride_t, const __grid_constant__ Inputs<acc_of<scalar_t>> inputs,
                     scalar_t* __restrict__ grad_x, acc_of<scalar_t>* __restrict__ grad_v0,
@@ -120,33 +119,39 @@ __global__ void __launch_bounds__(kWalkThreads, sizeof(scalar_t) == 8 ? 1
                     const __grid_constant__ BackwardOptions<acc_of<scalar_t>> options,
                     const __grid_constant__ SumsOut<acc_of<scalar_t>> out, const __grid_constant__ Walk walk) {
   using acc_t = acc_of<scalar_t>;
-  constexpr int kTogether = kSize < kPart ? kSize : kPart;
+  extern __shared__ uint4 memory[];
   const Place<kSize, kColumns> place(walk);
-  constexpr int kChannels = Place<kSize, kColumns>::kChannels;
   const int64_t last = (timesteps - 1) / kSegment * kSegment;  // where the last segment starts
-  Packet<scalar_t, kSize> current[kSegment], grad[kSegment];
-  const auto load_both = [&](int64_t t0, int64_t n) {
-    load_segment(current, x + n, x_stride_t, t0, timesteps);
-    load_segment(grad, grad_s + n, grad_s_stride_t, t0, timesteps);
+  const Stage<scalar_t, kSize> stage(memory, segment_steps(timesteps), x_stride_t, grad_s_stride_t);
+  constexpr int kStep = stage.kStep;
+  const auto ask = [&](int64_t t0, int64_t n) {
+    const int steps = segment_steps(timesteps - t0);
+    stage.ask_x(x + t0 * x_stride_t + n, x_stride_t, steps);
+    stage.ask_grad(grad_s + t0 * grad_s_stride_t + n, grad_s_stride_t, steps);
   };
-  int64_t n = place.at(walk, place.first);
-  if (last == 0 && place.first < place.end) load_both(0, n);  // before the parameters, whose division would wait first
-  Neuron<acc_t> parameters[kChannels];
+  bool asked = last == 0 && place.first < place.end;
+  if (asked) ask(0, place.at(walk, place.first));  // before the parameters, whose division would wait first
+  Neuron<acc_t> parameters[Place<kSize, kColumns>::kChannels], neurons[kSize];
   load_parameters(parameters, inputs.threshold, inputs.leak, options.v_reset, walk, place);
-  acc_t sums[2 * kChannels] = {};
-  for (int64_t packet = place.first; packet < place.end;) {
+#pragma unroll
+  for (int k = 0; k < kSize; ++k) neurons[k] = parameters[kColumns ? k : 0];
+  acc_t sums[2 * kSize] = {};
+  for (int64_t packet = place.first; packet < place.end; packet += place.step) {
+    const int64_t n = place.at(walk, packet);
     acc_t start[kSize] = {};  // the membranes a segment starts from
     if (inputs.v0 != nullptr) load_membrane(start, inputs.v0 + n);
     for (int64_t t0 = 0; t0 < last; t0 += kSegment) {
       if (t0 > 0) store_membrane(checkpoints + (t0 / kSegment - 1) * count + n, start);
-      load_segment(current, x + n, x_stride_t, t0, timesteps);
+      stage.ask_x(x + t0 * x_stride_t + n, x_stride_t, kSegment);
+      wait_for_copies();
+      const scalar_t* x_at = stage.x;
+#pragma unroll 1
+      for (int j = 0; j < kSegment; ++j, x_at += stage.x_step) {
+        acc_t current[kSize];
+        widen(current, load<kSize>(x_at));
 #pragma unroll
-      for (int j = 0; j < kSegment; ++j) {
-#pragma unroll
-        for (int k = 0; k < kSize; ++k) {
-          const Neuron<acc_t>& neuron = parameters[kColumns ? k : 0];
-          start[k] = discharge<kReset>(charge<kReset>(acc_t(widen(current[j].get(k))), start[k], neuron), neuron);
-        }
+        for (int k = 0; k < kSize; ++k)
+          start[k] = discharge<kReset>(charge<kReset>(current[k], start[k], neurons[k]), neurons[k]);
       }
     }
     acc_t grad_v_last[kSize] = {};
@@ -154,57 +159,48 @@ __global__ void __launch_bounds__(kWalkThreads, sizeof(scalar_t) == 8 ? 1
     Carry<acc_t> carry[kSize];
 #pragma unroll
     for (int k = 0; k < kSize; ++k) carry[k] = {grad_v_last[k], acc_t(0)};
-    if (last > 0) load_both(last, n);
     for (int64_t t0 = last;;) {
+      if (!asked) ask(t0, n);
+      asked = false;
+      const int steps = segment_steps(timesteps - t0);
+      acc_t h[kSize], v[kSize], *kept = stage.h;
 #pragma unroll
-      for (int part = 0; part < kSize; part += kTogether) {
-        Neuron<acc_t> neuron[kTogether];
-        acc_t h[kSegment][kTogether], v[kTogether];
-        acc_t threshold_sums[kTogether] = {}, leak_sums[kTogether] = {};  // short chains of additions
+      for (int k = 0; k < kSize; ++k) v[k] = start[k];
+      const scalar_t* x_at = stage.x;
+      wait_for_copies();
+#pragma unroll 1
+      for (int j = 0; j < steps; ++j, x_at += stage.x_step) {
+        if (j > 0) stage.keep(kept, h), kept += kStep;
+        acc_t current[kSize];
+        widen(current, load<kSize>(x_at));
 #pragma unroll
-        for (int k = 0; k < kTogether; ++k) {
-          neuron[k] = parameters[kColumns ? part + k : 0];
-          v[k] = start[part + k];
-        }
-#pragma unroll
-        for (int j = 0; j < kSegment; ++j) {
-          if (t0 + j >= timesteps) break;
-#pragma unroll
-          for (int k = 0; k < kTogether; ++k) {
-            h[j][k] = charge<kReset>(acc_t(widen(current[j].get(part + k))), v[k], neuron[k]);
-            v[k] = discharge<kReset>(h[j][k], neuron[k]);
-          }
-        }
-#pragma unroll
-        for (int j = kSegment - 1; j >= 0; --j) {
-          if (t0 + j >= timesteps) continue;
-          acc_t slopes[kTogether];
-          spike_slopes(slopes, h[j], neuron, options.surrogate, options.scale);
-#pragma unroll
-          for (int k = 0; k < kTogether; ++k) {
-            const acc_t before =
-                j > 0 ? discharge<kReset>(forgotten(h[j > 0 ? j - 1 : 0][k]), neuron[k]) : start[part + k];
-            const auto step = backward_step<kReset>(acc_t(widen(grad[j].get(part + k))), h[j][k], before, slopes[k],
-                                                    neuron[k], options.detach_reset, carry[part + k]);
-            if constexpr (kSummed) {
-              threshold_sums[k] = add(threshold_sums[k], step.threshold);
-              leak_sums[k] = add(leak_sums[k], step.leak);
-            }
-            grad[j].set(part + k, narrow<scalar_t>(step.x));
-          }
-        }
-        if constexpr (kSummed) {
-#pragma unroll
-          for (int k = 0; k < kTogether; ++k) {
-            const int c = kColumns ? part + k : 0;
-            sums[c] = add(sums[c], threshold_sums[k]);
-            sums[kChannels + c] = add(sums[kChannels + c], leak_sums[k]);
-          }
+        for (int k = 0; k < kSize; ++k) {
+          h[k] = charge<kReset>(current[k], v[k], neurons[k]);
+          v[k] = discharge<kReset>(h[k], neurons[k]);
         }
       }
+      const scalar_t* grad_at = stage.grad + (steps - 1) * stage.grad_step;
+      scalar_t* to = grad_x + (t0 + steps - 1) * count + n;
+#pragma unroll 1
+      for (int j = steps - 1; j >= 0; --j, grad_at -= stage.grad_step, to -= count) {
+        acc_t grad[kSize], slopes[kSize], earlier[kSize] = {};
+        widen(grad, load<kSize>(grad_at));
+        if (j > 0) stage.take(earlier, kept -= kStep);
+        spike_slopes(slopes, h, neurons, options.surrogate, options.scale);
 #pragma unroll
-      for (int j = 0; j < kSegment; ++j)
-        if (t0 + j < timesteps) store(grad_x + (t0 + j) * count + n, grad[j]);
+        for (int k = 0; k < kSize; ++k) {
+          const acc_t before = j > 0 ? discharge<kReset>(earlier[k], neurons[k]) : start[k];
+          const auto step =
+              backward_step<kReset>(grad[k], h[k], before, slopes[k], neurons[k], options.detach_reset, carry[k]);
+          if constexpr (kSummed) {
+            sums[k] = add(sums[k], step.threshold);
+            sums[kSize + k] = fma(step.x, before, sums[kSize + k]);
+          }
+          grad[k] = step.x;
+          h[k] = earlier[k];
+        }
+        store(to, narrow<scalar_t>(grad));
+      }
       if (t0 == 0) break;
       t0 -= kSegment;
       if (t0 > 0)
@@ -213,19 +209,15 @@ __global__ void __launch_bounds__(kWalkThreads, sizeof(scalar_t) == 8 ? 1
         load_membrane(start, inputs.v0 + n);
       else
         for (acc_t& at_rest : start) at_rest = acc_t(0);
-      load_both(t0, n);
     }
     if constexpr (kReset == Reset::soft_delayed) {
       if (inputs.v0 != nullptr && !options.detach_reset) {
-        Neuron<acc_t> neuron[kSize];
         acc_t slopes[kSize];
-#pragma unroll
-        for (int k = 0; k < kSize; ++k) neuron[k] = parameters[kColumns ? k : 0];
-        spike_slopes(slopes, start, neuron, options.surrogate, options.scale);
+        spike_slopes(slopes, start, neurons, options.surrogate, options.scale);
 #pragma unroll
         for (int k = 0; k < kSize; ++k) {
-          const acc_t grad_threshold = backward_v0_delayed(start[k], slopes[k], neuron[k], carry[k]);
-          if constexpr (kSummed) sums[kColumns ? k : 0] = add(sums[kColumns ? k : 0], grad_threshold);
+          const acc_t grad_threshold = backward_v0_delayed(start[k], slopes[k], neurons[k], carry[k]);
+          if constexpr (kSummed) sums[k] = add(sums[k], grad_threshold);
         }
       }
     }
@@ -235,11 +227,11 @@ __global__ void __launch_bounds__(kWalkThreads, sizeof(scalar_t) == 8 ? 1
       for (int k = 0; k < kSize; ++k) grad_start[k] = carry[k].grad_v;
       store_membrane(grad_v0 + n, grad_start);
     }
-    packet += place.step;
-    n = place.at(walk, packet);
-    if (last == 0 && packet < place.end) load_both(0, n);
   }
-  if constexpr (kSummed) finish_sums<2>(sums, out, walk, place);
+  if constexpr (kSummed) {
+    __syncthreads();  // the stage is done with
+    finish_sums<2>(reinterpret_cast<double*>(memory), sums, out, walk, place);
+  }
 }
 
 // One timestep and no membrane: the kernels of T = 1.
@@ -250,7 +242,8 @@ Walk plan(const LifBackward& args, int& size) {
   const int64_t bytes = size_of(shape.dtype);
   // The only kernel that may end within a packet: at any other T that would put the next row off its 16 bytes.
   if (from_rest(args) && shape.channels == 1) shape.neurons = ceil_div(shape.neurons, 16 / bytes) * (16 / bytes);
-  size = walk_packet(shape, args.grad_s_stride_t, args.grad_s, args.grad_v, args.x, args.v0, args.grad_x, args.grad_v0);
+  size = walk_packet(shape, stage_packet(shape), args.grad_s_stride_t, args.grad_s, args.grad_v, args.x, args.v0,
+                     args.grad_x, args.grad_v0);
   if (size == 1) shape = args.shape;
   return walk_of(shape, size);
 }
@@ -267,7 +260,10 @@ namespace iirsnn {
 
 using namespace cuda;
 
-int64_t lif_backward_counters_cuda(const LifBackward& args) { return args.shape.channels; }
+int64_t lif_backward_counters_cuda(const LifBackward& args) {
+  int size;
+  return counters_of(plan(args, size));
+}
 
 int64_t lif_backward_workspace_cuda(const LifBackward& args) {
   int size;
@@ -300,17 +296,21 @@ void lif_backward_cuda(const LifBackward& args, void* stream_) {
       else
         launch(constant<false>{});
     };
-    with_packet<scalar_t>(shape, size, [&](auto packet, auto columns) {
-      if (from_rest(args)) {
+    if (from_rest(args)) {
+      with_packet<scalar_t, false>(shape, size, [&](auto packet, auto columns) {
         with_sums([&](auto summed) {
           single_backward_kernel<scalar_t, packet, columns, summed><<<blocks, kWalkThreads, 0, stream>>>(
               grad_s, x, inputs.threshold, grad_x, shape.neurons, options, out, walk);
         });
-        return;
-      }
+      });
+      return;
+    }
+    with_packet<scalar_t, true>(shape, size, [&](auto packet, auto columns) {
+      constexpr int kSums = 2 * Place<packet, columns>::kChannels;
+      const int memory = stage_bytes<scalar_t, packet>(shape.timesteps, args.grad_threshold ? kSums : 0);
       with_reset<kEveryKernel || std::is_same_v<scalar_t, float>>(args.reset, [&](auto reset) {
         with_sums([&](auto summed) {
-          backward_kernel<scalar_t, packet, columns, reset, summed><<<blocks, kWalkThreads, 0, stream>>>(
+          backward_kernel<scalar_t, packet, columns, reset, summed><<<blocks, kWalkThreads, memory, stream>>>(
               grad_s, args.grad_s_stride_t, x, shape.x_stride_t, inputs, grad_x, static_cast<acc_t*>(args.grad_v0),
               reinterpret_cast<acc_t*>(workspace), shape.timesteps, shape.neurons, options, out, walk);
         });

@@ -8,9 +8,9 @@
 //             every forward, also those without a backward; recomputing from t = 0 would read x T / 8 times.
 // A current or gradient that is the same at every timestep (stride 0) is read once, backward once a segment of 8.
 //
-// A thread owns the neurons of one 16-byte packet and keeps their membranes in registers; it asks for all packets of a
-// segment before it needs the first. What hides the latency of memory is bytes in flight, not threads: 32 KiB or more
-// on each multiprocessor, T (forward) or 2T (backward) packets a thread. Not yet measured on a device.
+// A thread owns the neurons of a packet, 16 bytes where shared memory allows, and asks for all packets of a segment
+// before it needs the first: forward into registers, backward into shared memory (backward.h). What hides the latency
+// of memory is bytes in flight, not threads: 32 KiB or more on each multiprocessor.
 //
 // The launchers launch on the current device and `stream` (a cudaStream_t), allocate nothing, never synchronise, and
 // throw std::runtime_error when a launch fails. dtype: all of DType.

@@ -22,29 +22,24 @@ __device__ __forceinline__ float widen(float value) { return value; }
 __device__ __forceinline__ double widen(double value) { return value; }
 __device__ __forceinline__ float widen(__half value) { return __half2float(value); }
 __device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+// Two numbers rounded to 16 bits, by one instruction: rounded alone, each would take the slow converter, eight cycles.
+template <typename scalar_t>
+__device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
+  if constexpr (std::is_same_v<scalar_t, __half>)
+    return bit_cast<uint32_t>(__floats2half2_rn(low, high));
+  else
+    return bit_cast<uint32_t>(__floats2bfloat162_rn(low, high));
+}
 template <typename scalar_t>
 __device__ __forceinline__ scalar_t narrow(acc_of<scalar_t> value) {
-  if constexpr (std::is_same_v<scalar_t, __half>)
-    return __float2half_rn(value);
-  else if constexpr (std::is_same_v<scalar_t, __nv_bfloat16>)
-    return __float2bfloat16_rn(value);
+  if constexpr (sizeof(scalar_t) == 2)
+    return bit_cast<scalar_t>(uint16_t(narrow_pair<scalar_t>(value, 0.0f)));
   else
     return value;
 }
 
 template <auto kValue>
 using constant = std::integral_constant<decltype(kValue), kValue>;
-
-// The same value, of which the compiler does not know that it is the same: it would otherwise keep what it computed
-// from it the first time, a membrane beside each h: 40 registers more at T = 8 in 16 bit.
-__device__ __forceinline__ float forgotten(float value) {
-  asm("" : "+f"(value));
-  return value;
-}
-__device__ __forceinline__ double forgotten(double value) {
-  asm("" : "+d"(value));
-  return value;
-}
 
 // ---- where a thread's neurons are
 
@@ -99,6 +94,30 @@ struct Packet {
 template <typename scalar_t>
 constexpr int kPacket = 16 / sizeof(scalar_t);
 
+template <typename scalar_t, int kSize>
+__device__ __forceinline__ void widen(acc_of<scalar_t> (&values)[kSize], const Packet<scalar_t, kSize>& packet) {
+#pragma unroll
+  for (int k = 0; k < kSize; ++k) {
+    if constexpr (std::is_same_v<scalar_t, __nv_bfloat16>)
+      values[k] = bit_cast<float>(k % 2 ? packet.words[k / 2] & 0xffff0000u : packet.words[k / 2] << 16);
+    else
+      values[k] = widen(packet.get(k));
+  }
+}
+
+template <typename scalar_t, int kSize>
+__device__ __forceinline__ Packet<scalar_t, kSize> narrow(const acc_of<scalar_t> (&values)[kSize]) {
+  Packet<scalar_t, kSize> packet;
+  if constexpr (sizeof(scalar_t) == 2 && kSize > 1) {
+#pragma unroll
+    for (int k = 0; k < kSize; k += 2) packet.words[k / 2] = narrow_pair<scalar_t>(values[k], values[k + 1]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) packet.set(k, narrow<scalar_t>(values[k]));
+  }
+  return packet;
+}
+
 template <int kSize, typename value_t>
 __device__ __forceinline__ Packet<value_t, kSize> load(const value_t* from) {
   Packet<value_t, kSize> packet;
@@ -140,6 +159,42 @@ __device__ __forceinline__ void store(value_t* to, const Packet<value_t, kSize>&
 #pragma unroll
     for (int i = 0; i < int(sizeof(packet) / 16); ++i) store_words(reinterpret_cast<uint4*>(to) + i, words[i]);
   }
+}
+
+// In shared memory.
+template <int kSize, typename value_t>
+__device__ __forceinline__ void put(value_t* to, const Packet<value_t, kSize>& packet) {
+  if constexpr (kSize == 1) {
+    *to = packet.get(0);
+  } else {
+    using words_t = std::conditional_t<sizeof(packet) == 8, uint2, uint4>;
+    static_assert(sizeof(packet) == sizeof(words_t));
+    words_t words;
+    memcpy(&words, &packet, sizeof(packet));
+    *reinterpret_cast<words_t*>(to) = words;
+  }
+}
+
+// From global to shared memory, through no register where the device can; there after wait_for_copies().
+template <int kSize, typename value_t>
+__device__ __forceinline__ void copy_packet(value_t* to, const value_t* from) {
+  constexpr int kBytes = kSize * int(sizeof(value_t));
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (kBytes >= 4) {
+    const auto address = uint32_t(__cvta_generic_to_shared(to));
+    if constexpr (kBytes == 16)
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+    else
+      asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(kBytes) : "memory");
+    return;
+  }
+#endif
+  put(to, load<kSize>(from));
+}
+__device__ __forceinline__ void wait_for_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
 }
 
 // Only at T = 1 may the last packet end beyond the last neuron: at any other T a row that is no multiple of packets

@@ -11,6 +11,7 @@ constexpr int kWalkThreads = 128, kWalkWarps = kWalkThreads / 32;
 // Kernels name the blocks that must fit on a multiprocessor, if only 1: ptxas spills a few bytes to fit one more.
 constexpr int64_t kWalkBlocks = 2048;  // enough for every device of today; a constant, so that sums have the same bits
 constexpr int64_t kLine = 128;         // bytes that threads side by side should read
+constexpr int64_t kCluster = 32;       // blocks whose sums one of them adds up, before one adds up those of clusters
 
 // A thread takes packets of kSize neighbours: of one channel, or where channels are innermost (in columns) of kSize
 // channels, the same in each packet. The packets of a channel at one timestep lie in rows. `cols` threads stand side by
@@ -21,6 +22,8 @@ struct Walk {
   int64_t groups, splits;
   Divider by_per_row;
   int cols;
+
+  __host__ __device__ int64_t clusters() const { return (splits + kCluster - 1) / kCluster; }
 };
 
 inline bool in_columns(const LifShape& shape) { return shape.channels > 1 && shape.inner == 1; }
@@ -37,27 +40,29 @@ inline Walk walk_of(const LifShape& shape, int size) {
   return {shape.channels, inner, packets, per_row, shape.channels * inner, groups, splits, Divider(per_row), cols};
 }
 
-// Neurons of a packet: 16 bytes, in columns four neurons, so that not many parameters have to be held; 1 where rows are
-// no whole packets, or start off them.
+// Neurons of a packet: `most`, in columns four, so that not many parameters have to be held; 1 where rows are no whole
+// packets, or start off them.
 template <typename... pointers_t>
-int walk_packet(const LifShape& shape, int64_t stride, pointers_t... pointers) {
-  const int64_t bytes = size_of(shape.dtype), whole = 16 / bytes;
-  const int64_t size = in_columns(shape) ? std::min<int64_t>(whole, 4) : whole;
+int walk_packet(const LifShape& shape, int64_t most, int64_t stride, pointers_t... pointers) {
+  const int64_t bytes = size_of(shape.dtype), size = in_columns(shape) ? std::min<int64_t>(most, 4) : most;
   const int64_t run = in_columns(shape) ? shape.channels : shape.channels == 1 ? shape.neurons : shape.inner;
   const int64_t strides = shape.timesteps == 1 ? 0 : (shape.x_stride_t | stride) * bytes;
-  const bool aligned = (strides | (reinterpret_cast<intptr_t>(pointers) | ...)) % (size * bytes) == 0;
+  const bool aligned = strides % (size * bytes) == 0 && (reinterpret_cast<intptr_t>(pointers) | ...) % 16 == 0;
   return run % size == 0 && aligned ? int(size) : 1;
 }
 
-// Calls f(neurons of a packet, whether in columns).
-template <typename scalar_t, typename F>
+inline int64_t whole_packet(const LifShape& shape) { return 16 / size_of(shape.dtype); }
+
+// Calls f(neurons of a packet, whether in columns). kHalf: packets of 8 bytes are wanted outside columns as well.
+template <typename scalar_t, bool kHalf, typename F>
 void with_packet(const LifShape& shape, int size, const F& f) {
-  if (size == 1)
-    f(constant<1>{}, constant<false>{});
-  else if (in_columns(shape))
-    f(constant<(kPacket<scalar_t> < 4 ? kPacket<scalar_t> : 4)>{}, constant<true>{});
-  else
-    f(constant<kPacket<scalar_t>>{}, constant<false>{});
+  constexpr int kWhole = kPacket<scalar_t>, kFour = std::min(kWhole, 4);
+  if (size == 1) return f(constant<1>{}, constant<false>{});
+  if (in_columns(shape)) return f(constant<kFour>{}, constant<true>{});
+  if constexpr (kHalf && kFour < kWhole) {
+    if (size == kFour) return f(constant<kFour>{}, constant<false>{});
+  }
+  f(constant<kWhole>{}, constant<false>{});
 }
 
 template <int kSize, bool kColumns>
@@ -77,6 +82,7 @@ struct Place {
   }
   // Where packet i starts in a timestep.
   __device__ __forceinline__ int64_t at(const Walk& walk, int64_t i) const {
+    if constexpr (kColumns) return channel + i * walk.row;
     const int64_t row = walk.by_per_row(i);
     return channel * walk.inner + row * walk.row + (i - row * walk.per_row) * kSize;
   }
@@ -86,13 +92,50 @@ struct Place {
 template <int kCount>
 constexpr int kGroupDoubles = kWalkWarps * 32 * kCount;
 
-// Sums of the threads that stand on the same channels, over all blocks of a group. partials: [groups, splits, values],
-// values = cols * kCount; counters: [groups], 0 before and after. In the last block to come here it returns true, and
-// `total` holds value i of column c at [c * kCount + i]. Always the same order of additions.
+// total[0, values) is row `mine` of `count`. The last block to bring its row adds them all up into total, in the order
+// of rows, and returns true there. counter: 0 before and after.
+__device__ __forceinline__ bool add_rows(double* total, int values, double* rows, int64_t mine, int64_t count,
+                                         uint32_t* counter) {
+  __shared__ uint32_t arrived;
+  const int thread = threadIdx.x;
+#pragma unroll 1
+  for (int value = thread; value < values; value += kWalkThreads) rows[mine * values + value] = total[value];
+  __syncthreads();
+  if (thread == 0) {
+    __threadfence();
+    arrived = atomicAdd(counter, 1u);
+    __threadfence();
+  }
+  __syncthreads();
+  if (arrived + 1 != count) return false;
+  if (thread == 0) *counter = 0;
+  // several threads to a value where there are enough: values is a power of two
+  const int ways = max(kWalkThreads / values, 1), beside = kWalkThreads / ways;
+#pragma unroll 1
+  for (int value = thread % beside; value < values; value += beside) {
+    double sum = 0;
+#pragma unroll 8
+    for (int row = thread / beside; row < int(count); row += ways) sum += __ldcg(rows + row * int64_t(values) + value);
+    total[thread / beside * values + value] = sum;
+  }
+  __syncthreads();
+  if (thread < values && ways > 1) {
+    double sum = total[thread];
+#pragma unroll 4
+    for (int way = 1; way < ways; ++way) sum += total[way * values + thread];
+    total[thread] = sum;
+  }
+  __syncthreads();
+  return true;
+}
+
+// Sums of the threads that stand on the same channels, over all blocks of a group, by clusters of kCluster: were all
+// added up by one block, thousands of loads would wait for each other. partials: [groups, splits + clusters, values],
+// values = cols * kCount; counters: [groups, 1 + clusters]. In the last block to come here it returns true, and `total`
+// holds value i of column c at [c * kCount + i]. Always the same order of additions.
 template <int kCount, int kSize, bool kColumns>
 __device__ __forceinline__ bool sum_group(double* total, double (&mine)[kCount], const Walk& walk,
                                           const Place<kSize, kColumns>& place, double* partials, uint32_t* counters) {
-  __shared__ uint32_t arrived;
   const int values = walk.cols * kCount, thread = threadIdx.x, lane = thread % 32;
   for (int apart = 16; apart >= walk.cols; apart /= 2) {
 #pragma unroll
@@ -103,34 +146,20 @@ __device__ __forceinline__ bool sum_group(double* total, double (&mine)[kCount],
     for (int i = 0; i < kCount; ++i) total[thread / 32 * values + lane * kCount + i] = mine[i];
   }
   __syncthreads();
-  double* const group = partials + int64_t(place.group) * walk.splits * values;
+#pragma unroll 1
   for (int value = thread; value < values; value += kWalkThreads) {
     double sum = 0;
     for (int warp = 0; warp < kWalkWarps; ++warp) sum += total[warp * values + value];
-    if (walk.splits == 1)
-      total[value] = sum;
-    else
-      group[int64_t(place.split) * values + value] = sum;
+    total[value] = sum;
   }
   if (walk.splits > 1) {
-    __threadfence();
-    __syncthreads();
-    if (thread == 0) arrived = atomicAdd(counters + place.group, 1u);
-    __syncthreads();
-    if (arrived + 1 != walk.splits) return false;
-    if (thread == 0) counters[place.group] = 0;
-    __threadfence();
-    // several threads to a value where there are enough: values is a power of two
-    const int ways = max(kWalkThreads / values, 1), beside = kWalkThreads / ways;
-    for (int value = thread % beside; value < values; value += beside) {
-      double sum = 0;
-      for (int64_t split = thread / beside; split < walk.splits; split += ways)
-        sum += __ldcg(group + split * values + value);
-      total[thread / beside * values + value] = sum;
-    }
-    __syncthreads();
-    for (int value = thread; value < values; value += kWalkThreads)
-      for (int way = 1; way < ways; ++way) total[value] += total[way * values + value];
+    const int64_t clusters = walk.clusters(), cluster = place.split / kCluster, start = cluster * kCluster;
+    double* const rows = partials + place.group * (walk.splits + clusters) * values;
+    uint32_t* const counter = counters + place.group * (1 + clusters);
+    if (!add_rows(total, values, rows + start * values, place.split - start, min(kCluster, walk.splits - start),
+                  counter + 1 + cluster))
+      return false;
+    return clusters == 1 || add_rows(total, values, rows + walk.splits * values, cluster, clusters, counter);
   }
   __syncthreads();
   return true;
@@ -138,12 +167,21 @@ __device__ __forceinline__ bool sum_group(double* total, double (&mine)[kCount],
 
 // Bytes of the partial sums of `count` a column.
 inline int64_t partial_bytes(const Walk& walk, int64_t count) {
-  return walk.splits == 1 ? 0 : walk.groups * walk.splits * walk.cols * count * int64_t(sizeof(double));
+  if (walk.splits == 1) return 0;
+  return walk.groups * (walk.splits + walk.clusters()) * walk.cols * count * int64_t(sizeof(double));
 }
 
-// Those of `count` a channel, however x turns out to be aligned.
-inline int64_t walk_partial_bytes(const LifShape& shape, int64_t count) {
-  const int size = walk_packet(shape, 0, static_cast<const void*>(nullptr));
+inline int64_t counters_of(const Walk& walk) { return walk.groups * (1 + walk.clusters()); }
+
+// However x turns out to be aligned.
+inline int64_t walk_counters(const LifShape& shape, int64_t most) {
+  const int size = walk_packet(shape, most, 0, static_cast<const void*>(nullptr));
+  return std::max(counters_of(walk_of(shape, 1)), counters_of(walk_of(shape, size)));
+}
+
+// Of `count` sums a channel, however x turns out to be aligned.
+inline int64_t walk_partial_bytes(const LifShape& shape, int64_t most, int64_t count) {
+  const int size = walk_packet(shape, most, 0, static_cast<const void*>(nullptr));
   return std::max(partial_bytes(walk_of(shape, 1), count),
                   partial_bytes(walk_of(shape, size), count * (in_columns(shape) ? size : 1)));
 }
