@@ -2,15 +2,23 @@
 BatchNormLIF beside the two modules that it stands for.
 
     python benchmarks/bench_call.py
+    python benchmarks/bench_call.py --triton [--without-extension]
 
 On tensors this small nothing is left but the call: dispatch, checks, autograd. Round robin over all
 contenders; of each the median over the rounds of the mean of a round, in processor time of the one
 thread (which other programs on the machine disturb less than the wall clock).
+
+--triton measures the host's part of the Triton backend, on CPU tensors and without a device: kernels
+are compiled for sm_90, and all is done that a launch takes but Triton's launcher in C and the
+driver. --without-extension is an installation in which nothing was compiled.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import iirsnn._C
+if "--without-extension" in sys.argv:  # before iirsnn looks for it
+    sys.modules["iirsnn._C"] = None  # type: ignore[assignment]
+    os.environ["IIRSNN_JIT"] = "0"
+
 from iirsnn import BatchNormLIF, FusedLIF
 from iirsnn.functional import lif
 
@@ -55,6 +66,66 @@ LEARNED: dict[str, Any] = {}
 FIXED: dict[str, Any] = {"learn_threshold": False, "learn_leak": False}
 RELU, TWO = "torch.relu", "norm, neuron: learned"
 Contenders = dict[str, Callable[[Tensor], Tensor]]
+
+
+class Driver:
+    """Triton's driver of a GPU that is not there: its launches do nothing."""
+
+    def __init__(self) -> None:
+        self.utils = self
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232448}
+
+    def load_binary(self, *args: Any) -> tuple[Any, ...]:
+        return "a module", 0, 0, 0, 1024
+
+    def unload_module(self, module: Any) -> None:
+        pass
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        return lambda *args: None
+
+
+def without_a_device() -> None:
+    """Let the Triton backend take CPU tensors, whose kernels are compiled but not run."""
+    import iirsnn.kernels  # noqa: F401  (Triton decides now whether it interprets)
+    import triton
+
+    triton.runtime.driver.set_active(Driver())  # type: ignore[arg-type]
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def by_triton() -> Contenders:
+    return {
+        RELU: torch.relu,
+        "empty autograd.Function": Empty.apply,
+        "FusedLIF, learned": FusedLIF(1.0, 0.9, backend="triton"),
+        "FusedLIF, fixed": FusedLIF(1.0, 0.9, backend="triton", **FIXED),
+    }
+
+
+def normed_by_triton() -> Contenders:
+    return {
+        RELU: torch.relu,
+        **{
+            f"BatchNormLIF: {learned}": BatchNormLIF(
+                nn.BatchNorm2d(CHANNELS), FusedLIF(1.0, 0.9, backend="triton", **options)
+            )
+            for learned, options in (("learned", LEARNED), ("fixed", FIXED))
+        },
+    }
 
 
 def neurons() -> Contenders:
@@ -103,17 +174,32 @@ def measure(functions: Contenders, shape: tuple[int, ...]) -> dict[str, float]:
     return {name: 1e6 * statistics.median(times) for name, times in found.items()}
 
 
+def capability() -> str:
+    """Of the compiled kernels."""
+    extension = sys.modules.get("iirsnn._C")
+    return extension.build_info()["cpu_capability"] if extension else "no extension"
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--triton", action="store_true")
+    parser.add_argument("--without-extension", action="store_true")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {iirsnn._C.build_info()['cpu_capability']}")
+    contenders = [(neurons, RELU), (normed, TWO)]
+    if arguments.triton:
+        without_a_device()
+        contenders = [(by_triton, RELU), (normed_by_triton, RELU)]
+    print(f"torch {torch.__version__}, {capability()}")
     for timesteps in (1, 5):
-        for functions, shape, one in (
-            (neurons(), (NEURONS,), RELU),
-            (normed(), (2, CHANNELS, 2, 2), TWO),
+        for (functions, one), shape in zip(
+            contenders, ((NEURONS,), (2, CHANNELS, 2, 2)), strict=True
         ):
-            times = measure(functions, (timesteps, *shape))
+            times = measure(functions(), (timesteps, *shape))
             print(f"\nT = {timesteps}, {list(shape)}: microseconds, and as a multiple of {one}")
+            if arguments.triton:
+                print("(the host's part alone, on CPU tensors without a device)")
             for name, time_ in times.items():
                 print(f"{name:24} {time_:7.2f} {time_ / times[one]:6.2f}")
 

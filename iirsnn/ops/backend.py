@@ -137,8 +137,12 @@ class BatchNormBackend:
     def of(name: str) -> BatchNormBackend:
         """Of `cpu`, `cuda` or `triton`."""
         prefix = "triton_bn_lif_" if name == "triton" else "bn_lif_"
-        ops = ("forward", "moments", "fire", "gradient_sums", "grad_x")
-        return BatchNormBackend(name, *(getattr(torch.ops.iirsnn, prefix + op) for op in ops))
+        names = ("forward", "moments", "fire", "gradient_sums", "grad_x")
+        ops = {op: getattr(torch.ops.iirsnn, prefix + op) for op in names}
+        if name == "triton":
+            eager = importlib.import_module("iirsnn.kernels.eager_batch_norm")
+            ops |= {"forward": eager.call, "fire": eager.fire}
+        return BatchNormBackend(name, **ops)
 
 
 _FUSED_DTYPES = {
@@ -175,6 +179,12 @@ def direct(name: str = "lif_call") -> Callable[..., Any] | None:
     return getattr(sys.modules["iirsnn._C"], name, None)
 
 
+@functools.cache
+def _by_triton() -> Backend:
+    eager = importlib.import_module("iirsnn.kernels.eager")
+    return Backend(eager.call, eager.packed, eager.unpack)
+
+
 def choose_compiled(name: str, x: torch.Tensor, v0: torch.Tensor | None) -> Backend:
     """As `choose`, for code that torch.compile traces: see PLAIN_IN_COMPILED_CODE."""
     plain = v0 is None and x.shape[0] <= PLAIN_IN_COMPILED_CODE.get(x.device.type, 0)
@@ -188,8 +198,5 @@ def choose(name: str, device: torch.device) -> Backend:
     """
     resolved = _resolve(name, device.type)
     if resolved == "triton":
-        triton = torch.ops.iirsnn
-        return Backend(
-            triton.triton_lif_forward, triton.triton_lif_packed, triton.triton_unpack_spikes
-        )
+        return _by_triton()
     return _REFERENCE if resolved == "reference" else _COMPILED
