@@ -15,6 +15,7 @@ static const char kFlags[] = IIRSNN_EXPANDED(IIRSNN_FLAGS);
 #include "lif/torch/lif_autograd.cpp"
 #include "lif/torch/lif_call.cpp"
 #include "lif/torch/lif_torch.cpp"
+#include "lif/torch/triton_call.cpp"
 #include "simd/capability.h"
 #include "spike/spike_torch.cpp"
 
@@ -56,4 +57,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Use the CPU kernels for portable, avx2 or avx512; ValueError where the processor lacks it.");
   iirsnn::bind_lif_call(m);
   iirsnn::bind_bn_lif_call(m);
+  iirsnn::bind_triton(m);
 }

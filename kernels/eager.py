@@ -7,6 +7,8 @@ lif_call has the gradient, in C++, and calls `forward` and `backward` here.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
@@ -14,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch import Launcher, now
+from .launch import DTYPES, Launcher, now
 from .lif import lif_backward, lif_forward
 from .packed import lif_packed, unpack_spikes
 from .single_step import single_step_backward, single_step_forward
+from .step import RESETS, SURROGATES
 
 
 def forward(
@@ -94,7 +97,11 @@ def unwatched(*tensors: Tensor | None) -> bool:
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 # ---- the ops of iirsnn.ops.lif, or the same without them
@@ -153,14 +160,91 @@ def call(
             x, threshold, leak, v0, *options, return_v
         )
         return found
-    v_reset = float(v_reset)
-    if needs_gradient(x, threshold, leak, v0):
-        options = reset, v_reset, detach_reset, surrogate, surrogate_scale
-        both: tuple[Tensor, Tensor | None] = LifGradient.apply(
-            x, threshold, leak, v0, options, return_v
-        )
-        return both
-    return forward(x, threshold, leak, v0, reset, v_reset, return_v)
+    how = reset, float(v_reset), detach_reset, surrogate, surrogate_scale, return_v
+    return _call(x, threshold, leak, v0, *how)
+
+
+def _call(
+    x: Tensor,
+    threshold: Tensor,
+    leak: Tensor,
+    v0: Tensor | None,
+    reset: str,
+    v_reset: float,
+    detach_reset: bool,
+    surrogate: str,
+    surrogate_scale: float,
+    return_v: bool,
+) -> tuple[Tensor, Tensor | None]:
+    if not needs_gradient(x, threshold, leak, v0):
+        return forward(x, threshold, leak, v0, reset, v_reset, return_v)
+    options = reset, v_reset, detach_reset, surrogate, surrogate_scale
+    found: tuple[Tensor, Tensor | None] = LifGradient.apply(
+        x, threshold, leak, v0, options, return_v
+    )
+    return found
+
+
+def lif_call(
+    backend: str,
+    x: Tensor,
+    threshold: Any,
+    leak: Any,
+    v0: Tensor | None,
+    reset: str,
+    v_reset: float,
+    detach_reset: bool,
+    surrogate: str,
+    surrogate_scale: Any,
+    return_v: bool,
+) -> Any:
+    """What iirsnn._C.lif_call does, where that is not compiled: see `iirsnn.functional.short_way`."""
+    if type(x) not in _PLAIN or not takes(backend, x) or not x.is_contiguous():
+        return None
+    if x.dtype not in DTYPES or x.dim() < 1 or x.shape[0] == 0 or not (
+        is_parameter(threshold, x) and is_parameter(leak, x) and unwatched(x, threshold, leak, v0)
+    ):
+        return None
+    if v0 is not None and (
+        v0.dtype != torch.float32 or v0.shape != x.shape[1:] or v0.device != x.device
+    ):
+        return None
+    if threshold.numel() != leak.numel() or not are_options(
+        reset, v_reset, surrogate, surrogate_scale
+    ):
+        return None
+    how = reset, v_reset, detach_reset, surrogate, surrogate_scale, return_v
+    s, v = _call(x, threshold, leak, v0, *how)
+    return (s, v) if return_v else s
+
+
+def takes(backend: str, x: Tensor) -> bool:
+    """Whether these kernels are the backend, where nothing is compiled."""
+    if x.is_cuda:
+        return backend in ("auto", "triton")
+    return backend == "triton" and x.is_cpu and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def is_parameter(value: Any, x: Tensor) -> bool:
+    """Whether value is threshold or leak as the kernels take it."""
+    return (
+        type(value) in _PLAIN
+        and value.dtype == torch.float32
+        and value.dim() == 1
+        and (value.numel() == 1 or (x.dim() >= 3 and value.numel() == x.shape[2]))
+        and value.device == x.device
+    )
+
+
+def are_options(reset: str, v_reset: Any, surrogate: str, scale: Any) -> bool:
+    """Whether they need no conversion, and no error."""
+    return (
+        reset in RESETS
+        and surrogate in SURROGATES
+        and type(v_reset) is type(scale) is float
+        and math.isfinite(v_reset)
+        and 0 < scale < math.inf
+    )
 
 
 def packed(

@@ -25,7 +25,6 @@ import triton.language as tl
 from torch import Tensor
 
 from iirsnn.ops.lif import empty_membrane
-from iirsnn.ops.reference import empty_spikes
 
 from .launch import (
     Launch,
@@ -379,7 +378,8 @@ def _plan_forward(
     thresholds: int,
     leaks: int,
     reset: str,
-) -> Launch:
+) -> tuple[Launch, tuple[int, ...]]:
+    """A launch, and the strides of the spikes."""
     first, segments = segmented(shape[0])
     tiles = tile(shape, strides, max(thresholds, leaks), _BLOCK_BYTES // dtype.itemsize)
     arguments = {
@@ -396,7 +396,8 @@ def _plan_forward(
         "LEAK_INDEX": tiles.index_of(leaks),
         "VEC": tiles.vector(dtype, strides[0]),
     }
-    return Launch(lif_forward_kernel, tiles.programs(tiles.row_blocks), arguments)
+    launch = Launch(lif_forward_kernel, tiles.programs(tiles.row_blocks), arguments)
+    return launch, (tiles.N, *strides[1:])
 
 
 def lif_forward(
@@ -415,22 +416,24 @@ def lif_forward(
     any dimension order, which everything that comes out has too. Raises TypeError, ValueError.
     """
     check_current(x)
-    s, v = empty_spikes(x), empty_membrane(x, True) if return_v else None
-    if s.numel() == 0:
-        return s, v
-    plan = _plan_forward(x.shape, x.stride(), x.dtype, threshold.numel(), leak.numel(), reset)
-    if v0 is not None:
-        v0 = in_order(v0, x)
-    launch(plan, (x, threshold, leak, v0, s, v), v_reset)
+    shape, how = x.shape, (threshold.numel(), leak.numel(), reset)
+    plan, spike_strides = _plan_forward(shape, x.stride(), x.dtype, *how)
+    s = x.new_empty_strided(shape, spike_strides)
+    v = empty_membrane(x, True) if return_v else None
+    if s.numel() > 0:
+        if v0 is not None:
+            v0 = in_order(v0, x)
+        launch(plan, (x, threshold, leak, v0, s, v), v_reset)
     return s, v
 
 
 class BackwardPlan(NamedTuple):
-    """A launch, the shape [programs, C] of partial sums, and that of checkpoints [segments, N]."""
+    """A launch, strides of grad_x, shapes of partial sums and of checkpoints."""
 
     launch: Launch
-    partials: tuple[int, int]
-    checkpoints: tuple[int, int] | None
+    strides: tuple[int, ...]
+    partials: tuple[int, int]  # [programs, C]
+    checkpoints: tuple[int, int] | None  # [segments, N]
 
 
 @planned
@@ -471,7 +474,8 @@ def _plan_backward(
         "VEC": tiles.vector(dtype, strides[0], grad_strides[0]),
     }
     launch = Launch(lif_backward_kernel, tiles.programs(tiles.row_programs), arguments)
-    return BackwardPlan(launch, tiles.partials, (segments, tiles.N) if segments else None)
+    checkpoints = (segments, tiles.N) if segments else None
+    return BackwardPlan(launch, (tiles.N, *strides[1:]), tiles.partials, checkpoints)
 
 
 def lif_backward(
@@ -494,13 +498,14 @@ def lif_backward(
     grad_s [T, *neurons], grad_v [*neurons] float32; the rest as for lif_forward.
     """
     check_current(x)
-    thresholds, leaks = threshold.numel(), leak.numel()
+    thresholds, leaks, shape = threshold.numel(), leak.numel(), x.shape
     how = x.dtype, thresholds, leaks, reset, detach_reset, surrogate
-    plan = _plan_backward(x.shape, x.stride(), grad_s.stride(), *how)
+    plan = _plan_backward(shape, x.stride(), grad_s.stride(), *how)
     if plan is None:
         grad_s = gradient_in_order(grad_s, x)
-        plan = _plan_backward(x.shape, x.stride(), grad_s.stride(), *how)
-    grad_x, grad_v0 = empty_spikes(x), None if v0 is None else empty_membrane(x, True)
+        plan = _plan_backward(shape, x.stride(), grad_s.stride(), *how)
+    grad_x = x.new_empty_strided(shape, plan.strides)
+    grad_v0 = None if v0 is None else empty_membrane(x, True)
     sums = sums_of_leak = checkpoints = None
     if need_parameter_grads:
         sums = x.new_empty(plan.partials, dtype=torch.float32)

@@ -18,8 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from iirsnn.ops.reference import empty_spikes
-
 from .launch import (
     Launch,
     Launcher,
@@ -153,7 +151,8 @@ def single_step_backward_kernel(
 @planned
 def _plan_forward(
     shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, thresholds: int
-) -> Launch:
+) -> tuple[Launch, tuple[int, ...]]:
+    """A launch, and the strides of the spikes."""
     tiles = tile(shape, strides, thresholds, _BLOCK_BYTES // dtype.itemsize)
     arguments = {
         **tiles.arguments,
@@ -161,15 +160,17 @@ def _plan_forward(
         "THRESHOLD_INDEX": tiles.index,
         "VEC": tiles.vector(dtype),
     }
-    return Launch(single_step_forward_kernel, tiles.programs(tiles.row_blocks), arguments)
+    launch = Launch(single_step_forward_kernel, tiles.programs(tiles.row_blocks), arguments)
+    return launch, (tiles.N, *strides[1:])
 
 
 def single_step_forward(x: Tensor, threshold: Tensor, launch: Launcher = now) -> Tensor:
     """x [1, *neurons] -> s [1, *neurons] in its dtype; threshold float32, 1 or C elements."""
     check_current(x)
-    s = empty_spikes(x)
+    shape = x.shape
+    plan, spike_strides = _plan_forward(shape, x.stride(), x.dtype, threshold.numel())
+    s = x.new_empty_strided(shape, spike_strides)
     if s.numel() > 0:
-        plan = _plan_forward(x.shape, x.stride(), x.dtype, threshold.numel())
         launch(plan, (x, threshold, s))
     return s
 
@@ -182,8 +183,8 @@ def _plan_backward(
     dtype: torch.dtype,
     thresholds: int,
     surrogate: str,
-) -> tuple[Launch, tuple[int, int]] | None:
-    """A launch, and the shape [programs, C] of partial sums; None as for lif._plan_backward."""
+) -> tuple[Launch, tuple[int, ...], tuple[int, int]] | None:
+    """A launch, strides of grad_x, shape [programs, C] of partial sums; None as in lif.py."""
     if not is_in_order(grad_strides, strides, shape):
         return None
     tiles = tile(shape, strides, thresholds, _BLOCK_BYTES // dtype.itemsize)
@@ -196,7 +197,7 @@ def _plan_backward(
         "VEC": tiles.vector(dtype),
     }
     launch = Launch(single_step_backward_kernel, tiles.programs(tiles.row_programs), arguments)
-    return launch, tiles.partials
+    return launch, (tiles.N, *strides[1:]), tiles.partials
 
 
 def single_step_backward(
@@ -210,14 +211,15 @@ def single_step_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """-> grad_x [1, *neurons] in the dtype of x, grad_threshold (or None)."""
     check_current(x)
-    how = x.dtype, threshold.numel(), surrogate
-    plan = _plan_backward(x.shape, x.stride(), grad_s.stride(), *how)
+    shape, how = x.shape, (x.dtype, threshold.numel(), surrogate)
+    plan = _plan_backward(shape, x.stride(), grad_s.stride(), *how)
     if plan is None:
         grad_s = gradient_in_order(grad_s, x)
-        plan = _plan_backward(x.shape, x.stride(), grad_s.stride(), *how)
-    grad_x, sums = empty_spikes(x), None
+        plan = _plan_backward(shape, x.stride(), grad_s.stride(), *how)
+    planned_launch, strides, partials = plan
+    grad_x, sums = x.new_empty_strided(shape, strides), None
     if need_parameter_grads:
-        sums = x.new_empty(plan[1], dtype=torch.float32)
+        sums = x.new_empty(partials, dtype=torch.float32)
     if grad_x.numel() > 0:
-        launch(plan[0], (grad_s, x, threshold, grad_x, sums), surrogate_scale)
+        launch(planned_launch, (grad_s, x, threshold, grad_x, sums), surrogate_scale)
     return grad_x, summed(sums, threshold.numel())

@@ -65,7 +65,19 @@ def _triton() -> str | None:
         importlib.import_module("iirsnn.kernels")
     except ImportError as error:
         return f"iirsnn.kernels cannot be imported: {error}"
+    _hand_over()
     return None
+
+
+@functools.cache
+def _hand_over() -> None:
+    """Let the calls of iirsnn._C have the Triton kernels, where both are there."""
+    if _compiled("cpu") is None:
+        eager = importlib.import_module("iirsnn.kernels.eager")
+        normed = importlib.import_module("iirsnn.kernels.eager_batch_norm")
+        sys.modules["iirsnn._C"].take_triton(
+            eager.forward, eager.backward, normed.forward, normed.backward
+        )
 
 
 def why_not(name: str, device: str) -> str | None:
@@ -183,6 +195,12 @@ def direct(name: str = "lif_call") -> Callable[..., Any] | None:
 def _by_triton() -> Backend:
     eager = importlib.import_module("iirsnn.kernels.eager")
     return Backend(eager.call, eager.packed, eager.unpack)
+
+
+def direct_to_triton(name: str = "lif_call") -> Callable[..., Any] | None:
+    """The twin of `direct` for the Triton kernels, once they are imported; where that leaves them."""
+    eager = sys.modules.get("iirsnn.kernels.eager")
+    return None if eager is None else getattr(eager, name)
 
 
 def choose_compiled(name: str, x: torch.Tensor, v0: torch.Tensor | None) -> Backend:

@@ -2,7 +2,6 @@
 // the running statistics.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
 
@@ -11,6 +10,7 @@
 #include "lif/torch/bn_lif_ops.h"
 #include "lif/torch/call_arguments.h"
 #include "lif/torch/lif_call.h"
+#include "lif/torch/triton_call.h"
 
 namespace iirsnn {
 namespace {
@@ -49,12 +49,6 @@ Tensor held(PyObject* value, const Tensor& x, at::ScalarType dtype, int64_t size
   return taken ? *tensor : Tensor();
 }
 
-// Whether ops are watched or transformed: each is then to be seen, which those done by hand are not.
-bool watched() {
-  constexpr c10::DispatchKeySet watching({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchDynamicLayerFrontMode});
-  return at::impl::torch_function_mode_enabled() || c10::impl::tls_local_dispatch_key_set().included_.has_any(watching);
-}
-
 // Spikes of a call in training, whose norm counts it; None where iirsnn.nn.batch_norm has to take the long way, which
 // says what is wrong, if anything is.
 PyObject* bn_lif_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
@@ -79,11 +73,15 @@ PyObject* bn_lif_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const Tensor* x_pointer = plain_tensor(arguments[kX]);
   const char* backend = word(arguments[kBackend]);
   CallOptions how;
-  if (x_pointer == nullptr || backend == nullptr || watched() || !how.read(arguments + kReset)) return leave();
+  if (x_pointer == nullptr || backend == nullptr || at::impl::torch_function_mode_enabled() || watched() ||
+      !how.read(arguments + kReset))
+    return leave();
   const Tensor& x = *x_pointer;
   const at::ScalarType dtype = x.scalar_type();
-  const bool fused = dtype == at::kFloat || dtype == at::kBFloat16 || (dtype == at::kHalf && x.is_cuda());
-  if (!takes(backend, x) || !fused || x.dim() < 3 || !is_dense(x)) return leave();
+  const bool triton = triton_takes(backend, x), half = dtype == at::kHalf && (triton || x.is_cuda());
+  const bool fused = dtype == at::kFloat || dtype == at::kBFloat16 || half;
+  if (!triton && !takes(backend, x)) return leave();
+  if (!fused || x.dim() < 3 || !is_dense(x)) return leave();
   const int64_t channels = x.size(2);
   if (x.numel() <= channels) return leave();  // 0, or one value per channel
 
@@ -106,11 +104,17 @@ PyObject* bn_lif_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (!running.mean.defined() || !running.var.defined() || !running.calls.defined()) return leave();
   if (!std::isfinite(momentum) || !std::isfinite(eps)) return leave();
 
+  if (triton && watched(x)) return leave();
   Tensor s = [&] {
     const py::gil_scoped_release no_gil;
-    auto [spikes, mean, var, rstd] =
-        bn_lif_forward_op().call(x, affine[0], affine[1], parameters[0], parameters[1], eps, how.reset, how.v_reset,
-                                 how.detach_reset, how.surrogate, how.scale);
+    auto [spikes, mean, var, rstd] = [&] {
+      if (triton) {
+        const Options options{how.reset, how.v_reset, how.detach_reset, how.surrogate, how.scale};
+        return bn_lif_by_triton(x, affine[0], affine[1], parameters[0], parameters[1], eps, options);
+      }
+      return bn_lif_forward_op().call(x, affine[0], affine[1], parameters[0], parameters[1], eps, how.reset,
+                                      how.v_reset, how.detach_reset, how.surrogate, how.scale);
+    }();
     running.update(mean, var, double(x.numel() / channels), momentum);
     return spikes;
   }();

@@ -32,6 +32,7 @@ struct Options {
   std::string surrogate;
   double surrogate_scale;
   bool return_v = false;
+  bool triton = false;  // whose kernels are called
 };
 
 inline Tensor or_undefined(const OptionalTensor& t) { return t ? *t : Tensor(); }
@@ -81,6 +82,7 @@ struct Gradient : Node {
     args.collect(options.surrogate);
     args.collect(options.surrogate_scale);
     args.collect(options.return_v);
+    args.collect(options.triton);
   }
 
   variable_list apply_with_saved(const variable_list& grads,
@@ -110,13 +112,14 @@ struct Gradient : Node {
 
   std::vector<IValue> packed(const variable_list& tensors) const {
     return {tensors,           options.reset,           options.v_reset,  options.detach_reset,
-            options.surrogate, options.surrogate_scale, options.return_v, wanted()};
+            options.surrogate, options.surrogate_scale, options.return_v, options.triton,
+            wanted()};
   }
   static variable_list unpacked(const variable_list& grads, const std::vector<IValue>& packed) {
     const std::vector<Tensor> tensors = packed[0].toTensorVector();
-    const Options options{packed[1].toStringRef(), packed[2].toDouble(), packed[3].toBool(),
-                          packed[4].toStringRef(), packed[5].toDouble(), packed[6].toBool()};
-    return Own::gradients(grads, tensors.data(), options, packed[7].toInt());
+    const Options options{packed[1].toStringRef(), packed[2].toDouble(), packed[3].toBool(), packed[4].toStringRef(),
+                          packed[5].toDouble(),    packed[6].toBool(),   packed[7].toBool()};
+    return Own::gradients(grads, tensors.data(), options, packed[8].toInt());
   }
 };
 
