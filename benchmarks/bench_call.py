@@ -8,9 +8,9 @@ On tensors this small nothing is left but the call: dispatch, checks, autograd. 
 contenders; of each the median over the rounds of the mean of a round, in processor time of the one
 thread (which other programs on the machine disturb less than the wall clock).
 
---triton measures the host's part of the Triton backend, on CPU tensors and without a device: kernels
-are compiled for sm_90, and all is done that a launch takes but Triton's launcher in C and the
-driver. --without-extension is an installation in which nothing was compiled.
+--triton measures the host's part of the Triton backend, on CPU tensors and without a device:
+kernels are compiled for sm_90, and all is done that a launch takes but Triton's launcher in C and
+the driver. --without-extension is an installation in which nothing was compiled.
 """
 
 from __future__ import annotations

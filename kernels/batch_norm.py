@@ -122,9 +122,7 @@ def _plan_moments(
     return partial, finish, p.splits
 
 
-def moments(
-    x: Tensor, eps: float, launch: Launcher = now
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def moments(x: Tensor, eps: float, launch: Launcher = now) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x [T, B, C, ...] -> sums float64 [2, C] of x and its square; mean, var, rstd float32 [C]."""
     check_input(x)
     over_tiles, finish, splits = _plan_moments(x.shape, x.stride(), x.dtype)

@@ -62,33 +62,37 @@ def backward(
     how = surrogate, surrogate_scale, need_parameter_grads, launch
     if v0 is None and grad_v is None and x.shape[0] == 1:
         grad_x, grad_threshold = single_step_backward(grad_s, x, threshold, *how)
-        return grad_x, grad_threshold, torch.zeros_like(leak) if need_parameter_grads else None, None
+        return (
+            grad_x,
+            grad_threshold,
+            torch.zeros_like(leak) if need_parameter_grads else None,
+            None,
+        )
     return lif_backward(grad_s, grad_v, x, threshold, leak, v0, reset, v_reset, detach_reset, *how)
 
 
 # ---- who watches
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_WATCHING = reduce(
+#: What torch does for every thread; whatever else is included into a dispatch is who watches.
+_UNWATCHING = reduce(
     int.__or__,
     (
         torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)).raw_repr()
-        for name in (
-            *("Python", "PythonDispatcher", "PreDispatch", "Functionalize"),
-            "FuncTorchDynamicLayerFrontMode",
-        )
+        for name in dir(torch._C.DispatchKey)
+        if name.startswith("Autocast") or name in ("BackendSelect", "ADInplaceOrView")
     ),
 )
 
 
 def unwatched(*tensors: Tensor | None) -> bool:
-    """Whether these are plain tensors and no mode, transform or tracer is to see what becomes of them.
+    """Whether these are plain tensors and no mode, transform or tracer is to see what is done.
 
-    One of torch.compile, FakeTensorMode and any other mode, torch.func, torch.jit.trace.
+    As torch.compile, FakeTensorMode and any other mode, torch.func and torch.jit.trace do.
     """
     if torch.compiler.is_compiling() or torch._C._is_torch_function_mode_enabled():
         return False
-    if torch._C._dispatch_tls_local_include_set().raw_repr() & _WATCHING or torch._C._is_tracing():
+    if torch._C._dispatch_tls_local_include_set().raw_repr() & ~_UNWATCHING:
         return False
     for t in tensors:
         if t is not None and (type(t) not in _PLAIN or t.is_neg()):
@@ -138,7 +142,11 @@ class LifGradient(torch.autograd.Function):
             run = torch.ops.iirsnn.triton_lif_backward  # a gradient of it raises
         grads = run(grad_s, grad_v, x, threshold, leak, v0, *ctx.options, any(learned))
         wanted = (True, *learned, v0 is not None)
-        return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None
+        return (
+            *(grad if want else None for grad, want in zip(grads, wanted, strict=True)),
+            None,
+            None,
+        )
 
 
 def call(
@@ -198,20 +206,20 @@ def lif_call(
     surrogate_scale: Any,
     return_v: bool,
 ) -> Any:
-    """What iirsnn._C.lif_call does, where that is not compiled: see `iirsnn.functional.short_way`."""
-    if type(x) not in _PLAIN or not takes(backend, x) or not x.is_contiguous():
+    """iirsnn._C.lif_call, where that is not compiled: see `iirsnn.functional.short_way`."""
+    if type(x) not in _PLAIN or not takes(backend, x) or not unwatched(x, v0):
         return None
-    if x.dtype not in DTYPES or x.dim() < 1 or x.shape[0] == 0 or not (
-        is_parameter(threshold, x) and is_parameter(leak, x) and unwatched(x, threshold, leak, v0)
-    ):
+    if x.dtype not in DTYPES or x.dim() < 1 or x.shape[0] == 0 or not x.is_contiguous():
+        return None
+    if not (is_parameter(threshold, x) and is_parameter(leak, x)):
+        return None
+    if threshold.numel() != leak.numel():
         return None
     if v0 is not None and (
         v0.dtype != torch.float32 or v0.shape != x.shape[1:] or v0.device != x.device
     ):
         return None
-    if threshold.numel() != leak.numel() or not are_options(
-        reset, v_reset, surrogate, surrogate_scale
-    ):
+    if not are_options(reset, v_reset, surrogate, surrogate_scale):
         return None
     how = reset, v_reset, detach_reset, surrogate, surrogate_scale, return_v
     s, v = _call(x, threshold, leak, v0, *how)
@@ -267,9 +275,7 @@ def packed(
         return lif_packed(x, threshold, leak, v0, reset, float(v_reset), return_v)
 
 
-def unpack(
-    bits: Tensor, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype
-) -> Tensor:
+def unpack(bits: Tensor, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The op triton_unpack_spikes, or the same without it."""
     if not unwatched(bits):
         found: Tensor = torch.ops.iirsnn.triton_unpack_spikes(bits, size, stride, dtype)

@@ -1,4 +1,4 @@
-"""BatchNorm and LIF in one without an op, as eager.py has LIF alone: `Call` is what BatchNormLIF uses."""
+"""BatchNorm and LIF in one without an op, as eager.py has LIF alone."""
 
 from __future__ import annotations
 
@@ -95,7 +95,11 @@ class BnLifGradient(torch.autograd.Function):
             grads = torch.ops.iirsnn.triton_bn_lif_backward(grad_s, *saved, *ctx.options)
         else:
             grads = backward(grad_s, *saved, *ctx.options, any(wanted[3:]))
-        return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None
+        return (
+            *(grad if want else None for grad, want in zip(grads, wanted, strict=True)),
+            None,
+            None,
+        )
 
 
 # ---- the ops of iirsnn.ops.batch_norm, or the same without them

@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -149,12 +149,8 @@ class BatchNormBackend:
     def of(name: str) -> BatchNormBackend:
         """Of `cpu`, `cuda` or `triton`."""
         prefix = "triton_bn_lif_" if name == "triton" else "bn_lif_"
-        names = ("forward", "moments", "fire", "gradient_sums", "grad_x")
-        ops = {op: getattr(torch.ops.iirsnn, prefix + op) for op in names}
-        if name == "triton":
-            eager = importlib.import_module("iirsnn.kernels.eager_batch_norm")
-            ops |= {"forward": eager.call, "fire": eager.fire}
-        return BatchNormBackend(name, **ops)
+        ops = ("forward", "moments", "fire", "gradient_sums", "grad_x")
+        return BatchNormBackend(name, *(getattr(torch.ops.iirsnn, prefix + op) for op in ops))
 
 
 _FUSED_DTYPES = {
@@ -175,7 +171,15 @@ def choose_batch_norm(name: str, x: torch.Tensor) -> BatchNormBackend | str:
     if x.dtype not in _FUSED_DTYPES[resolved]:
         wanted = ", ".join(str(dtype) for dtype in _FUSED_DTYPES[resolved])
         return f"backend {resolved} takes {wanted}, got {x.dtype}"
+    if resolved == "triton" and not torch.compiler.is_compiling():
+        return _batch_norm_by_triton()
     return BatchNormBackend.of(resolved)
+
+
+@functools.cache
+def _batch_norm_by_triton() -> BatchNormBackend:
+    eager = importlib.import_module("iirsnn.kernels.eager_batch_norm")
+    return replace(BatchNormBackend.of("triton"), forward=eager.call, fire=eager.fire)
 
 
 def direct(name: str = "lif_call") -> Callable[..., Any] | None:
@@ -197,10 +201,10 @@ def _by_triton() -> Backend:
     return Backend(eager.call, eager.packed, eager.unpack)
 
 
-def direct_to_triton(name: str = "lif_call") -> Callable[..., Any] | None:
-    """The twin of `direct` for the Triton kernels, once they are imported; where that leaves them."""
+def direct_to_triton() -> Callable[..., Any] | None:
+    """The twin in Python of what `direct` returns, for Triton's kernels once they are imported."""
     eager = sys.modules.get("iirsnn.kernels.eager")
-    return None if eager is None else getattr(eager, name)
+    return None if eager is None else eager.lif_call
 
 
 def choose_compiled(name: str, x: torch.Tensor, v0: torch.Tensor | None) -> Backend:
@@ -215,6 +219,9 @@ def choose(name: str, device: torch.device) -> Backend:
     Raises ValueError for an unknown name, RuntimeError for a backend that cannot run there.
     """
     resolved = _resolve(name, device.type)
+    if resolved == "triton" and torch.compiler.is_compiling():
+        ops = torch.ops.iirsnn
+        return Backend(ops.triton_lif_forward, ops.triton_lif_packed, ops.triton_unpack_spikes)
     if resolved == "triton":
         return _by_triton()
     return _REFERENCE if resolved == "reference" else _COMPILED

@@ -17,16 +17,16 @@ bool triton_takes(const char* backend, const Tensor& x);
 
 // Whether a mode, a transform or a tracer is to see what is done, or one of the tensors is no plain one. That is for
 // the ops iirsnn::triton_*.
-constexpr c10::DispatchKeySet kWatching({c10::DispatchKey::Python, c10::DispatchKey::PythonDispatcher,
-                                         c10::DispatchKey::PreDispatch, c10::DispatchKey::Tracer,
-                                         c10::DispatchKey::Functionalize,
-                                         c10::DispatchKey::FuncTorchDynamicLayerFrontMode});
+constexpr c10::DispatchKeySet kUnwatching =
+    c10::autocast_dispatch_keyset |
+    c10::DispatchKeySet({c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView});
 constexpr c10::DispatchKeySet kNotPlain({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
                                          c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched,
-                                         c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor});
+                                         c10::DispatchKey::Batched, c10::DispatchKey::Negative,
+                                         c10::DispatchKey::ZeroTensor});
 template <typename... Tensors>
 bool watched(const Tensors&... tensors) {
-  return c10::impl::tls_local_dispatch_key_set().included_.has_any(kWatching) ||
+  return !(c10::impl::tls_local_dispatch_key_set().included_ - kUnwatching).empty() ||
          ((tensors.defined() && tensors.key_set().has_any(kNotPlain)) || ...);
 }
 
