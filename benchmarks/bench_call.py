@@ -116,6 +116,21 @@ def by_triton() -> Contenders:
     }
 
 
+def a_launch() -> dict[str, float]:
+    """Microseconds of one launch of the forward kernel, by who finds what is compiled."""
+    from iirsnn.kernels import lif as kernels
+
+    x, one = torch.randn(5, NEURONS), torch.ones(1)
+    launch, _ = kernels._plan_forward(x.shape, x.stride(), x.dtype, 1, 1, "soft")
+    tensors = x, one, one, None, torch.empty_like(x), None
+    arguments = (*tensors, *launch.sizes, 0.0, *launch.constants)
+    ways: dict[str, Callable[[], Any]] = {
+        "kept from the last call": lambda: launch(tensors, 0.0),
+        "found by Triton": lambda: launch.kernel[launch.grid](*arguments),
+    }
+    return round_robin(ways)
+
+
 def normed_by_triton() -> Contenders:
     return {
         RELU: torch.relu,
@@ -162,7 +177,10 @@ def measure(functions: Contenders, shape: tuple[int, ...]) -> dict[str, float]:
     """Microseconds of a forward and backward, by contender."""
     x = torch.randn(shape).add_(0.5).requires_grad_()
     grad = torch.randn(shape)
-    steps = {name: step(function, x, grad) for name, function in functions.items()}
+    return round_robin({name: step(function, x, grad) for name, function in functions.items()})
+
+
+def round_robin(steps: dict[str, Callable[[], Any]]) -> dict[str, float]:
     found: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(ROUNDS + 3):  # the first ones warm up
         for name, run in steps.items():
@@ -192,6 +210,9 @@ def main() -> None:
         without_a_device()
         contenders = [(by_triton, RELU), (normed_by_triton, RELU)]
     print(f"torch {torch.__version__}, {capability()}")
+    if arguments.triton:
+        for name, time_ in a_launch().items():
+            print(f"a launch, {name}: {time_:.2f} microseconds")
     for timesteps in (1, 5):
         for (functions, one), shape in zip(
             contenders, ((NEURONS,), (2, CHANNELS, 2, 2)), strict=True
