@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import iirsnn._C
 from iirsnn import BatchNormLIF, FusedLIF, SpikeAvgPool2d, SpikeConv2d, SpikeLinear
 from iirsnn.functional import lif
 
@@ -184,6 +183,8 @@ def show_layers() -> None:
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    import iirsnn._C
+
     print(f"torch {torch.__version__}, {iirsnn._C.build_info()['cpu_capability']}")
     shown = {"neurons": show_neurons, "layers": show_layers}
     for name in sys.argv[1:] or shown:

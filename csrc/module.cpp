@@ -15,6 +15,7 @@ static const char kFlags[] = IIRSNN_EXPANDED(IIRSNN_FLAGS);
 #include "lif/torch/lif_autograd.cpp"
 #include "lif/torch/lif_call.cpp"
 #include "lif/torch/lif_torch.cpp"
+#include "lif/torch/triton_call.cpp"
 #include "simd/capability.h"
 #include "spike/torch/layer_calls.cpp"
 #include "spike/torch/spike_ops.cpp"
@@ -59,4 +60,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   iirsnn::bind_lif_call(m);
   iirsnn::bind_bn_lif_call(m);
   iirsnn::sparse::bind_layer_calls(m);
+  iirsnn::bind_triton(m);
 }

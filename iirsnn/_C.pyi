@@ -1,5 +1,6 @@
 """The compiled extension (csrc/module.cpp). Importing it registers the ops."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -63,3 +64,9 @@ def spike_average_pool(
     divisor_override: int | None,
     /,
 ) -> Tensor | None: ...
+def take_triton(
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    bn_forward: Callable[..., Any],
+    bn_backward: Callable[..., Any],
+) -> None: ...

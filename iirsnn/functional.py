@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import check_choice
-from .ops.backend import choose, choose_compiled, direct
+from .ops.backend import choose, choose_compiled, direct, direct_to_triton
 from .ops.packed import PackedSpikes
 from .ops.reference import RESETS, acc_dtype
 from .ops.surrogates import SURROGATES
@@ -142,14 +142,14 @@ def short_way(
     surrogate_scale: float | None,
     return_v: bool,
 ) -> Any:
-    """What `lif` returns, where the compiled kernels can take the arguments as they are; else None.
+    """What `lif` returns, where the kernels can take the arguments as they are; else None.
 
-    On small tensors a call is all that there is to pay for, so this is one call into C++. What is
-    wrong is left to `lif`, which says so.
+    On small tensors a call is all that there is to pay for, so this is one call into C++, or where
+    nothing is compiled to Triton's kernels. What is wrong is left to `lif`, which says so.
     """
     if torch.compiler.is_compiling():
         return None
-    call = direct()
+    call = direct() or direct_to_triton()
     if call is None:
         return None
     if surrogate_scale is None:

@@ -17,8 +17,9 @@ exact as one at 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,7 +28,16 @@ from torch import Tensor
 from iirsnn.ops.reference import empty_spikes
 
 from .bn_lif import backward_kernel, finish_sums_kernel, fire_kernel
-from .launch import check_current, code, gradient_in_order, traced
+from .launch import (
+    Launch,
+    Launcher,
+    check_current,
+    code,
+    gradient_in_order,
+    is_in_order,
+    now,
+    planned,
+)
 from .lif import segmented
 from .moments import finish_moments_kernel, moments_kernel
 from .step import RESETS, SURROGATES
@@ -43,37 +53,47 @@ _FINISH = {"CHANNELS": 8, "SPLITS": 128}  # a tile of partial sums
 class Plan(NamedTuple):
     """How the tiles of a timestep are shared out to programs."""
 
-    groups: int  # of channels: a plane each, or a block of columns each
-    tiles: int  # of a group
-    splits: int  # programs that share them
+    programs: int
+    splits: int  # programs that share the tiles of a group of channels: a plane, a block of columns
     arguments: dict[str, int]
 
-    @property
-    def programs(self) -> int:
-        return self.groups * self.splits
 
-
-def plan(x: Tensor, together: int, *strides: int) -> Plan:
-    """together: the loads of one position that a program has in flight, a power of two."""
+def plan(
+    shape: Sequence[int],
+    strides: Sequence[int],
+    dtype: torch.dtype,
+    together: int,
+    *between: int,
+) -> Plan:
+    """together: the loads of one position that a program has in flight, a power of two; between:
+    the strides over timesteps of what it loads.
+    """
     block = max(_BLOCK_BYTES, _LOADS_BYTES // together)
-    tiling = tile(x, x.shape[2], block // x.element_size())
+    tiling = tile(shape, strides, shape[2], block // dtype.itemsize)
     columns_each = tiling.index == COLUMN.value
     groups = tiling.col_blocks if columns_each else tiling.planes
     tiles = tiling.row_blocks if columns_each else tiling.row_blocks * tiling.col_blocks
     splits = torch.sym_min(tiles, max(1, _PROGRAMS // groups))
     arguments = {
         **tiling.arguments,
+        "x_stride_t": strides[0],
+        "channels": shape[2],
         "groups": groups,
         "tiles": tiles,
         "splits": splits,
         "INDEX": tiling.index,
-        "VEC": tiling.vector(x, *strides),
+        "VEC": tiling.vector(dtype, *between),
     }
-    return Plan(groups, tiles, splits, arguments)
+    return Plan(groups * splits, splits, arguments)
 
 
-def _together(x: Tensor) -> int:
-    return 1 if x.shape[0] == 1 else 2 if x.shape[0] == 2 else 4
+def _together(timesteps: int) -> int:
+    return 1 if timesteps == 1 else 2 if timesteps == 2 else 4
+
+
+def _finish(kernel: Any, channels: int, **arguments: int) -> Launch:
+    programs = triton.cdiv(channels, _FINISH["CHANNELS"])
+    return Launch(kernel, programs, {"channels": channels, **arguments, **_FINISH})
 
 
 def check_input(x: Tensor) -> None:
@@ -83,33 +103,61 @@ def check_input(x: Tensor) -> None:
         raise ValueError(f"x: expected shape [T, B, C, ...] without a 0, got {tuple(x.shape)}")
 
 
-def moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@planned
+def _plan_moments(
+    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype
+) -> tuple[Launch, Launch, int]:
+    """Both launches, and the number of partial sums of a channel."""
+    p, channels = plan(shape, strides, dtype, 1, strides[0]), shape[2]
+    timesteps = shape[0] if strides[0] != 0 else 1
+    partial = Launch(moments_kernel, p.programs, {**p.arguments, "timesteps": timesteps})
+    finish = _finish(
+        finish_moments_kernel,
+        channels,
+        inner_stride=strides[2],
+        splits=p.splits,
+        count=timesteps * (math.prod(shape) // shape[0] // channels),
+        repeated=shape[0] // timesteps,
+    )
+    return partial, finish, p.splits
+
+
+def moments(x: Tensor, eps: float, launch: Launcher = now) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x [T, B, C, ...] -> sums float64 [2, C] of x and its square; mean, var, rstd float32 [C]."""
     check_input(x)
-    p, channels = plan(x, 1, x.stride(0)), x.shape[2]
-    timesteps = x.shape[0] if x.stride(0) != 0 else 1
-    partial = x.new_empty(p.splits, 2, channels, dtype=torch.float64)
-    traced(moments_kernel)[(p.programs,)](
-        x, partial, x_stride_t=x.stride(0), timesteps=timesteps, channels=channels, **p.arguments
-    )
+    over_tiles, finish, splits = _plan_moments(x.shape, x.stride(), x.dtype)
+    channels = x.shape[2]
+    partial = x.new_empty(splits, 2, channels, dtype=torch.float64)
+    launch(over_tiles, (x, partial))
     sums = x.new_empty(2, channels, dtype=torch.float64)
     mean, var, rstd = (x.new_empty(channels, dtype=torch.float32) for _ in range(3))
-    traced(finish_moments_kernel)[(triton.cdiv(channels, _FINISH["CHANNELS"]),)](
-        x,
-        partial,
-        sums,
-        mean,
-        var,
-        rstd,
-        inner_stride=x.stride(2),
-        channels=channels,
-        splits=p.splits,
-        count=timesteps * (x.numel() // x.shape[0] // channels),
-        repeated=x.shape[0] // timesteps,
-        eps=eps,
-        **_FINISH,
-    )
+    launch(finish, (x, partial, sums, mean, var, rstd), eps)
     return sums, mean, var, rstd
+
+
+@planned
+def _plan_fire(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    thresholds: int,
+    leaks: int,
+    reset: str,
+) -> Launch:
+    p = plan(shape, strides, dtype, _together(shape[0]), strides[0])
+    first, segments = segmented(shape[0])
+    arguments = {
+        **p.arguments,
+        "N": math.prod(shape) // shape[0],
+        "segments": segments,
+        "RESET": code(RESETS, "reset", reset),
+        "FIRST": first,
+        "LONG": segments > 0,
+        "X_MOVES": strides[0] != 0,
+        "THRESHOLDS": thresholds > 1,
+        "LEAKS": leaks > 1,
+    }
+    return Launch(fire_kernel, p.programs, arguments)
 
 
 def fire(
@@ -122,77 +170,81 @@ def fire(
     leak: Tensor,
     reset: str,
     v_reset: float,
+    launch: Launcher = now,
 ) -> Tensor:
     """x [T, B, C, ...] -> s like x; mean, rstd, weight, bias [C]; threshold, leak [1] or [C]."""
     check_input(x)
-    s, p = empty_spikes(x), plan(x, _together(x), x.stride(0))
-    first, segments = segmented(x.shape[0])
-    traced(fire_kernel)[(p.programs,)](
-        x,
-        mean,
-        rstd,
-        weight,
-        bias,
-        threshold,
-        leak,
-        s,
-        N=x.numel() // x.shape[0],
-        x_stride_t=x.stride(0),
-        segments=segments,
-        v_reset=v_reset,
-        RESET=code(RESETS, "reset", reset),
-        FIRST=first,
-        LONG=segments > 0,
-        X_MOVES=x.stride(0) != 0,
-        THRESHOLDS=threshold.numel() > 1,
-        LEAKS=leak.numel() > 1,
-        **p.arguments,
-    )
+    s = empty_spikes(x)
+    how = x.dtype, threshold.numel(), leak.numel(), reset
+    over_tiles = _plan_fire(x.shape, x.stride(), *how)
+    launch(over_tiles, (x, mean, rstd, weight, bias, threshold, leak, s), v_reset)
     return s
 
 
-def _backward(
-    statistics: Sequence[Tensor | None],  # those of the second pass, else None
-    grad_x: Tensor,
-    partial: Tensor | None,
-    workspace: Tensor,
-    grad_s: Tensor,
-    x: Tensor,
-    parameters: Sequence[Tensor | None],
-    p: Plan,
-    how: tuple[str, float, bool, str, float],
-) -> None:
-    reset, v_reset, detach_reset, surrogate, scale = how
-    threshold, leak = parameters[-2:]
+class BackwardPlan(NamedTuple):
+    """The launch of either pass and of the sums between; partial sums of a channel; segments."""
+
+    over_tiles: Launch
+    finish: Launch
+    splits: int
+    segments: int
+
+
+@planned
+def _plan_backward(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    grad_strides: tuple[int, ...],
+    dtype: torch.dtype,
+    thresholds: int,
+    leaks: int,
+    reset: str,
+    detach_reset: bool,
+    surrogate: str,
+) -> BackwardPlan | None:
+    """None where grad_s is in another order than x."""
+    if not is_in_order(grad_strides, strides, shape):
+        return None
+    p = plan(shape, strides, dtype, 2 * _together(shape[0]), strides[0], grad_strides[0])
+    first, segments = segmented(shape[0])
+    arguments = {
+        **p.arguments,
+        "N": math.prod(shape) // shape[0],
+        "grad_stride_t": grad_strides[0],
+        "segments": segments,
+        "RESET": code(RESETS, "reset", reset),
+        "DETACH": detach_reset,
+        "SURROGATE": code(SURROGATES, "surrogate", surrogate),
+        "FIRST": first,
+        "LONG": segments > 0,
+        "X_MOVES": strides[0] != 0,
+        "G_MOVES": grad_strides[0] != 0,
+        "THRESHOLDS": thresholds > 1,
+        "LEAKS": leaks > 1,
+    }
+    count = math.prod(shape) // shape[2]
+    finish = _finish(finish_sums_kernel, shape[2], splits=p.splits, count=count)
+    return BackwardPlan(Launch(backward_kernel, p.programs, arguments), finish, p.splits, segments)
+
+
+Parameters = Sequence[Tensor | None]  # mean, rstd, weight, bias, threshold, leak
+Options = tuple[str, float, bool, str, float]  # of the op
+
+
+def _planned_backward(
+    grad_s: Tensor, x: Tensor, parameters: Parameters, how: Options
+) -> tuple[Tensor, BackwardPlan]:
+    """grad_s in the order of x, and the plan."""
+    reset, _, detach_reset, surrogate, _ = how
+    *_, threshold, leak = parameters
     assert threshold is not None
     assert leak is not None
-    first, segments = segmented(x.shape[0])
-    traced(backward_kernel)[(p.programs,)](
-        grad_s,
-        x,
-        *parameters,
-        *statistics,
-        grad_x,
-        partial,
-        workspace if segments else None,
-        N=x.numel() // x.shape[0],
-        x_stride_t=x.stride(0),
-        grad_stride_t=grad_s.stride(0),
-        segments=segments,
-        channels=x.shape[2],
-        v_reset=v_reset,
-        scale=scale,
-        RESET=code(RESETS, "reset", reset),
-        DETACH=detach_reset,
-        SURROGATE=code(SURROGATES, "surrogate", surrogate),
-        FIRST=first,
-        LONG=segments > 0,
-        X_MOVES=x.stride(0) != 0,
-        G_MOVES=grad_s.stride(0) != 0,
-        THRESHOLDS=threshold.numel() > 1,
-        LEAKS=leak.numel() > 1,
-        **p.arguments,
-    )
+    rest = x.dtype, threshold.numel(), leak.numel(), reset, detach_reset, surrogate
+    found = _plan_backward(x.shape, x.stride(), grad_s.stride(), *rest)
+    if found is None:
+        grad_s = gradient_in_order(grad_s, x)
+        found = _plan_backward(x.shape, x.stride(), grad_s.stride(), *rest)
+    return grad_s, found
 
 
 class Sums(NamedTuple):
@@ -208,33 +260,20 @@ class Sums(NamedTuple):
 
 
 def gradient_sums(
-    grad_s: Tensor,
-    x: Tensor,
-    parameters: Sequence[Tensor | None],
-    how: tuple[str, float, bool, str, float],
+    grad_s: Tensor, x: Tensor, parameters: Parameters, how: Options, launch: Launcher = now
 ) -> Sums:
     """parameters: mean, rstd, weight, bias, threshold, leak; how: the options of the op."""
     check_input(x)
-    channels, neurons = x.shape[2], x.numel() // x.shape[0]
-    grad_s = gradient_in_order(grad_s, x)
-    p = plan(x, 2 * _together(x), x.stride(0), grad_s.stride(0))
-    segments = segmented(x.shape[0])[1]
+    grad_s, p = _planned_backward(grad_s, x, parameters, how)
+    channels = x.shape[2]
     partial = x.new_empty(p.splits, 4, channels, dtype=torch.float64)
-    workspace = x.new_empty(segments, neurons, dtype=torch.float32)
+    workspace = x.new_empty(p.segments, x.numel() // x.shape[0], dtype=torch.float32)
     grad_x = empty_spikes(x)
-    _backward((None, None), grad_x, partial, workspace, grad_s, x, parameters, p, how)
+    written = grad_x, partial, workspace if p.segments else None
+    launch(p.over_tiles, (grad_s, x, *parameters, None, None, *written), how[1], how[4])
     sums = x.new_empty(4, channels, dtype=torch.float64)
     found = [x.new_empty(channels, dtype=torch.float32) for _ in range(4)]
-    traced(finish_sums_kernel)[(triton.cdiv(channels, _FINISH["CHANNELS"]),)](
-        partial,
-        parameters[1],
-        sums,
-        *found,
-        channels=channels,
-        splits=p.splits,
-        count=x.numel() // channels,
-        **_FINISH,
-    )
+    launch(p.finish, (partial, parameters[1], sums, *found))
     return Sums(grad_x, sums, workspace, *found)
 
 
@@ -245,13 +284,14 @@ def finish_grad_x(
     slope: Tensor,
     grad_s: Tensor,
     x: Tensor,
-    parameters: Sequence[Tensor | None],
-    how: tuple[str, float, bool, str, float],
+    parameters: Parameters,
+    how: Options,
+    launch: Launcher = now,
 ) -> None:
     """Fill grad_x, after `gradient_sums` with the same arguments."""
-    grad_s = gradient_in_order(grad_s, x)
-    p = plan(x, 2 * _together(x), x.stride(0), grad_s.stride(0))
-    _backward((grad_mean, slope), grad_x, None, workspace, grad_s, x, parameters, p, how)
+    grad_s, p = _planned_backward(grad_s, x, parameters, how)
+    written = grad_x, None, workspace if p.segments else None
+    launch(p.over_tiles, (grad_s, x, *parameters, grad_mean, slope, *written), how[1], how[4])
 
 
 def gradient_of(total: Tensor, parameter: Tensor) -> Tensor:

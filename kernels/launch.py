@@ -1,8 +1,11 @@
-"""What the launchers share: checks, memory order, the device."""
+"""What the launchers share: launches that are planned once, checks, memory order."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,11 +18,87 @@ from iirsnn.errors import check_choice
 from iirsnn.ops.reference import empty_spikes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_PLANS = 4096  # kept of each kind: one for every layer and size of batch
+_FLOATS = ("v_reset", "scale", "eps")
 
 
-def traced(kernel: Any) -> Any:
-    """A kernel as torch.compile can see its launch; what Triton interprets torch 2.11 cannot."""
-    return kernel if isinstance(kernel, InterpretedFunction) else wrap_triton(kernel)
+class Launch:
+    """A kernel with those of its arguments that follow from layouts and options.
+
+    In the signature of a kernel come tensors (x_ptr, ...), then sizes, then floats, then constants;
+    tensors and floats are those of each call.
+    """
+
+    __slots__ = ("_compiled", "constants", "grid", "kernel", "sizes")
+
+    def __init__(self, kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
+        names = [name for name in kernel.arg_names if not name.endswith("_ptr")]
+        sizes = list(itertools.takewhile(lambda name: name not in _FLOATS, names))
+        constants = [name for name in names[len(sizes) :] if name not in _FLOATS]
+        self.kernel, self.grid = kernel, (programs, 1, 1)
+        self.sizes = tuple(arguments[name] for name in sizes)
+        self.constants = tuple(arguments[name] for name in constants)
+        self._compiled: dict[int, Callable[..., None]] = {}
+
+    def __call__(self, tensors: Sequence[Tensor | None], *floats: float) -> None:
+        """Launch on the device of the first tensor, in its current stream.
+
+        Triton looks up what it has compiled by every argument of every call, which takes longer
+        than all else. Beside this object, alone the alignment of tensors specialises a kernel, and
+        their dtypes, which it was planned for: what Triton found for aligned ones is kept.
+        """
+        device = tensors[0].get_device()  # type: ignore[union-attr]
+        if device >= 0 and device != torch.cuda.current_device():
+            with torch.cuda.device(device):  # Triton launches on the current one
+                return self(tensors, *floats)
+        pointers = [None if t is None else t.data_ptr() for t in tensors]
+        aligned = not any(p is not None and p & 15 for p in pointers)
+        compiled = self._compiled.get(device) if aligned else None
+        if compiled is not None:
+            compiled(*pointers, *self.sizes, *floats, *self.constants)
+            return None
+        kernel = self.kernel[self.grid](*tensors, *self.sizes, *floats, *self.constants)
+        if aligned and kernel is not None:  # None where it was interpreted
+            self._compiled[device] = kernel[self.grid]
+        return None
+
+
+def traced(launch: Launch, tensors: Sequence[Tensor | None], *floats: float) -> None:
+    """A launch that torch sees where it traces, by an op, which may be given any dtype."""
+    kernel = launch.kernel
+    if not isinstance(kernel, InterpretedFunction):  # which torch 2.11 cannot trace
+        kernel = wrap_triton(kernel)
+    with on_device_of(tensors[0]):  # type: ignore[arg-type]
+        kernel[launch.grid](*tensors, *launch.sizes, *floats, *launch.constants)
+
+
+#: `traced`, or `Launch.__call__` where nobody traces.
+Launcher = Callable[..., None]
+now: Launcher = Launch.__call__
+
+
+_kept: list[Callable[[], None]] = []
+
+
+def forget_plans() -> None:
+    """For who changes a constant that launches are planned by."""
+    for forget in _kept:
+        forget()
+
+
+def planned(plan: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of layouts and options, computed once for each; every time for symbolic sizes."""
+    kept = functools.lru_cache(_PLANS)(plan)
+    _kept.append(kept.cache_clear)
+
+    @functools.wraps(plan)
+    def look_up(*arguments: Any) -> Any:
+        try:
+            return kept(*arguments)
+        except TypeError:  # a symbolic size has no hash
+            return plan(*arguments)
+
+    return look_up
 
 
 def check_current(x: Tensor) -> None:
@@ -36,16 +115,21 @@ def code(table: dict[str, int], argument: str, name: str) -> int:
     return table[name]
 
 
-def _same_order(a: Tensor, like: Tensor) -> bool:
-    strides = zip(a.stride(), like.stride(), like.shape, strict=True)
-    return all(mine == wanted for mine, wanted, size in strides if size > 1)
+def _same_order(a: Sequence[int], b: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether strides of a and b give the same order; that of a dimension of 1 says nothing."""
+    return all(mine == wanted for mine, wanted, size in zip(a, b, shape, strict=True) if size > 1)
 
 
-def in_order(a: Tensor, like: Tensor) -> Tensor:
-    """a, of the shape of `like`, in its memory order: itself, or one copy."""
-    if _same_order(a, like):
+def in_order(a: Tensor, x: Tensor) -> Tensor:
+    """a [*neurons] in the memory order of x[0]: itself, or one copy."""
+    if _same_order(a.stride(), x.stride()[1:], a.shape):
         return a
-    return a.new_empty_strided(like.shape, like.stride()).copy_(a)
+    return a.new_empty_strided(a.shape, x.stride()[1:]).copy_(a)
+
+
+def is_in_order(g: Sequence[int], x: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether strides of g give its neurons the order of those of x, both [T, *neurons]."""
+    return _same_order(g[1:], x[1:], shape[1:])
 
 
 def gradient_in_order(g: Tensor, x: Tensor) -> Tensor:
@@ -54,8 +138,8 @@ def gradient_in_order(g: Tensor, x: Tensor) -> Tensor:
     A gradient that is the same at every timestep keeps its stride of 0: one timestep is copied.
     """
     if g.stride(0) == 0:
-        return in_order(g[0], x[0]).expand(x.shape)
-    return g if _same_order(g[0], x[0]) else empty_spikes(x, g.dtype).copy_(g)
+        return in_order(g[0], x).expand(x.shape)
+    return g if is_in_order(g.stride(), x.stride(), x.shape) else empty_spikes(x, g.dtype).copy_(g)
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager:

@@ -17,15 +17,26 @@ registers, and nothing is left for an autotuner to choose.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from iirsnn.ops.lif import empty_membrane
-from iirsnn.ops.reference import empty_spikes
 
-from .launch import check_current, code, gradient_in_order, in_order, traced
+from .launch import (
+    Launch,
+    Launcher,
+    check_current,
+    code,
+    gradient_in_order,
+    in_order,
+    is_in_order,
+    now,
+    planned,
+)
 from .step import (
     RESETS,
     SOFT_DELAYED,
@@ -359,6 +370,36 @@ def segmented(timesteps: int) -> tuple[int, int]:
     return timesteps - segments * SEGMENT.value, segments
 
 
+@planned
+def _plan_forward(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    thresholds: int,
+    leaks: int,
+    reset: str,
+) -> tuple[Launch, tuple[int, ...]]:
+    """A launch, and the strides of the spikes."""
+    first, segments = segmented(shape[0])
+    tiles = tile(shape, strides, max(thresholds, leaks), _BLOCK_BYTES // dtype.itemsize)
+    arguments = {
+        **tiles.arguments,
+        "N": tiles.N,
+        "x_stride_t": strides[0],
+        "segments": segments,
+        "row_programs": tiles.row_blocks,
+        "RESET": code(RESETS, "reset", reset),
+        "FIRST": first,
+        "LONG": segments > 0,
+        "X_MOVES": strides[0] != 0,
+        "THRESHOLD_INDEX": tiles.index_of(thresholds),
+        "LEAK_INDEX": tiles.index_of(leaks),
+        "VEC": tiles.vector(dtype, strides[0]),
+    }
+    launch = Launch(lif_forward_kernel, tiles.programs(tiles.row_blocks), arguments)
+    return launch, (tiles.N, *strides[1:])
+
+
 def lif_forward(
     x: Tensor,
     threshold: Tensor,
@@ -367,40 +408,74 @@ def lif_forward(
     reset: str,
     v_reset: float,
     return_v: bool,
-) -> tuple[Tensor, Tensor]:
-    """x [T, *neurons] -> s [T, *neurons] in its dtype, v [*neurons] float32 (or empty).
+    launch: Launcher = now,
+) -> tuple[Tensor, Tensor | None]:
+    """x [T, *neurons] -> s [T, *neurons] in its dtype, v [*neurons] float32 (or None).
 
-    threshold, leak: float32, 1 or C elements; v0 [*neurons] float32. x[0] is dense in any
-    dimension order, which everything that comes out has too. Raises TypeError, ValueError.
+    threshold, leak: float32, contiguous, 1 or C elements; v0 [*neurons] float32. x[0] is dense in
+    any dimension order, which everything that comes out has too. Raises TypeError, ValueError.
     """
     check_current(x)
-    s, v = empty_spikes(x), empty_membrane(x, return_v)
-    if s.numel() == 0:
-        return s, v
-    first, segments = segmented(x.shape[0])
-    tiles = tile(x, max(threshold.numel(), leak.numel()), _BLOCK_BYTES // x.element_size())
-    traced(lif_forward_kernel)[(tiles.programs(tiles.row_blocks),)](
-        x,
-        threshold,
-        leak,
-        None if v0 is None else in_order(v0, x[0]),
-        s,
-        v if return_v else None,
-        N=tiles.N,
-        x_stride_t=x.stride(0),
-        segments=segments,
-        row_programs=tiles.row_blocks,
-        v_reset=v_reset,
-        RESET=code(RESETS, "reset", reset),
-        FIRST=first,
-        LONG=segments > 0,
-        X_MOVES=x.stride(0) != 0,
-        THRESHOLD_INDEX=tiles.index_of(threshold),
-        LEAK_INDEX=tiles.index_of(leak),
-        VEC=tiles.vector(x, x.stride(0)),
-        **tiles.arguments,
-    )
+    shape, how = x.shape, (threshold.numel(), leak.numel(), reset)
+    plan, spike_strides = _plan_forward(shape, x.stride(), x.dtype, *how)
+    s = x.new_empty_strided(shape, spike_strides)
+    v = empty_membrane(x, True) if return_v else None
+    if s.numel() > 0:
+        if v0 is not None:
+            v0 = in_order(v0, x)
+        launch(plan, (x, threshold, leak, v0, s, v), v_reset)
     return s, v
+
+
+class BackwardPlan(NamedTuple):
+    """A launch, strides of grad_x, shapes of partial sums and of checkpoints."""
+
+    launch: Launch
+    strides: tuple[int, ...]
+    partials: tuple[int, int]  # [programs, C]
+    checkpoints: tuple[int, int] | None  # [segments, N]
+
+
+@planned
+def _plan_backward(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    grad_strides: tuple[int, ...],
+    dtype: torch.dtype,
+    thresholds: int,
+    leaks: int,
+    reset: str,
+    detach_reset: bool,
+    surrogate: str,
+) -> BackwardPlan | None:
+    """None where grad_s is in another order than x."""
+    if not is_in_order(grad_strides, strides, shape):
+        return None
+    first, segments = segmented(shape[0])
+    tiles = tile(shape, strides, max(thresholds, leaks), _BLOCK_BYTES // dtype.itemsize)
+    arguments = {
+        **tiles.arguments,
+        "N": tiles.N,
+        "x_stride_t": strides[0],
+        "grad_stride_t": grad_strides[0],
+        "segments": segments,
+        "planes": tiles.planes,
+        "row_programs": tiles.row_programs,
+        "RESET": code(RESETS, "reset", reset),
+        "DETACH": detach_reset,
+        "SURROGATE": code(SURROGATES, "surrogate", surrogate),
+        "FIRST": first,
+        "LONG": segments > 0,
+        "X_MOVES": strides[0] != 0,
+        "G_MOVES": grad_strides[0] != 0,
+        "THRESHOLD_INDEX": tiles.index_of(thresholds),
+        "LEAK_INDEX": tiles.index_of(leaks),
+        "INDEX": tiles.index,
+        "VEC": tiles.vector(dtype, strides[0], grad_strides[0]),
+    }
+    launch = Launch(lif_backward_kernel, tiles.programs(tiles.row_programs), arguments)
+    checkpoints = (segments, tiles.N) if segments else None
+    return BackwardPlan(launch, (tiles.N, *strides[1:]), tiles.partials, checkpoints)
 
 
 def lif_backward(
@@ -416,50 +491,39 @@ def lif_backward(
     surrogate: str,
     surrogate_scale: float,
     need_parameter_grads: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> grad_x [T, *neurons] in the dtype of x, grad_threshold, grad_leak, grad_v0 (or empty).
+    launch: Launcher = now,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """-> grad_x [T, *neurons] in the dtype of x; grad_threshold, grad_leak, grad_v0 (or None).
 
     grad_s [T, *neurons], grad_v [*neurons] float32; the rest as for lif_forward.
     """
     check_current(x)
-    grad_x, grad_v0 = empty_spikes(x), empty_membrane(x, v0 is not None)
-    first, segments = segmented(x.shape[0])
-    tiles = tile(x, max(threshold.numel(), leak.numel()), _BLOCK_BYTES // x.element_size())
-    partials = (
-        (tiles.empty_partial(x), tiles.empty_partial(x)) if need_parameter_grads else (None, None)
-    )
-    if grad_x.numel() > 0:
+    thresholds, leaks, shape = threshold.numel(), leak.numel(), x.shape
+    how = x.dtype, thresholds, leaks, reset, detach_reset, surrogate
+    plan = _plan_backward(shape, x.stride(), grad_s.stride(), *how)
+    if plan is None:
         grad_s = gradient_in_order(grad_s, x)
-        traced(lif_backward_kernel)[(tiles.programs(tiles.row_programs),)](
-            grad_s,
-            None if grad_v is None else in_order(grad_v, x[0]),
-            x,
-            threshold,
-            leak,
-            None if v0 is None else in_order(v0, x[0]),
-            grad_x,
-            None if v0 is None else grad_v0,
-            *partials,
-            x.new_empty(segments, tiles.N, dtype=torch.float32) if segments else None,
-            N=tiles.N,
-            x_stride_t=x.stride(0),
-            grad_stride_t=grad_s.stride(0),
-            segments=segments,
-            planes=tiles.planes,
-            row_programs=tiles.row_programs,
-            v_reset=v_reset,
-            scale=surrogate_scale,
-            RESET=code(RESETS, "reset", reset),
-            DETACH=detach_reset,
-            SURROGATE=code(SURROGATES, "surrogate", surrogate),
-            FIRST=first,
-            LONG=segments > 0,
-            X_MOVES=x.stride(0) != 0,
-            G_MOVES=grad_s.stride(0) != 0,
-            THRESHOLD_INDEX=tiles.index_of(threshold),
-            LEAK_INDEX=tiles.index_of(leak),
-            INDEX=tiles.index,
-            VEC=tiles.vector(x, x.stride(0), grad_s.stride(0)),
-            **tiles.arguments,
+        plan = _plan_backward(shape, x.stride(), grad_s.stride(), *how)
+    grad_x = x.new_empty_strided(shape, plan.strides)
+    grad_v0 = None if v0 is None else empty_membrane(x, True)
+    sums = sums_of_leak = checkpoints = None
+    if need_parameter_grads:
+        sums = x.new_empty(plan.partials, dtype=torch.float32)
+        sums_of_leak = x.new_empty(plan.partials, dtype=torch.float32)
+    if grad_x.numel() > 0:
+        if plan.checkpoints is not None:
+            checkpoints = x.new_empty(plan.checkpoints, dtype=torch.float32)
+        if v0 is not None:
+            v0 = in_order(v0, x)
+        if grad_v is not None:
+            grad_v = in_order(grad_v, x)
+        launch(
+            plan.launch,
+            (
+                *(grad_s, grad_v, x, threshold, leak, v0),
+                *(grad_x, grad_v0, sums, sums_of_leak, checkpoints),
+            ),
+            v_reset,
+            surrogate_scale,
         )
-    return grad_x, summed(partials[0], threshold), summed(partials[1], leak), grad_v0
+    return grad_x, summed(sums, thresholds), summed(sums_of_leak, leaks), grad_v0

@@ -11,11 +11,9 @@ from torch import Tensor
 from iirsnn.ops import batch_norm as batch_norm_contract
 from iirsnn.ops import lif as contract
 
-from . import batch_norm
-from .launch import on_device_of
-from .lif import lif_backward, lif_forward
+from . import batch_norm, eager, eager_batch_norm
+from .launch import traced
 from .packed import lif_packed, unpack_spikes
-from .single_step import single_step_backward, single_step_forward
 
 
 def twin(fn: Callable[..., Any]) -> Any:
@@ -48,11 +46,8 @@ def triton_lif_forward(
     surrogate_scale: float,
     return_v: bool,
 ) -> tuple[Tensor, Tensor]:
-    threshold, leak = threshold.contiguous(), leak.contiguous()
-    with on_device_of(x):
-        if x.shape[0] == 1 and v0 is None and not return_v:
-            return single_step_forward(x, threshold), contract.empty_membrane(x, False)
-        return lif_forward(x, threshold, leak, v0, reset, v_reset, return_v)
+    s, v = eager.forward(x, threshold, leak, v0, reset, v_reset, return_v, traced)
+    return s, contract.empty_membrane(x, False) if v is None else v
 
 
 @twin
@@ -70,16 +65,16 @@ def triton_lif_backward(
     surrogate_scale: float,
     need_parameter_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    threshold, leak = threshold.contiguous(), leak.contiguous()
-    how = surrogate, surrogate_scale, need_parameter_grads
-    with on_device_of(x):
-        if x.shape[0] == 1 and v0 is None and grad_v is None:
-            grad_x, grad_threshold = single_step_backward(grad_s, x, threshold, *how)
-            grad_leak = torch.zeros_like(leak) if need_parameter_grads else leak.new_empty(0)
-            return grad_x, grad_threshold, grad_leak, contract.empty_membrane(x, False)
-        return lif_backward(
-            grad_s, grad_v, x, threshold, leak, v0, reset, v_reset, detach_reset, *how
-        )
+    how = reset, v_reset, detach_reset, surrogate, surrogate_scale, need_parameter_grads
+    grad_x, grad_threshold, grad_leak, grad_v0 = eager.backward(
+        grad_s, grad_v, x, threshold, leak, v0, *how, traced
+    )
+    return (
+        grad_x,
+        threshold.new_empty(0) if grad_threshold is None else grad_threshold,
+        leak.new_empty(0) if grad_leak is None else grad_leak,
+        contract.empty_membrane(x, False) if grad_v0 is None else grad_v0,
+    )
 
 
 @twin
@@ -93,16 +88,14 @@ def triton_lif_packed(
     return_v: bool,
 ) -> tuple[Tensor, Tensor]:
     threshold, leak = threshold.contiguous(), leak.contiguous()
-    with on_device_of(x):
-        return lif_packed(x, threshold, leak, v0, reset, v_reset, return_v)
+    return lif_packed(x, threshold, leak, v0, reset, v_reset, return_v, traced)
 
 
 @twin
 def triton_unpack_spikes(
     bits: Tensor, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    with on_device_of(bits):
-        return unpack_spikes(bits.contiguous(), size, stride, dtype)
+    return unpack_spikes(bits.contiguous(), size, stride, dtype, traced)
 
 
 contract.register(triton_lif_forward, triton_lif_backward)
@@ -113,8 +106,7 @@ contract.register(triton_lif_forward, triton_lif_backward)
 
 @twin
 def triton_bn_lif_moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with on_device_of(x):
-        return batch_norm.moments(x, eps)
+    return batch_norm.moments(x, eps, traced)
 
 
 @twin
@@ -132,8 +124,7 @@ def triton_bn_lif_fire(
     surrogate: str,
     surrogate_scale: float,
 ) -> Tensor:
-    with on_device_of(x):
-        return batch_norm.fire(x, mean, rstd, weight, bias, threshold, leak, reset, v_reset)
+    return batch_norm.fire(x, mean, rstd, weight, bias, threshold, leak, reset, v_reset, traced)
 
 
 @twin
@@ -150,10 +141,8 @@ def triton_bn_lif_forward(
     surrogate: str,
     surrogate_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with on_device_of(x):
-        _, mean, var, rstd = batch_norm.moments(x, eps)
-        s = batch_norm.fire(x, mean, rstd, weight, bias, threshold, leak, reset, v_reset)
-        return s, mean, var, rstd
+    how = reset, v_reset, traced
+    return eager_batch_norm.forward(x, weight, bias, threshold, leak, eps, *how)
 
 
 @_twin
@@ -174,8 +163,7 @@ def triton_bn_lif_gradient_sums(
 ) -> tuple[Tensor, Tensor, Tensor]:
     parameters = mean, rstd, weight, bias, threshold, leak
     how = reset, v_reset, detach_reset, surrogate, surrogate_scale
-    with on_device_of(x):
-        return batch_norm.gradient_sums(grad_s, x, parameters, how)[:3]
+    return batch_norm.gradient_sums(grad_s, x, parameters, how, traced)[:3]
 
 
 @_twin
@@ -200,8 +188,8 @@ def triton_bn_lif_grad_x(
 ) -> None:
     parameters = mean, rstd, weight, bias, threshold, leak
     how = reset, v_reset, detach_reset, surrogate, surrogate_scale
-    with on_device_of(x):
-        batch_norm.finish_grad_x(grad_x, workspace, grad_mean, slope, grad_s, x, parameters, how)
+    second = workspace, grad_mean, slope
+    batch_norm.finish_grad_x(grad_x, *second, grad_s, x, parameters, how, traced)
 
 
 @twin
@@ -222,17 +210,7 @@ def triton_bn_lif_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     parameters = mean, rstd, weight, bias, threshold, leak
     how = reset, v_reset, detach_reset, surrogate, surrogate_scale
-    with on_device_of(x):
-        found = batch_norm.gradient_sums(grad_s, x, parameters, how)
-        batch_norm.finish_grad_x(
-            *(found.grad_x, found.workspace, found.grad_mean, found.slope, grad_s, x),
-            *(parameters, how),
-        )
-        return (
-            *(found.grad_x, found.grad_weight, found.grad_bias),
-            batch_norm.gradient_of(found.sums[0], threshold),
-            batch_norm.gradient_of(found.sums[1], leak),
-        )
+    return eager_batch_norm.backward(grad_s, x, *parameters, *how, True, traced)  # type: ignore[return-value]
 
 
 batch_norm_contract.register(triton_bn_lif_forward, triton_bn_lif_backward)

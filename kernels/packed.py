@@ -25,7 +25,7 @@ from torch import Tensor
 
 from iirsnn.ops.lif import empty_bits, empty_membrane
 
-from .launch import check_current, code, in_order, traced
+from .launch import Launch, Launcher, check_current, code, in_order, now, planned
 from .lif import SEGMENT, load_same, load_steps, segmented
 from .step import RESETS, charge, discharge, number
 from .tiles import COLUMN, ONE, multiple, tile, vector
@@ -167,6 +167,41 @@ def unpack_kernel(bits_ptr, s_ptr, N, row_bytes, blocks, VEC: tl.constexpr, BYTE
     tl.store(s_ptr + t * N + n, s.to(s_ptr.dtype.element_ty), mask=n < N)
 
 
+@planned
+def _plan_packed(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    thresholds: int,
+    leaks: int,
+    row_bytes: int,
+    reset: str,
+) -> Launch:
+    first, segments = segmented(shape[0])
+    channels = max(thresholds, leaks)
+    tiles = tile(shape, strides, channels, 1)
+    single = segments == 0 and first == 1
+    block = (_SINGLE_STEP_BLOCK_BYTES if single else _BLOCK_BYTES) // dtype.itemsize
+    arguments = {
+        "N": tiles.N,
+        "x_stride_t": strides[0],
+        "segments": segments,
+        "row_bytes": row_bytes,
+        "channels": channels,
+        "inner": strides[2] if channels > 1 else 1,
+        "RESET": code(RESETS, "reset", reset),
+        "FIRST": first,
+        "LONG": segments > 0,
+        "X_MOVES": strides[0] != 0,
+        "THRESHOLD_INDEX": tiles.index_of(thresholds),
+        "LEAK_INDEX": tiles.index_of(leaks),
+        "WHOLE_BYTES": tiles.width % 8 == 0,
+        "VEC": vector(dtype, tiles.N, strides[0]),
+        "BYTES": block // 8,
+    }
+    return Launch(lif_packed_kernel, triton.cdiv(8 * row_bytes, block), arguments)
+
+
 def lif_packed(
     x: Tensor,
     threshold: Tensor,
@@ -175,6 +210,7 @@ def lif_packed(
     reset: str,
     v_reset: float,
     return_v: bool,
+    launch: Launcher = now,
 ) -> tuple[Tensor, Tensor]:
     """x [T, *neurons] -> bits uint8 [T, 8 * ceil(N / 64)], v [*neurons] float32 (or empty).
 
@@ -184,56 +220,37 @@ def lif_packed(
     bits, v = empty_bits(x), empty_membrane(x, return_v)
     if x.numel() == 0:
         return bits, v
-    first, segments = segmented(x.shape[0])
-    channels = max(threshold.numel(), leak.numel())
-    tiles = tile(x, channels, 1)
-    inner = x.stride(2) if channels > 1 else 1
-    single = segments == 0 and first == 1
-    block = (_SINGLE_STEP_BLOCK_BYTES if single else _BLOCK_BYTES) // x.element_size()
-    row_bytes = bits.shape[1]
-    traced(lif_packed_kernel)[(triton.cdiv(8 * row_bytes, block),)](
-        x,
-        threshold,
-        leak,
-        None if v0 is None else in_order(v0, x[0]),
-        bits,
-        v if return_v else None,
-        N=tiles.N,
-        x_stride_t=x.stride(0),
-        segments=segments,
-        row_bytes=row_bytes,
-        channels=channels,
-        inner=inner,
-        v_reset=v_reset,
-        RESET=code(RESETS, "reset", reset),
-        FIRST=first,
-        LONG=segments > 0,
-        X_MOVES=x.stride(0) != 0,
-        THRESHOLD_INDEX=tiles.index_of(threshold),
-        LEAK_INDEX=tiles.index_of(leak),
-        WHOLE_BYTES=tiles.width % 8 == 0,
-        VEC=vector(x, tiles.N, x.stride(0)),
-        BYTES=block // 8,
-    )
+    sizes = threshold.numel(), leak.numel(), bits.shape[1]
+    plan = _plan_packed(x.shape, x.stride(), x.dtype, *sizes, reset)
+    if v0 is not None:
+        v0 = in_order(v0, x)
+    launch(plan, (x, threshold, leak, v0, bits, v if return_v else None), v_reset)
     return bits, v
 
 
+@planned
+def _plan_unpack(size: tuple[int, ...], row_bytes: int, dtype: torch.dtype) -> Launch:
+    neurons = math.prod(size[1:])
+    blocks = triton.cdiv(neurons, 8 * _UNPACK_BYTES)
+    arguments = {
+        "N": neurons,
+        "row_bytes": row_bytes,
+        "blocks": blocks,
+        "VEC": vector(dtype, neurons),
+        "BYTES": _UNPACK_BYTES,
+    }
+    return Launch(unpack_kernel, blocks * size[0], arguments)
+
+
 def unpack_spikes(
-    bits: Tensor, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype
+    bits: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    dtype: torch.dtype,
+    launch: Launcher = now,
 ) -> Tensor:
     """bits uint8 [T, 8 * ceil(N / 64)] -> spikes of `size` [T, *neurons] with a dense `stride`."""
     s = bits.new_empty_strided(size, stride, dtype=dtype)
-    if s.numel() == 0:
-        return s
-    neurons = math.prod(size[1:])
-    blocks = triton.cdiv(neurons, 8 * _UNPACK_BYTES)
-    traced(unpack_kernel)[(blocks * size[0],)](
-        bits,
-        s,
-        N=neurons,
-        row_bytes=bits.stride(0),
-        blocks=blocks,
-        VEC=vector(s, neurons),
-        BYTES=_UNPACK_BYTES,
-    )
+    if s.numel() > 0:
+        launch(_plan_unpack(tuple(size), bits.stride(0), dtype), (bits, s))
     return s

@@ -13,13 +13,21 @@ block only.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from iirsnn.ops.reference import empty_spikes
-
-from .launch import check_current, code, gradient_in_order, traced
+from .launch import (
+    Launch,
+    Launcher,
+    check_current,
+    code,
+    gradient_in_order,
+    is_in_order,
+    now,
+    planned,
+)
 from .step import SURROGATES, number, spike, surrogate
 from .tiles import (
     columns,
@@ -140,23 +148,56 @@ def single_step_backward_kernel(
         store_partial(partial_ptr + slot, total, cols, width, THRESHOLD_INDEX)
 
 
-def single_step_forward(x: Tensor, threshold: Tensor) -> Tensor:
+@planned
+def _plan_forward(
+    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, thresholds: int
+) -> tuple[Launch, tuple[int, ...]]:
+    """A launch, and the strides of the spikes."""
+    tiles = tile(shape, strides, thresholds, _BLOCK_BYTES // dtype.itemsize)
+    arguments = {
+        **tiles.arguments,
+        "row_programs": tiles.row_blocks,
+        "THRESHOLD_INDEX": tiles.index,
+        "VEC": tiles.vector(dtype),
+    }
+    launch = Launch(single_step_forward_kernel, tiles.programs(tiles.row_blocks), arguments)
+    return launch, (tiles.N, *strides[1:])
+
+
+def single_step_forward(x: Tensor, threshold: Tensor, launch: Launcher = now) -> Tensor:
     """x [1, *neurons] -> s [1, *neurons] in its dtype; threshold float32, 1 or C elements."""
     check_current(x)
-    s = empty_spikes(x)
-    if s.numel() == 0:
-        return s
-    tiles = tile(x, threshold.numel(), _BLOCK_BYTES // x.element_size())
-    traced(single_step_forward_kernel)[(tiles.programs(tiles.row_blocks),)](
-        x,
-        threshold,
-        s,
-        **tiles.arguments,
-        row_programs=tiles.row_blocks,
-        THRESHOLD_INDEX=tiles.index,
-        VEC=tiles.vector(x),
-    )
+    shape = x.shape
+    plan, spike_strides = _plan_forward(shape, x.stride(), x.dtype, threshold.numel())
+    s = x.new_empty_strided(shape, spike_strides)
+    if s.numel() > 0:
+        launch(plan, (x, threshold, s))
     return s
+
+
+@planned
+def _plan_backward(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    grad_strides: tuple[int, ...],
+    dtype: torch.dtype,
+    thresholds: int,
+    surrogate: str,
+) -> tuple[Launch, tuple[int, ...], tuple[int, int]] | None:
+    """A launch, strides of grad_x, shape [programs, C] of partial sums; None as in lif.py."""
+    if not is_in_order(grad_strides, strides, shape):
+        return None
+    tiles = tile(shape, strides, thresholds, _BLOCK_BYTES // dtype.itemsize)
+    arguments = {
+        **tiles.arguments,
+        "planes": tiles.planes,
+        "row_programs": tiles.row_programs,
+        "SURROGATE": code(SURROGATES, "surrogate", surrogate),
+        "THRESHOLD_INDEX": tiles.index,
+        "VEC": tiles.vector(dtype),
+    }
+    launch = Launch(single_step_backward_kernel, tiles.programs(tiles.row_programs), arguments)
+    return launch, (tiles.N, *strides[1:]), tiles.partials
 
 
 def single_step_backward(
@@ -166,25 +207,19 @@ def single_step_backward(
     surrogate: str,
     surrogate_scale: float,
     need_parameter_grads: bool,
-) -> tuple[Tensor, Tensor]:
-    """-> grad_x [1, *neurons] in the dtype of x, grad_threshold (or empty)."""
+    launch: Launcher = now,
+) -> tuple[Tensor, Tensor | None]:
+    """-> grad_x [1, *neurons] in the dtype of x, grad_threshold (or None)."""
     check_current(x)
-    grad_x = empty_spikes(x)
-    tiles = tile(x, threshold.numel(), _BLOCK_BYTES // x.element_size())
-    partial = tiles.empty_partial(x) if need_parameter_grads else None
+    shape, how = x.shape, (x.dtype, threshold.numel(), surrogate)
+    plan = _plan_backward(shape, x.stride(), grad_s.stride(), *how)
+    if plan is None:
+        grad_s = gradient_in_order(grad_s, x)
+        plan = _plan_backward(shape, x.stride(), grad_s.stride(), *how)
+    planned_launch, strides, partials = plan
+    grad_x, sums = x.new_empty_strided(shape, strides), None
+    if need_parameter_grads:
+        sums = x.new_empty(partials, dtype=torch.float32)
     if grad_x.numel() > 0:
-        traced(single_step_backward_kernel)[(tiles.programs(tiles.row_programs),)](
-            gradient_in_order(grad_s, x),
-            x,
-            threshold,
-            grad_x,
-            partial,
-            **tiles.arguments,
-            planes=tiles.planes,
-            row_programs=tiles.row_programs,
-            scale=surrogate_scale,
-            SURROGATE=code(SURROGATES, "surrogate", surrogate),
-            THRESHOLD_INDEX=tiles.index,
-            VEC=tiles.vector(x),
-        )
-    return grad_x, summed(partial, threshold)
+        launch(planned_launch, (grad_s, x, threshold, grad_x, sums), surrogate_scale)
+    return grad_x, summed(sums, threshold.numel())

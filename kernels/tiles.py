@@ -10,6 +10,7 @@ neuron n is (n // inner) % C, and no tile divides by anything to find it:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,19 +68,19 @@ class Tiling(NamedTuple):
     def programs(self, row_programs: int) -> int:
         return self.planes * row_programs * self.col_blocks
 
-    def vector(self, x: Tensor, *strides: int) -> int:
+    def vector(self, dtype: torch.dtype, *strides: int) -> int:
         """What divides every step from one row to another; see `vector`."""
-        return vector(x, self.N, self.width, self.row_stride, self.plane_stride, *strides)
+        return vector(dtype, self.N, self.width, self.row_stride, self.plane_stride, *strides)
 
-    def empty_partial(self, x: Tensor) -> Tensor:
-        """Partial sums of the gradient of a parameter: float32 [programs, C]."""
+    @property
+    def partials(self) -> tuple[int, int]:
+        """Partial sums of the gradient of a parameter: [programs, C]."""
         if self.index == COLUMN.value:
-            return x.new_empty(self.row_programs, self.width, dtype=torch.float32)
-        programs = self.row_programs * self.col_blocks
-        return x.new_empty(programs, self.planes, dtype=torch.float32)
+            return self.row_programs, self.width
+        return self.row_programs * self.col_blocks, self.planes
 
-    def index_of(self, parameter: Tensor) -> int:
-        return self.index if parameter.numel() > 1 else ONE.value
+    def index_of(self, elements: int) -> int:
+        return self.index if elements > 1 else ONE.value
 
     @property
     def arguments(self) -> dict[str, int]:
@@ -95,18 +96,18 @@ class Tiling(NamedTuple):
         }
 
 
-def vector(x: Tensor, *sizes: int) -> int:
-    """The largest power of two that divides every size, up to one 16-byte access of x."""
-    most = 16 // x.element_size()
+def vector(dtype: torch.dtype, *sizes: int) -> int:
+    """The largest power of two that divides every size, up to one access of 16 bytes."""
+    most = 16 // dtype.itemsize
     return next(v for v in (8, 4, 2, 1) if v <= most and all(n % v == 0 for n in sizes))
 
 
-def tile(x: Tensor, channels: int, block: int) -> Tiling:
+def tile(shape: Sequence[int], strides: Sequence[int], channels: int, block: int) -> Tiling:
     """Tiles of `block` neurons for x [T, *neurons] with parameters of `channels` elements."""
-    neurons = math.prod(x.shape[1:])
+    neurons = math.prod(shape[1:])
     if channels == 1:
         return Tiling(1, 1, neurons, neurons, 0, 1, block, ONE.value)
-    inner = x.stride(2)
+    inner = strides[2]
     index = COLUMN.value if inner == 1 else PLANE.value
     if inner == 1:
         planes, width, row_stride, plane_stride = 1, channels, channels, 0
@@ -118,11 +119,14 @@ def tile(x: Tensor, channels: int, block: int) -> Tiling:
     return Tiling(planes, rows, width, row_stride, plane_stride, block // cols, cols, index)
 
 
-def summed(partial: Tensor | None, parameter: Tensor) -> Tensor:
-    """Partial sums [programs, C] -> the gradient of the parameter; empty for None."""
+def summed(partial: Tensor | None, elements: int) -> Tensor | None:
+    """Partial sums [programs, C] -> the gradient of a parameter of that many elements, 1 or C."""
     if partial is None:
-        return parameter.new_empty(0)
-    return partial.sum(0) if parameter.numel() > 1 else partial.sum().view(1)
+        return None
+    programs, channels = partial.shape
+    if isinstance(programs, int) and programs == 1 and channels == elements:
+        return partial.view(elements)  # nothing is left to be summed
+    return partial.sum(0) if elements > 1 else partial.sum().view(1)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,7 +69,19 @@ def _triton() -> str | None:
         importlib.import_module("iirsnn.kernels")
     except ImportError as error:
         return f"iirsnn.kernels cannot be imported: {error}"
+    _hand_over()
     return None
+
+
+@functools.cache
+def _hand_over() -> None:
+    """Let the calls of iirsnn._C have the Triton kernels, where both are there."""
+    if _compiled("cpu") is None:
+        eager = importlib.import_module("iirsnn.kernels.eager")
+        normed = importlib.import_module("iirsnn.kernels.eager_batch_norm")
+        sys.modules["iirsnn._C"].take_triton(
+            eager.forward, eager.backward, normed.forward, normed.backward
+        )
 
 
 def why_not(name: str, device: str) -> str | None:
@@ -163,7 +175,15 @@ def choose_batch_norm(name: str, x: torch.Tensor) -> BatchNormBackend | str:
     if x.dtype not in _FUSED_DTYPES[resolved]:
         wanted = ", ".join(str(dtype) for dtype in _FUSED_DTYPES[resolved])
         return f"backend {resolved} takes {wanted}, got {x.dtype}"
+    if resolved == "triton" and not torch.compiler.is_compiling():
+        return _batch_norm_by_triton()
     return BatchNormBackend.of(resolved)
+
+
+@functools.cache
+def _batch_norm_by_triton() -> BatchNormBackend:
+    eager = importlib.import_module("iirsnn.kernels.eager_batch_norm")
+    return replace(BatchNormBackend.of("triton"), forward=eager.call, fire=eager.fire)
 
 
 def direct(name: str = "lif_call") -> Callable[..., Any] | None:
@@ -178,6 +198,18 @@ def direct(name: str = "lif_call") -> Callable[..., Any] | None:
     if _compiled_reason["import"] is not None:
         return None
     return getattr(sys.modules["iirsnn._C"], name, None)
+
+
+@functools.cache
+def _by_triton() -> Backend:
+    eager = importlib.import_module("iirsnn.kernels.eager")
+    return Backend("triton", eager.call, eager.packed, eager.unpack)
+
+
+def direct_to_triton() -> Callable[..., Any] | None:
+    """The twin in Python of what `direct` returns, for Triton's kernels once they are imported."""
+    eager = sys.modules.get("iirsnn.kernels.eager")
+    return None if eager is None else eager.lif_call
 
 
 def choose_compiled(name: str, x: torch.Tensor, v0: torch.Tensor | None) -> Backend:
@@ -199,5 +231,5 @@ def choose(name: str, device: torch.device) -> Backend:
     """
     resolved = _resolve(name, device.type)
     if resolved == "triton":
-        return _triton_backend()
+        return _triton_backend() if torch.compiler.is_compiling() else _by_triton()
     return _REFERENCE if resolved == "reference" else _COMPILED

@@ -6,6 +6,7 @@ import iirsnn.kernels.ops  # noqa: F401  # defines them
 import pytest
 import torch
 from iirsnn.kernels import batch_norm
+from iirsnn.kernels.launch import forget_plans
 from torch import nn
 from torch.library import opcheck
 
@@ -50,6 +51,7 @@ def test_nan():
 )
 def test_few_programs_share_many_tiles(case, monkeypatch):
     monkeypatch.setattr(batch_norm, "_PROGRAMS", 10)
+    forget_plans()
     bn_lif_cases.check_bn_forward(case, TRITON)
     bn_lif_cases.check_bn_backward(case, TRITON)
 

@@ -13,6 +13,7 @@
 
 #include "lif/torch/bn_lif_ops.h"
 #include "lif/torch/gradient.h"
+#include "lif/torch/triton_call.h"
 
 namespace iirsnn {
 namespace {
@@ -27,9 +28,14 @@ struct BnLifGradient : Gradient<BnLifGradient, 7> {
                                  int64_t wanted) {
     const Tensor& x = kept[kX];
     const Tensor grad_s = grads[0].defined() ? grads[0] : at::zeros({}, x.options()).expand_symint(x.sym_sizes());
-    auto [grad_x, grad_weight, grad_bias, grad_threshold, grad_leak] = bn_lif_backward_op().call(
-        grad_s, x, kept[kMean], kept[kRstd], or_none(kept[kWeight]), or_none(kept[kBias]), kept[kThreshold],
-        kept[kLeak], options.reset, options.v_reset, options.detach_reset, options.surrogate, options.surrogate_scale);
+    auto [grad_x, grad_weight, grad_bias, grad_threshold, grad_leak] =
+        options.triton
+            ? bn_lif_backward_by_triton(grad_s, x, kept[kMean], kept[kRstd], kept[kWeight], kept[kBias],
+                                        kept[kThreshold], kept[kLeak], options, wanted & (1 << kThreshold | 1 << kLeak))
+            : bn_lif_backward_op().call(grad_s, x, kept[kMean], kept[kRstd], or_none(kept[kWeight]),
+                                        or_none(kept[kBias]), kept[kThreshold], kept[kLeak], options.reset,
+                                        options.v_reset, options.detach_reset, options.surrogate,
+                                        options.surrogate_scale);
     variable_list all{std::move(grad_x), std::move(grad_weight), std::move(grad_bias), std::move(grad_threshold),
                       std::move(grad_leak)};
     for (int i = 0; i < kInputs; ++i) {
@@ -39,33 +45,19 @@ struct BnLifGradient : Gradient<BnLifGradient, 7> {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> bn_lif_with_gradient(c10::DispatchKeySet keys, const Tensor& x,
-                                                                const OptionalTensor& weight,
-                                                                const OptionalTensor& bias, const Tensor& threshold,
-                                                                const Tensor& leak, double eps, std::string reset,
-                                                                double v_reset, bool detach_reset,
-                                                                std::string surrogate, double surrogate_scale) {
-  const Tensor inputs[] = {x, or_undefined(weight), or_undefined(bias), threshold, leak};
-  refuse_tangents(x, inputs[1], inputs[2], threshold, leak);
-  const bool differentiable = needs_gradient(x, inputs[1], inputs[2], threshold, leak);
-  Options options{reset, v_reset, detach_reset, surrogate, surrogate_scale};
-  auto found = [&] {
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_lif_differentiable(c10::DispatchKeySet keys, const Tensor& x,
+                                                                 const OptionalTensor& weight,
+                                                                 const OptionalTensor& bias, const Tensor& threshold,
+                                                                 const Tensor& leak, double eps, std::string reset,
+                                                                 double v_reset, bool detach_reset,
+                                                                 std::string surrogate, double surrogate_scale) {
+  const Options options{reset, v_reset, detach_reset, surrogate, surrogate_scale};
+  return bn_lif_with_gradient(x, weight, bias, threshold, leak, options, [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
     return bn_lif_forward_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, x, weight, bias, threshold, leak,
                                           eps, std::move(reset), v_reset, detach_reset, std::move(surrogate),
                                           surrogate_scale);
-  }();
-  if (!differentiable) return found;
-  auto& [s, mean, var, rstd] = found;
-  auto* const gradient = new BnLifGradient;
-  const NodePointer node = owned<NodePointer>(gradient);
-  node->set_next_edges(torch::autograd::collect_next_edges(x, inputs[1], inputs[2], threshold, leak));
-  for (int i = 0; i < BnLifGradient::kInputs; ++i) gradient->kept[i] = SavedVariable(inputs[i], false);
-  gradient->kept[BnLifGradient::kMean] = SavedVariable(mean, false);
-  gradient->kept[BnLifGradient::kRstd] = SavedVariable(rstd, false);
-  gradient->options = std::move(options);
-  torch::autograd::set_history(s, node);
-  return found;
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_lif_without_second(
@@ -109,11 +101,31 @@ TORCH_LIBRARY_FRAGMENT(iirsnn, m) {
 
 TORCH_LIBRARY_IMPL(iirsnn, Autograd, m) {
   if (!bn_lif_defined_here) return;
-  m.impl("bn_lif_forward", &bn_lif_with_gradient);
+  m.impl("bn_lif_forward", &bn_lif_differentiable);
   m.impl("bn_lif_backward", &bn_lif_without_second);
 }
 
 }  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_lif_with_gradient(
+    const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& threshold,
+    const Tensor& leak, const Options& options, c10::function_ref<std::tuple<Tensor, Tensor, Tensor, Tensor>()> run) {
+  const Tensor inputs[] = {x, or_undefined(weight), or_undefined(bias), threshold, leak};
+  refuse_tangents(x, inputs[1], inputs[2], threshold, leak);
+  const bool differentiable = needs_gradient(x, inputs[1], inputs[2], threshold, leak);
+  auto found = run();
+  if (!differentiable) return found;
+  auto& [s, mean, var, rstd] = found;
+  auto* const gradient = new BnLifGradient;
+  const NodePointer node = owned<NodePointer>(gradient);
+  node->set_next_edges(torch::autograd::collect_next_edges(x, inputs[1], inputs[2], threshold, leak));
+  for (int i = 0; i < BnLifGradient::kInputs; ++i) gradient->kept[i] = SavedVariable(inputs[i], false);
+  gradient->kept[BnLifGradient::kMean] = SavedVariable(mean, false);
+  gradient->kept[BnLifGradient::kRstd] = SavedVariable(rstd, false);
+  gradient->options = options;
+  torch::autograd::set_history(s, node);
+  return found;
+}
 
 const c10::TypedOperatorHandle<BnLifForwardSignature>& bn_lif_forward_op() {
   static const auto op =

@@ -9,6 +9,7 @@
 #include "lif/torch/bn_lif_ops.h"
 #include "lif/torch/call_arguments.h"
 #include "lif/torch/lif_call.h"
+#include "lif/torch/triton_call.h"
 
 namespace iirsnn {
 namespace {
@@ -75,8 +76,10 @@ PyObject* bn_lif_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     return leave();
   const Tensor& x = *x_pointer;
   const at::ScalarType dtype = x.scalar_type();
-  const bool fused = dtype == at::kFloat || dtype == at::kBFloat16 || (dtype == at::kHalf && x.is_cuda());
-  if (!takes(backend, x) || !fused || x.dim() < 3 || !is_dense(x)) return leave();
+  const bool triton = triton_takes(backend, x), half = dtype == at::kHalf && (triton || x.is_cuda());
+  const bool fused = dtype == at::kFloat || dtype == at::kBFloat16 || half;
+  if (!triton && !takes(backend, x)) return leave();
+  if (!fused || x.dim() < 3 || !is_dense(x)) return leave();
   const int64_t channels = x.size(2);
   if (x.numel() <= channels) return leave();  // 0, or one value per channel
 
@@ -99,11 +102,17 @@ PyObject* bn_lif_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (!running.mean.defined() || !running.var.defined() || !running.calls.defined()) return leave();
   if (!std::isfinite(momentum) || !std::isfinite(eps)) return leave();
 
+  if (triton && for_the_ops(x)) return leave();
   Tensor s = [&] {
     const py::gil_scoped_release no_gil;
-    auto [spikes, mean, var, rstd] =
-        bn_lif_forward_op().call(x, affine[0], affine[1], parameters[0], parameters[1], eps, how.reset, how.v_reset,
-                                 how.detach_reset, how.surrogate, how.scale);
+    auto [spikes, mean, var, rstd] = [&] {
+      if (triton) {
+        const Options options{how.reset, how.v_reset, how.detach_reset, how.surrogate, how.scale};
+        return bn_lif_by_triton(x, affine[0], affine[1], parameters[0], parameters[1], eps, options);
+      }
+      return bn_lif_forward_op().call(x, affine[0], affine[1], parameters[0], parameters[1], eps, how.reset,
+                                      how.v_reset, how.detach_reset, how.surrogate, how.scale);
+    }();
     running.update(mean, var, double(x.numel() / channels), momentum);
     return spikes;
   }();

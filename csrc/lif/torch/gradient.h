@@ -33,6 +33,7 @@ struct Options {
   std::string surrogate;
   double surrogate_scale;
   bool return_v = false;
+  bool triton = false;  // whose kernels are called
 
   template <typename Options, typename Visit>
   static void each(Options& options, const Visit& visit) {
@@ -42,6 +43,7 @@ struct Options {
     visit(options.surrogate);
     visit(options.surrogate_scale);
     visit(options.return_v);
+    visit(options.triton);
   }
 };
 

@@ -13,6 +13,7 @@
 
 #include "lif/torch/gradient.h"
 #include "lif/torch/lif_ops.h"
+#include "lif/torch/triton_call.h"
 
 namespace iirsnn {
 namespace {
@@ -27,10 +28,13 @@ struct LifGradient : Gradient<LifGradient, 4> {
     const Tensor &x = inputs[kX], &v0 = inputs[kV0];
     const bool parameters = wanted & (1 << kThreshold | 1 << kLeak);
     const Tensor grad_s = grads[0].defined() ? grads[0] : at::zeros({}, x.options()).expand_symint(x.sym_sizes());
-    const OptionalTensor grad_v = options.return_v ? or_none(grads[1]) : OptionalTensor();
-    auto [grad_x, grad_threshold, grad_leak, grad_v0] = lif_backward_op().call(
-        grad_s, grad_v, x, inputs[kThreshold], inputs[kLeak], or_none(v0), options.reset, options.v_reset,
-        options.detach_reset, options.surrogate, options.surrogate_scale, parameters);
+    const Tensor grad_v = options.return_v ? grads[1] : Tensor();
+    auto [grad_x, grad_threshold, grad_leak, grad_v0] =
+        options.triton
+            ? lif_backward_by_triton(grad_s, grad_v, x, inputs[kThreshold], inputs[kLeak], v0, options, parameters)
+            : lif_backward_op().call(grad_s, or_none(grad_v), x, inputs[kThreshold], inputs[kLeak], or_none(v0),
+                                     options.reset, options.v_reset, options.detach_reset, options.surrogate,
+                                     options.surrogate_scale, parameters);
     if (!parameters) grad_threshold = grad_leak = Tensor();
     if (!v0.defined()) grad_v0 = Tensor();
     return {std::move(grad_x), std::move(grad_threshold), std::move(grad_leak), std::move(grad_v0)};
@@ -41,24 +45,13 @@ std::tuple<Tensor, Tensor> forward_with_gradient(c10::DispatchKeySet keys, const
                                                  const Tensor& leak, const OptionalTensor& v0, std::string reset,
                                                  double v_reset, bool detach_reset, std::string surrogate,
                                                  double surrogate_scale, bool return_v) {
-  const c10::DispatchKeySet below = keys & c10::after_ADInplaceOrView_keyset;
-  const auto run = [&] {
+  const Options options{reset, v_reset, detach_reset, surrogate, surrogate_scale, return_v};
+  return lif_with_gradient(x, threshold, leak, v0, options, [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return lif_forward_op().redispatch(below, x, threshold, leak, v0, std::move(reset), v_reset, detach_reset,
-                                       std::move(surrogate), surrogate_scale, return_v);
-  };
-  refuse_tangents(x, threshold, leak, or_undefined(v0));
-  if (!needs_gradient(x, threshold, leak, or_undefined(v0))) return run();
-  auto* const gradient = new LifGradient;
-  const NodePointer node = owned<NodePointer>(gradient);
-  node->set_next_edges(torch::autograd::collect_next_edges(x, threshold, leak, or_undefined(v0)));
-  const Tensor inputs[] = {x, threshold, leak, or_undefined(v0)};
-  for (int i = 0; i < 4; ++i) gradient->kept[i] = SavedVariable(inputs[i], false);
-  gradient->options = {reset, v_reset, detach_reset, surrogate, surrogate_scale, return_v};
-  auto [s, v] = run();
-  torch::autograd::set_history(s, node);
-  if (return_v) torch::autograd::set_history(v, node);
-  return {std::move(s), std::move(v)};
+    return lif_forward_op().redispatch(keys & c10::after_ADInplaceOrView_keyset, x, threshold, leak, v0,
+                                       std::move(reset), v_reset, detach_reset, std::move(surrogate), surrogate_scale,
+                                       return_v);
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_without_second(
@@ -108,6 +101,23 @@ TORCH_LIBRARY_IMPL(iirsnn, Autograd, m) {
 }
 
 }  // namespace
+
+std::tuple<Tensor, Tensor> lif_with_gradient(const Tensor& x, const Tensor& threshold, const Tensor& leak,
+                                             const OptionalTensor& v0, const Options& options,
+                                             c10::function_ref<std::tuple<Tensor, Tensor>()> run) {
+  refuse_tangents(x, threshold, leak, or_undefined(v0));
+  if (!needs_gradient(x, threshold, leak, or_undefined(v0))) return run();
+  auto* const gradient = new LifGradient;
+  const NodePointer node = owned<NodePointer>(gradient);
+  node->set_next_edges(torch::autograd::collect_next_edges(x, threshold, leak, or_undefined(v0)));
+  const Tensor inputs[] = {x, threshold, leak, or_undefined(v0)};
+  for (int i = 0; i < 4; ++i) gradient->kept[i] = SavedVariable(inputs[i], false);
+  gradient->options = options;
+  auto [s, v] = run();
+  torch::autograd::set_history(s, node);
+  if (options.return_v) torch::autograd::set_history(v, node);
+  return {std::move(s), std::move(v)};
+}
 
 const ForwardOp& lif_forward_op() {
   static const ForwardOp op =

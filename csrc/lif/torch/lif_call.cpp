@@ -11,6 +11,7 @@
 
 #include "lif/torch/call_arguments.h"
 #include "lif/torch/lif_ops.h"
+#include "lif/torch/triton_call.h"
 
 namespace iirsnn {
 namespace {
@@ -52,7 +53,9 @@ PyObject* lif_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const bool return_v = arguments[kReturnV] == Py_True;
   const at::ScalarType dtype = x.scalar_type();
   const bool float_type = dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
-  if (!takes(backend, x) || !float_type || x.dim() < 1 || x.size(0) == 0 || !is_dense(x)) return leave();
+  const bool triton = triton_takes(backend, x);
+  if (!triton && !takes(backend, x)) return leave();
+  if (!float_type || x.dim() < 1 || x.size(0) == 0 || !is_dense(x)) return leave();
   const Tensor threshold = parameter(arguments[kThreshold], x, true), leak = parameter(arguments[kLeak], x, false);
   if (!threshold.defined() || !leak.defined() || threshold.numel() != leak.numel()) return leave();
   for (const Tensor* value : {&threshold, &leak}) {
@@ -68,7 +71,12 @@ PyObject* lif_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     }
     v0 = *given;
   }
+  if (triton && for_the_ops(x, threshold, leak, or_undefined(v0))) return leave();
   auto [s, v] = [&] {
+    if (triton) {
+      const Options options{how.reset, how.v_reset, how.detach_reset, how.surrogate, how.scale, return_v};
+      return lif_by_triton(x, threshold, leak, v0, options);
+    }
     const py::gil_scoped_release no_gil;
     return lif_forward_op().call(x, threshold, leak, v0, how.reset, how.v_reset, how.detach_reset, how.surrogate,
                                  how.scale, return_v);

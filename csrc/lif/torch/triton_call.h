@@ -1,0 +1,61 @@
+// The Triton kernels, whose launches are functions of iirsnn.kernels, as the gradients in C++ call them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/FunctionRef.h>
+#include <pybind11/pybind11.h>
+
+#include <tuple>
+
+#include "lif/torch/gradient.h"
+
+namespace iirsnn {
+
+// Whether the backend of this name is the Triton kernels for x, and Python has handed them over.
+bool triton_takes(const char* backend, const Tensor& x);
+
+// Whether a mode, a transform or a tracer is to see what is done, or one of the tensors is no plain one. That is for
+// the ops iirsnn::triton_*.
+constexpr c10::DispatchKeySet kUnwatching =
+    c10::autocast_dispatch_keyset |
+    c10::DispatchKeySet({c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView});
+constexpr c10::DispatchKeySet kNotPlain({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
+                                         c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched,
+                                         c10::DispatchKey::Batched, c10::DispatchKey::Negative,
+                                         c10::DispatchKey::ZeroTensor});
+template <typename... Tensors>
+bool for_the_ops(const Tensors&... tensors) {
+  return !(c10::impl::tls_local_dispatch_key_set().included_ - kUnwatching).empty() ||
+         ((tensors.defined() && tensors.key_set().has_any(kNotPlain)) || ...);
+}
+
+// What `run` returns with its gradient, in lif_autograd.cpp and bn_lif_autograd.cpp: s and v; s, mean, var and rstd.
+std::tuple<Tensor, Tensor> lif_with_gradient(const Tensor& x, const Tensor& threshold, const Tensor& leak,
+                                             const OptionalTensor& v0, const Options& options,
+                                             c10::function_ref<std::tuple<Tensor, Tensor>()> run);
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_lif_with_gradient(
+    const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& threshold,
+    const Tensor& leak, const Options& options, c10::function_ref<std::tuple<Tensor, Tensor, Tensor, Tensor>()> run);
+
+// s, v (undefined where it is not wanted), with their gradient.
+std::tuple<Tensor, Tensor> lif_by_triton(const Tensor& x, const Tensor& threshold, const Tensor& leak,
+                                         const OptionalTensor& v0, Options options);
+
+// What the ops triton_lif_backward and triton_bn_lif_backward return; undefined where that is not wanted.
+std::tuple<Tensor, Tensor, Tensor, Tensor> lif_backward_by_triton(const Tensor& grad_s, const Tensor& grad_v,
+                                                                  const Tensor& x, const Tensor& threshold,
+                                                                  const Tensor& leak, const Tensor& v0,
+                                                                  const Options& options, bool parameters);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_lif_backward_by_triton(
+    const Tensor& grad_s, const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& weight,
+    const Tensor& bias, const Tensor& threshold, const Tensor& leak, const Options& options, bool learned);
+
+// s, with its gradient; mean, var, rstd.
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_lif_by_triton(const Tensor& x, const OptionalTensor& weight,
+                                                            const OptionalTensor& bias, const Tensor& threshold,
+                                                            const Tensor& leak, double eps, Options options);
+
+void bind_triton(pybind11::module_& m);  // the function take_triton
+
+}  // namespace iirsnn

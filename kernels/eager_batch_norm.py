@@ -1,0 +1,152 @@
+"""BatchNorm and LIF in one without an op, as eager.py has LIF alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import batch_norm
+from .eager import needs_gradient, unwatched
+from .launch import Launcher, now
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    threshold: Tensor,
+    leak: Tensor,
+    eps: float,
+    reset: str,
+    v_reset: float,
+    launch: Launcher = now,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As the op bn_lif_forward: s, mean, var, rstd."""
+    _, mean, var, rstd = batch_norm.moments(x, eps, launch)
+    s = batch_norm.fire(x, mean, rstd, weight, bias, threshold, leak, reset, v_reset, launch)
+    return s, mean, var, rstd
+
+
+def backward(
+    grad_s: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    threshold: Tensor,
+    leak: Tensor,
+    reset: str,
+    v_reset: float,
+    detach_reset: bool,
+    surrogate: str,
+    surrogate_scale: float,
+    learned: bool = True,
+    launch: Launcher = now,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """As the op bn_lif_backward; None for threshold and leak where they are not learned."""
+    parameters = mean, rstd, weight, bias, threshold, leak
+    how = reset, v_reset, detach_reset, surrogate, surrogate_scale
+    found = batch_norm.gradient_sums(grad_s, x, parameters, how, launch)
+    second = found.workspace, found.grad_mean, found.slope
+    batch_norm.finish_grad_x(found.grad_x, *second, grad_s, x, parameters, how, launch)
+    grads = found.grad_x, found.grad_weight, found.grad_bias
+    if not learned:
+        return *grads, None, None
+    of_threshold = batch_norm.gradient_of(found.sums[0], threshold)
+    return *grads, of_threshold, batch_norm.gradient_of(found.sums[1], leak)
+
+
+class BnLifGradient(torch.autograd.Function):
+    """What the op triton_bn_lif_forward computes, with its gradient."""
+
+    gives_spikes = True  # see iirsnn/nn/origin.py
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        threshold: Tensor,
+        leak: Tensor,
+        eps: float,
+        options: tuple[str, float, bool, str, float],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        found = forward(x, weight, bias, threshold, leak, eps, options[0], options[1])
+        _, mean, var, rstd = found
+        ctx.mark_non_differentiable(mean, var, rstd)
+        ctx.save_for_backward(x, mean, rstd, weight, bias, threshold, leak)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad_s: Tensor | None, *rest: Any) -> Any:
+        saved = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:5]
+        if grad_s is None:
+            grad_s = saved[0].new_zeros(()).expand(saved[0].shape)
+        if torch.is_grad_enabled() or not unwatched(grad_s, *saved):
+            # a gradient of it raises
+            grads = torch.ops.iirsnn.triton_bn_lif_backward(grad_s, *saved, *ctx.options)
+        else:
+            grads = backward(grad_s, *saved, *ctx.options, any(wanted[3:]))
+        return (
+            *(grad if want else None for grad, want in zip(grads, wanted, strict=True)),
+            None,
+            None,
+        )
+
+
+# ---- the ops of iirsnn.ops.batch_norm, or the same without them
+
+
+def call(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    threshold: Tensor,
+    leak: Tensor,
+    eps: float,
+    reset: str,
+    v_reset: float,
+    detach_reset: bool,
+    surrogate: str,
+    surrogate_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op triton_bn_lif_forward, or the same without it."""
+    tensors = x, weight, bias, threshold, leak
+    options = reset, float(v_reset), detach_reset, surrogate, surrogate_scale
+    run: Callable[..., Any]
+    if not unwatched(*tensors):
+        run, rest = torch.ops.iirsnn.triton_bn_lif_forward, (eps, *options)
+    elif needs_gradient(*tensors):
+        run, rest = BnLifGradient.apply, (eps, options)
+    else:
+        run, rest = forward, (eps, reset, options[1])
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = run(*tensors, *rest)
+    return found
+
+
+def fire(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    threshold: Tensor,
+    leak: Tensor,
+    reset: str,
+    v_reset: float,
+    *how: Any,
+) -> Tensor:
+    """The op triton_bn_lif_fire, or the same without it. It has no gradient."""
+    tensors = x, mean, rstd, weight, bias, threshold, leak
+    if unwatched(*tensors) and not needs_gradient(*tensors):
+        return batch_norm.fire(*tensors, reset, float(v_reset))
+    s: Tensor = torch.ops.iirsnn.triton_bn_lif_fire(*tensors, reset, v_reset, *how)
+    return s
