@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .launch import DTYPES, Launcher, now
-from .lif import lif_backward, lif_forward
+from .lif import lif_forward
+from .lif_backward import lif_backward
 from .packed import lif_packed, unpack_spikes
 from .single_step import single_step_backward, single_step_forward
 from .step import RESETS, SURROGATES

@@ -14,7 +14,7 @@ from torch._library.triton import set_wrap_triton_enabled
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from iirsnn.kernels import lif, packed, single_step  # noqa: E402
+from iirsnn.kernels import lif, lif_backward, packed, single_step  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
@@ -171,7 +171,7 @@ def test_sizes_beyond_32_bits_compile(monkeypatch, timesteps, channels):
             single_step.single_step_forward(x, p)
             single_step.single_step_backward(x, x, p, "atan", 2.0, True)
         lif.lif_forward(x, p, p, None, "soft", 0.0, True)
-        lif.lif_backward(
+        lif_backward.lif_backward(
             x, x[0].float(), x, p, p, x[0].float(), "hard", 0.0, False, "boxcar", 0.5, True
         )
         bits, _ = packed.lif_packed(x, p, p, None, "soft_delayed", 0.0, True)
