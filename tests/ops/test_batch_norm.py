@@ -8,67 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.library import opcheck
 
 import iirsnn._C
-from iirsnn import BatchNormLIF, FusedLIF
 from iirsnn.ops import reference
 from tests import lif_cases
-from tests.composed import Composed
+from tests.ops.batch_norm_inputs import EVERY_SHAPE, LAST, SHAPES, how, make, modules, run
 
 forward = torch.ops.iirsnn.bn_lif_forward
 backward = torch.ops.iirsnn.bn_lif_backward
 LEVELS = ("portable", "avx2", "avx512")
 DTYPES = (torch.float32, torch.bfloat16)
-
-# [B, C, ...]: what the kernels do differently.
-SHAPES = {
-    "rows of whole vectors": (3, 6, 8, 8),
-    "rows, odd": (3, 5, 7, 5),
-    "short rows": (9, 24, 2, 2),
-    "several chunks": (5, 12, 32, 32),
-    "one channel": (7, 1, 9, 5),
-    "no image": (70, 48),
-    "one dimension": (4, 6, 17),
-    "three dimensions": (2, 3, 4, 3, 5),
-}
-LAST = {
-    "columns": (2, 32, 12, 12),
-    "columns, several chunks": (5, 64, 20, 20),
-    "columns, odd": (3, 21, 5, 5),
-}
-
-
-def make(shape, timesteps, dtype=torch.float32, *, last=False, channels=False, affine=True):
-    """x, weight, bias, threshold, leak, grad_s: a current of mean 1/2 and deviation 2."""
-    rng = torch.Generator().manual_seed(timesteps)
-
-    def normal(*size):
-        return torch.randn(size, generator=rng)
-
-    def laid(t):
-        if last:
-            t = t.flatten(0, 1).to(memory_format=torch.channels_last).unflatten(0, t.shape[:2])
-        return t.to(dtype)
-
-    count = shape[1]
-    x, grad_s = (laid(normal(timesteps, *shape)) for _ in range(2))
-    weight, bias = (1 + 0.3 * normal(count), 0.3 * normal(count)) if affine else (None, None)
-    threshold, leak = torch.tensor([0.7]), torch.tensor([0.8])
-    if channels:
-        threshold, leak = torch.linspace(0.6, 0.9, count), torch.linspace(1.0, 0.7, count)
-    return 2 * x + 0.5, weight, bias, threshold, leak, grad_s
-
-
-EVERY_SHAPE = [
-    pytest.param(shape, last, id=name)
-    for shapes, last in ((SHAPES, False), (LAST, True))
-    for name, shape in shapes.items()
-]
-
-
-def how(reset="soft", detach=True, surrogate="triangle"):
-    return reset, 0.125, detach, surrogate, reference.SURROGATES[surrogate][1]
 
 
 @pytest.fixture
@@ -185,24 +134,6 @@ def test_gradients_of_parameters_are_summed_in_double(shape, last, timesteps):
     others = [d for d in range(x.dim()) if d != 2]
     wanted = torch.stack([threshold, leak, grad.sum(others), (grad * x).sum(others)])
     assert torch.equal(sums, wanted)
-
-
-def modules(shape, **options):
-    """BatchNormLIF and the two modules with the same parameters."""
-    torch.manual_seed(0)
-    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)]
-    norm = kind(shape[1], **options.pop("norm", {}))
-    neuron = FusedLIF(0.7, 0.8, **options)
-    for parameter in [*norm.parameters(), *neuron.parameters()]:
-        nn.init.uniform_(parameter, 0.5, 1.0)
-    return BatchNormLIF(norm, neuron), Composed(*copy.deepcopy((norm, neuron)))
-
-
-def run(module, x, grad_s):
-    x = x.detach().requires_grad_()
-    s = module(x)
-    s.backward(grad_s)
-    return s.detach(), x.grad, [p.grad for p in module.parameters()]
 
 
 def error(got, exact):
@@ -364,164 +295,3 @@ def test_a_parameter_may_be_any_nan(dtype):
         assert s[:, :, :3].isnan().all()
         assert not s[:, :, 3].isnan().any()
         parameter.copy_(kept)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_opcheck(dtype):
-    for timesteps, last, affine in ((1, False, True), (3, True, False)):
-        *tensors, grad_s = make((2, 6, 4, 4), timesteps, dtype, last=last, affine=affine)
-        x, *parameters = tensors
-        _, mean, _, rstd = forward(*tensors, 1e-5, *how())
-        opcheck(backward.default, (grad_s, x, mean, rstd, *parameters, *how()))
-        leaves = [t if t is None else t.clone().requires_grad_() for t in tensors]
-        opcheck(forward.default, (*leaves, 1e-5, *how()))
-
-
-def test_compiles_without_a_break():
-    fused, composed = modules((2, 6, 8, 8))
-    x, *_, grad_s = make((2, 6, 8, 8), 3)
-    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
-    got, wanted = run(compiled, x, grad_s), run(composed, x, grad_s)
-    assert torch.equal(got[0], wanted[0])
-    torch.testing.assert_close(got[1:], wanted[1:], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(fused.norm.running_mean, composed.norm.running_mean)
-
-
-def everything_of_the_module(module, x, grad_s):
-    found = []
-    for _ in range(2):  # the second time on other running statistics
-        s, grad_x, grads = run(module, x, grad_s)
-        found += [s, grad_x, *grads]
-    return [*found, *(buffer.clone() for buffer in module.buffers())]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"norm": {"affine": False}, "learn_threshold": False, "learn_leak": False},
-        {"norm": {"momentum": 0.7}, "channels": 6, "reset": "hard", "surrogate": "atan"},
-    ],
-    ids=["learned", "fixed", "channels"],
-)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_short_way_is_the_long_one(options, dtype, monkeypatch):
-    for timesteps, last in itertools.product((1, 5), (False, True)):
-        short, _ = modules((3, 6, 5, 5), **copy.deepcopy(options))
-        long = copy.deepcopy(short)
-        x, *_, grad_s = make((3, 6, 5, 5), timesteps, dtype, last=last)
-        assert short._short_way(x) is not None
-        short = copy.deepcopy(long)
-        found = everything_of_the_module(short, x, grad_s)
-        with monkeypatch.context() as patch:
-            patch.setattr("iirsnn.nn.batch_norm.direct", lambda name: None)
-            wanted = everything_of_the_module(long, x, grad_s)
-        for got, tensor in zip(found, wanted, strict=True):
-            assert torch.equal(got, tensor)
-
-
-def test_what_the_short_way_leaves_is_not_counted():
-    x = make((3, 6, 5, 5), 2)[0]
-
-    def left(x, change=lambda module: None, **norm):
-        module, _ = modules((3, 6, 5, 5), norm=norm)
-        change(module)
-        before = [buffer.clone() for buffer in module.buffers()]
-        assert module._short_way(x) is None
-        assert all(map(torch.equal, before, module.buffers()))
-
-    left(x, momentum=None)
-    left(x.double())
-    left(x.to("meta"))
-    left(x[..., ::2])
-    left(x[:1, :1, :, :1, :1])
-    left(x[:0])
-    left(x, lambda module: module.norm.double())
-    left(x, lambda module: setattr(module.neuron, "backend", "reference"))
-    left(x, lambda module: setattr(module.neuron, "surrogate_scale", -1.0))
-    left(x, lambda module: module.norm._parameters.pop("weight"))
-
-
-def test_the_running_statistics_are_written_as_autograd_sees():
-    module, _ = modules((3, 6, 5, 5))
-    x = make((3, 6, 5, 5), 2)[0]
-    kept = module.norm.running_mean * torch.ones(6, requires_grad=True)
-    module(x)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        kept.sum().backward()
-
-
-def test_one_dispatch_of_ours():
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Names(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            found.append(str(func))
-            return func(*args, **(kwargs or {}))
-
-    module, _ = modules((3, 6, 5, 5))
-    found = []
-    with Names():
-        s = module(make((3, 6, 5, 5), 2)[0])
-        s.backward(torch.ones_like(s))
-    names = ["iirsnn.bn_lif_forward.default", "iirsnn.bn_lif_backward.default"]
-    assert [name for name in found if name.startswith("iirsnn")] == names
-    assert s.grad_fn.name() == "BnLifGradient"
-    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        s.backward(torch.ones_like(s))
-
-
-def test_forward_mode_raises():
-    x, *parameters, _ = make((2, 6, 4, 4), 1)
-    with pytest.raises(NotImplementedError, match="expected a backward pass through lif"):
-        torch.func.jvp(lambda x: forward(x, *parameters, 1e-5, *how())[0], (x,), (x,))
-
-
-def test_compiled_autograd():
-    """A graph of gradients that is compiled as a whole has the gradients of one that is not."""
-    from torch._dynamo import compiled_autograd
-
-    module, _ = modules((3, 6, 5, 5))
-    x, *_, grad_s = make((3, 6, 5, 5), 3)
-    wanted = run(copy.deepcopy(module), x, grad_s)
-    with compiled_autograd._enable(torch.compile(backend="eager")):
-        found = run(module, x, grad_s)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
-
-
-def test_a_second_derivative_raises_one_clear_error():
-    fused, _ = modules((2, 6, 8, 8))
-    x = make((2, 6, 8, 8), 1)[0].requires_grad_()
-    (grad_x,) = torch.autograd.grad(fused(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="iirsnn: expected one backward pass through lif"):
-        grad_x.sum().backward()
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"x": torch.ones(2, 3)}, ValueError, r"x: expected shape \[T, B, C, ...\] without a 0"),
-        ({"x": torch.ones(2, 0, 3)}, ValueError, r"x: expected shape \[T, B, C, ...\] without a 0"),
-        ({"x": torch.ones(2, 4, 3).half()}, TypeError, "x: expected float32 or bfloat16, got Half"),
-        ({"x": torch.ones(2, 4, 6)[..., ::2]}, ValueError, r"x: expected x\[0\] dense"),
-        ({"weight": torch.ones(4)}, ValueError, r"weight: expected contiguous \[C\] .* got \[4\]"),
-        ({"bias": torch.ones(3).half()}, TypeError, "bias: expected float32, got Half"),
-        ({"threshold": torch.zeros(1)}, ValueError, "threshold: expected finite values > 0, got 0"),
-        ({"leak": torch.ones(2)}, ValueError, r"leak: expected 1-D with 1 element, or C .* \[2\]"),
-        ({"reset": "sharp"}, ValueError, "reset: expected soft, hard, .* got 'sharp'"),
-        ({"surrogate": "spline"}, ValueError, "surrogate: expected triangle, .* got 'spline'"),
-    ],
-)
-def test_wrong_arguments_are_named(change, error, message):
-    arguments = {
-        "x": torch.ones(2, 4, 3),
-        "weight": torch.ones(3),
-        "bias": torch.ones(3),
-        "threshold": torch.ones(1),
-        "leak": torch.ones(1),
-        "eps": 1e-5,
-    }
-    names = ("reset", "v_reset", "detach_reset", "surrogate", "surrogate_scale")
-    arguments |= dict(zip(names, how(), strict=True))
-    with pytest.raises(error, match=message):
-        forward(*(arguments | change).values())
