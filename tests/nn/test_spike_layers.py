@@ -108,7 +108,9 @@ def against_dense(layer, plain, x, expected_kept, mode, last=False):
         assert found[0].is_contiguous()
 
 
-@pytest.mark.parametrize("size", [(1, 180_000), (100, 170_000)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(1, 180_000), pytest.param((100, 170_000), marks=pytest.mark.slow)], ids=str
+)
 def test_images_beyond_the_offsets_of_events_are_computed_as_torch_does(size):
     torch.manual_seed(0)
     plain, layer = (

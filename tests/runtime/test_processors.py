@@ -69,6 +69,7 @@ def test_by_c_alone(tmp_path, host, name, precision):
         assert found == expected, level
 
 
+@pytest.mark.slow  # compiles the engine for another processor
 def test_on_arm(tmp_path):
     """The reader, the interface and the loops, by qemu; and the example, which prints the class."""
     compiler = ARM.compiler.replace("g++", "gcc")

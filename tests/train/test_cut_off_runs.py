@@ -70,7 +70,7 @@ class Power:
             half(lambda path: copy / path.relative_to(self.run))
 
 
-@pytest.mark.parametrize("minutes", [0, 5])
+@pytest.mark.parametrize("minutes", [0, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_run_cut_off_at_any_write_ends_in_the_same_bits(tmp_path, monkeypatch, minutes):
     whole, copies = tmp_path / "whole", tmp_path / "copies"
     with monkeypatch.context() as patch:
