@@ -11,7 +11,7 @@ from torch import Tensor
 from .errors import check_choice
 from .ops.backend import choose, choose_compiled, direct, direct_to_triton
 from .ops.packed import PackedSpikes
-from .ops.reference import RESETS, acc_dtype
+from .ops.reference import RESETS, acc_dtype, product
 from .ops.surrogates import SURROGATES
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -121,7 +121,7 @@ def lif(
                 "got a tensor that requires one; bits carry none"
             )
         bits, v = run.packed(x, threshold, leak, v0, reset, v_reset, return_v)
-        s = PackedSpikes(bits, x.shape, (math.prod(x.shape[1:]), *x.stride()[1:]))
+        s = PackedSpikes(bits, x.shape, (product(x.shape[1:]), *x.stride()[1:]))
     else:
         s, v = run.forward(
             x, threshold, leak, v0, reset, v_reset, detach_reset, surrogate, scale, return_v

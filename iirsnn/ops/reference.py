@@ -7,7 +7,7 @@ autograd functions, the rest is left to autograd.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -143,9 +143,17 @@ def pack(s: Tensor) -> Tensor:
     return (octets * weights).sum(-1).to(torch.uint8)
 
 
+def product(sizes: Sequence[int]) -> int:
+    """math.prod, which torch.compile does not trace on Python 3.13."""
+    total = 1
+    for size in sizes:
+        total = total * size
+    return total
+
+
 def empty_spikes(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An output [T, *neurons] for x: the memory order of x[0], timesteps one after the other."""
-    stride = (math.prod(x.shape[1:]), *x.stride()[1:])
+    stride = (product(x.shape[1:]), *x.stride()[1:])
     return x.new_empty_strided(x.shape, stride, dtype=dtype or x.dtype)
 
 
@@ -167,6 +175,6 @@ def lif_packed(
 def unpack_spikes(bits: Tensor, size: list[int], stride: list[int], dtype: torch.dtype) -> Tensor:
     """The inverse of `pack`: spikes of `size`, `dtype` and the dense `stride` (time outermost)."""
     shifts = torch.arange(8, device=bits.device, dtype=torch.uint8)
-    neurons = math.prod(size[1:])
+    neurons = product(size[1:])
     flat = ((bits.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, :neurons]
     return flat.to(dtype).contiguous().as_strided(size, stride)

@@ -210,8 +210,7 @@ __device__ __forceinline__ float through_statistics(float grad, float x, const C
 }
 
 template <typename scalar_t, int kSize, bool kColumns, Pass kPass>
-__global__ void __launch_bounds__(kWalkThreads,
-                                  kColumns&& kPass == Pass::grad_x && std::is_same_v<scalar_t, __nv_bfloat16> ? 8 : 1)
+__global__ void __launch_bounds__(kWalkThreads, kColumns&& kPass == Pass::grad_x && sizeof(scalar_t) == 2 ? 8 : 1)
     single_backward_kernel(const scalar_t* __restrict__ grad_s, const scalar_t* __restrict__ x,
                            scalar_t* __restrict__ grad_x, const __grid_constant__ BackwardOptions<float> options,
                            const __grid_constant__ SumsOut out, const __grid_constant__ ChannelInputs inputs,
