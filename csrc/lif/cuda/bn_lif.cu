@@ -210,7 +210,9 @@ __device__ __forceinline__ float through_statistics(float grad, float x, const C
 }
 
 template <typename scalar_t, int kSize, bool kColumns, Pass kPass>
-__global__ void __launch_bounds__(kWalkThreads, kColumns&& kPass == Pass::grad_x && sizeof(scalar_t) == 2 ? 8 : 1)
+__global__ void __launch_bounds__(kWalkThreads, !kColumns || kPass != Pass::grad_x || sizeof(scalar_t) != 2 ? 1
+                                                : std::is_same_v<scalar_t, __half>                          ? 7
+                                                                                                            : 8)
     single_backward_kernel(const scalar_t* __restrict__ grad_s, const scalar_t* __restrict__ x,
                            scalar_t* __restrict__ grad_x, const __grid_constant__ BackwardOptions<float> options,
                            const __grid_constant__ SumsOut out, const __grid_constant__ ChannelInputs inputs,
@@ -261,14 +263,15 @@ __global__ void __launch_bounds__(kWalkThreads, kColumns&& kPass == Pass::grad_x
 }
 
 // Blocks of a multiprocessor: the most for which nothing spills.
-template <typename scalar_t, int kSize, bool kColumns, Pass kPass>
-constexpr int kBlocks = kPass == Pass::sums && kSize > 4 && std::is_same_v<scalar_t, __half> ? 3
-                        : kSize > 4 || (kPass == Pass::sums && kColumns)                     ? 4
-                                                                                             : 5;
+template <typename scalar_t, int kSize, bool kColumns, Reset kReset, Pass kPass>
+constexpr int kBlocks =
+    kPass == Pass::sums && kSize > 4 && (std::is_same_v<scalar_t, __half> || kReset == Reset::soft_delayed) ? 3
+    : kSize > 4 || (kPass == Pass::sums && kColumns)                                                        ? 4
+                                                                                                            : 5;
 
 // membranes: [segments - 1, N], those that each segment but the first starts from; the pass over the sums writes them.
 template <typename scalar_t, int kSize, bool kColumns, Reset kReset, Pass kPass>
-__global__ void __launch_bounds__(kWalkThreads, kBlocks<scalar_t, kSize, kColumns, kPass>)
+__global__ void __launch_bounds__(kWalkThreads, kBlocks<scalar_t, kSize, kColumns, kReset, kPass>)
     backward_kernel(const scalar_t* __restrict__ grad_s, int64_t grad_s_stride_t, const scalar_t* __restrict__ x,
                     int64_t x_stride_t, scalar_t* __restrict__ grad_x, float* membranes, int64_t timesteps,
                     int64_t neurons, const __grid_constant__ BackwardOptions<float> options,

@@ -109,10 +109,9 @@ __global__ void __launch_bounds__(kWalkThreads, sizeof(scalar_t) == 8 || (kSumme
 // Any number of timesteps, in segments of kSegment. checkpoints: [segments - 2, N], the membranes that the segments
 // between the first and the last start from.
 template <typename scalar_t, int kSize, bool kColumns, Reset kReset, bool kSummed>
-__global__ void __launch_bounds__(kWalkThreads, kSize > 4 && kReset == Reset::soft_delayed ? 3
-                                                : sizeof(scalar_t) == 8 || kSize > 4       ? 4
-                                                : kReset == Reset::soft_delayed            ? 5
-                                                                                           : 6)
+__global__ void __launch_bounds__(kWalkThreads, sizeof(scalar_t) == 8 || kSize > 4 ? 4
+                                                : kReset == Reset::soft_delayed    ? 5
+                                                                                   : 6)
     backward_kernel(const scalar_t* __restrict__ grad_s, int64_t grad_s_stride_t, const scalar_t* __restrict__ x,
                     int64_t x_stride_t, const __grid_constant__ Inputs<acc_of<scalar_t>> inputs,
                     scalar_t* __restrict__ grad_x, acc_of<scalar_t>* __restrict__ grad_v0,
