@@ -80,7 +80,7 @@ fuzz: $(VENV)/.installed
 # csrc but for what needs torch or Python, so that nothing else is reported, under ASan and UBSan and under TSan: the
 # engine shared by threads and its reader of files (sanitize-engine: some of their cases), and (sanitize) every kernel.
 # Unoptimised and for one instruction set: minutes, not hours. Three threads share the work of each kernel.
-NATIVE := $(filter-out %/module.cpp %_torch.cpp csrc/lif/torch/%,$(shell find csrc -name '*.cpp'))
+NATIVE := $(filter-out %/module.cpp,$(shell find csrc -name '*.cpp' -not -path '*/torch/*'))
 ENGINE := $(filter csrc/event/% csrc/simd/%,$(NATIVE))
 SANITIZE_FLAGS := -std=c++17 -O0 -g1 -ffp-contract=off -Wno-psabi -pthread -Icsrc -DIIRSNN_PORTABLE_ONLY
 SANITIZED = build/sanitize/$(KINDS)

@@ -145,11 +145,12 @@ _LIMITS = {"portable": ["-DIIRSNN_PORTABLE_ONLY"], "avx2": ["-DIIRSNN_NO_AVX512"
 
 def kernel_sources() -> list[Path]:
     """The sources that need neither torch nor Python, those that take longest first."""
-    others = re.compile(r"/torch/|_torch\.cpp$")  # which that of the glue includes
-    found = [path for path in source_dir().rglob("*.cpp") if not others.search(path.as_posix())]
+    root = source_dir()
+    # those below a folder torch are what that of the glue includes
+    found = {p for p in root.rglob("*.cpp") if "torch" not in p.relative_to(root).parts}
     first = ("backward", "through_time", "spike_", "tiles", "streams")
     return sorted(
-        {*found} - {_glue_source()},
+        found - {_glue_source()},
         key=lambda path: (not any(part in path.name for part in first), path),
     )
 

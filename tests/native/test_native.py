@@ -6,9 +6,13 @@ installed: some minutes, the first time.
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
+
 import pytest
 
-from tests.native.toolchain import ARM, CLANG, HOST, build
+from tests.native.toolchain import ARM, CLANG, HOST, ROOT, build, package
 
 
 def bits(toolchain, **environment) -> dict[str, str]:
@@ -45,6 +49,14 @@ def test_same_bits_of_every_instruction_set(expected, capability):
 @pytest.mark.parametrize("threads", [2, 3])
 def test_same_bits_by_any_number_of_threads(expected, threads):
     check(bits(HOST, THREADS=str(threads)), expected)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make: apt-get install make")
+def test_the_sanitizers_have_every_kernel():
+    command = ["make", "--dry-run", "--always-make", "KINDS=thread", "build/sanitize/thread/driver"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    sources = {ROOT / name for name in re.findall(r" -c (csrc/\S+\.cpp) ", said)}
+    assert sources == set(package.kernel_sources())
 
 
 @pytest.mark.slow  # compiles all kernels for another processor
