@@ -49,8 +49,9 @@ def _graph_break(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     outside = _disable_dynamo(forward)
 
     @functools.wraps(forward)
-    def run(*args: Any) -> Tensor:
-        return outside(*args) if torch.compiler.is_compiling() else forward(*args)
+    def run(*args: Any, **named: Any) -> Tensor:
+        chosen = outside if torch.compiler.is_compiling() else forward
+        return chosen(*args, **named)
 
     return run
 

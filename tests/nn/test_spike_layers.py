@@ -128,6 +128,13 @@ def test_images_beyond_the_offsets_of_events_are_computed_as_torch_does(size):
     assert decision.reason == "events cannot address images of this size"
 
 
+@pytest.mark.parametrize(
+    ("layer", "size"), [(SpikeConv2d(2, 3, 3), (1, 2, 5, 5)), (SpikeLinear(4, 3), (2, 4))], ids=str
+)
+def test_the_input_may_be_named(layer, size):
+    assert torch.equal(layer(input=torch.ones(size)), layer(torch.ones(size)))
+
+
 @pytest.mark.parametrize("mode", ["events", "dense"])
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("name", CONVS)
