@@ -33,10 +33,10 @@ from .launch import (
     Launcher,
     check_current,
     code,
-    gradient_in_order,
     is_in_order,
     now,
     planned,
+    planned_in_order,
 )
 from .lif import segmented
 from .moments import finish_moments_kernel, moments_kernel
@@ -239,12 +239,8 @@ def _planned_backward(
     *_, threshold, leak = parameters
     assert threshold is not None
     assert leak is not None
-    rest = x.dtype, threshold.numel(), leak.numel(), reset, detach_reset, surrogate
-    found = _plan_backward(x.shape, x.stride(), grad_s.stride(), *rest)
-    if found is None:
-        grad_s = gradient_in_order(grad_s, x)
-        found = _plan_backward(x.shape, x.stride(), grad_s.stride(), *rest)
-    return grad_s, found
+    how_many = threshold.numel(), leak.numel()
+    return planned_in_order(_plan_backward, grad_s, x, *how_many, reset, detach_reset, surrogate)
 
 
 class Sums(NamedTuple):

@@ -163,31 +163,25 @@ def call(
     return_v: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The op triton_lif_forward, or the same without it; v is None where it is not wanted."""
+    options = reset, float(v_reset), detach_reset, surrogate, surrogate_scale
     if not unwatched(x, threshold, leak, v0):
-        options = reset, v_reset, detach_reset, surrogate, surrogate_scale
         found: tuple[Tensor, Tensor] = torch.ops.iirsnn.triton_lif_forward(
             x, threshold, leak, v0, *options, return_v
         )
         return found
-    how = reset, float(v_reset), detach_reset, surrogate, surrogate_scale, return_v
-    return _call(x, threshold, leak, v0, *how)
+    return _without_op(x, threshold, leak, v0, options, return_v)
 
 
-def _call(
+def _without_op(
     x: Tensor,
     threshold: Tensor,
     leak: Tensor,
     v0: Tensor | None,
-    reset: str,
-    v_reset: float,
-    detach_reset: bool,
-    surrogate: str,
-    surrogate_scale: float,
+    options: tuple[str, float, bool, str, float],
     return_v: bool,
 ) -> tuple[Tensor, Tensor | None]:
     if not needs_gradient(x, threshold, leak, v0):
-        return forward(x, threshold, leak, v0, reset, v_reset, return_v)
-    options = reset, v_reset, detach_reset, surrogate, surrogate_scale
+        return forward(x, threshold, leak, v0, options[0], options[1], return_v)
     found: tuple[Tensor, Tensor | None] = LifGradient.apply(
         x, threshold, leak, v0, options, return_v
     )
@@ -222,8 +216,8 @@ def lif_call(
         return None
     if not are_options(reset, v_reset, surrogate, surrogate_scale):
         return None
-    how = reset, v_reset, detach_reset, surrogate, surrogate_scale, return_v
-    s, v = _call(x, threshold, leak, v0, *how)
+    options = reset, v_reset, detach_reset, surrogate, surrogate_scale
+    s, v = _without_op(x, threshold, leak, v0, options, return_v)
     return (s, v) if return_v else s
 
 

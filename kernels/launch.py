@@ -142,6 +142,17 @@ def gradient_in_order(g: Tensor, x: Tensor) -> Tensor:
     return g if is_in_order(g.stride(), x.stride(), x.shape) else empty_spikes(x, g.dtype).copy_(g)
 
 
+def planned_in_order(
+    plan: Callable[..., Any], grad_s: Tensor, x: Tensor, *rest: Any
+) -> tuple[Tensor, Any]:
+    """grad_s in the order of x, and the plan, which is None for strides of another order."""
+    found = plan(x.shape, x.stride(), grad_s.stride(), x.dtype, *rest)
+    if found is None:
+        grad_s = gradient_in_order(grad_s, x)
+        found = plan(x.shape, x.stride(), grad_s.stride(), x.dtype, *rest)
+    return grad_s, found
+
+
 def on_device_of(x: Tensor) -> AbstractContextManager:
     """Triton launches on the current device: this makes it that of x."""
     if x.is_cuda and torch.cuda.device_count() > 1:

@@ -16,11 +16,11 @@ from .launch import (
     Launcher,
     check_current,
     code,
-    gradient_in_order,
     in_order,
     is_in_order,
     now,
     planned,
+    planned_in_order,
 )
 from .lif import BLOCK_BYTES, SEGMENT, SIZES, advance, load_same, load_steps, segmented
 from .step import (
@@ -312,13 +312,10 @@ def lif_backward(
     grad_s [T, *neurons], grad_v [*neurons] float32; the rest as for lif_forward.
     """
     check_current(x)
-    thresholds, leaks, shape = threshold.numel(), leak.numel(), x.shape
-    how = x.dtype, thresholds, leaks, reset, detach_reset, surrogate
-    plan = _plan_backward(shape, x.stride(), grad_s.stride(), *how)
-    if plan is None:
-        grad_s = gradient_in_order(grad_s, x)
-        plan = _plan_backward(shape, x.stride(), grad_s.stride(), *how)
-    grad_x = x.new_empty_strided(shape, plan.strides)
+    thresholds, leaks = threshold.numel(), leak.numel()
+    how = thresholds, leaks, reset, detach_reset, surrogate
+    grad_s, plan = planned_in_order(_plan_backward, grad_s, x, *how)
+    grad_x = x.new_empty_strided(x.shape, plan.strides)
     grad_v0 = None if v0 is None else empty_membrane(x, True)
     sums = sums_of_leak = checkpoints = None
     if need_parameter_grads:

@@ -23,10 +23,10 @@ from .launch import (
     Launcher,
     check_current,
     code,
-    gradient_in_order,
     is_in_order,
     now,
     planned,
+    planned_in_order,
 )
 from .step import SURROGATES, number, spike, surrogate
 from .tiles import (
@@ -211,13 +211,9 @@ def single_step_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """-> grad_x [1, *neurons] in the dtype of x, grad_threshold (or None)."""
     check_current(x)
-    shape, how = x.shape, (x.dtype, threshold.numel(), surrogate)
-    plan = _plan_backward(shape, x.stride(), grad_s.stride(), *how)
-    if plan is None:
-        grad_s = gradient_in_order(grad_s, x)
-        plan = _plan_backward(shape, x.stride(), grad_s.stride(), *how)
+    grad_s, plan = planned_in_order(_plan_backward, grad_s, x, threshold.numel(), surrogate)
     planned_launch, strides, partials = plan
-    grad_x, sums = x.new_empty_strided(shape, strides), None
+    grad_x, sums = x.new_empty_strided(x.shape, strides), None
     if need_parameter_grads:
         sums = x.new_empty(partials, dtype=torch.float32)
     if grad_x.numel() > 0:
