@@ -22,7 +22,8 @@ SOURCES = sorted((CSRC / "lif/cuda").glob("*.cu"))
 # what they include
 HEADERS = [
     *sorted((CSRC / "lif/cuda").glob("*.h")),
-    *(CSRC / name for name in ("lif/lif.h", "lif/lif_step.h", "lif/surrogate.h", "simd/scalar.h")),
+    *(CSRC / "lif" / name for name in ("lif.h", "lif_step.h", "surrogate.h")),
+    *(CSRC / "simd" / name for name in ("memory.h", "scalar.h")),
 ]
 
 

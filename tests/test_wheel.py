@@ -137,7 +137,8 @@ def test_an_installed_sdist_runs(packages, tmp_path):
     home = next((tmp_path / "venv" / "lib").glob("python*/site-packages/iirsnn"))
     shutil.copy(EXTENSION, home)
     shutil.copy(LIBRARY, home / "runtime")
-    assert "backend cpu        yes" in check(python, f"import torch, iirsnn\n{ENGINE}", tmp_path)
+    code = f"BACKENDS, CSRC = ['reference', 'cpu'], {sources()}\n{RUN}{ENGINE}"
+    assert "backend cpu        yes" in check(python, code, tmp_path)
 
 
 def test_an_installed_wheel_runs(packages, tmp_path):

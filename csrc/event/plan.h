@@ -23,7 +23,7 @@ Span span(int64_t from, int64_t to, int64_t tap, int64_t stride, int64_t before,
 struct Axis {
   int64_t from, to, step;
 
-  int64_t size() const { return (to - from + step - 1) / step; }
+  int64_t size() const { return ceil_div(to - from, step); }
 };
 Axis window_axis(int64_t position, int64_t kernel, int64_t stride, int64_t dilation, int64_t before, int64_t size);
 Axis adaptive_axis(int64_t position, int64_t size, int64_t positions);

@@ -12,7 +12,7 @@ constexpr int64_t kCached = 24 << 10;     // bytes of rows to keep in the L1 cac
 constexpr int64_t kChunk = 1024;          // output positions whose sums stay in the L2 cache
 constexpr int64_t kGradBlock = kWord;     // channels of a block of the weight gradient
 
-constexpr int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+constexpr int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
 constexpr int64_t mod(int64_t a, int64_t b) { return a - floor_div(a, b) * b; }
 
 // A unit is a chunk of output positions and a part of the tiles of outputs.

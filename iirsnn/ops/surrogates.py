@@ -1,8 +1,8 @@
 """Surrogates of a spike's gradient in plain torch; csrc/lif/surrogate.h and kernels/step.py follow.
 
 A new one is a function here and its name in `SURROGATES`; the same in csrc/lif/surrogate.h (its
-name in lif_checks.h) and kernels/step.py; and a line in the table of `iirsnn.functional.lif`. The
-tests take the names from here and compare all three.
+name in csrc/lif/torch/lif_checks.h) and kernels/step.py; and a line in the table of
+`iirsnn.functional.lif`. The tests take the names from here and compare all three.
 """
 
 from __future__ import annotations

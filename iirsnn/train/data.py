@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from ..errors import RunError, UsageError, check_choice
 from ..runtime.image_files import FITS, Preparation
-from . import folder
+from . import image_folder
 from .data_sets import DATA_SETS, FOLDER
 from .images import ORDER, Augmented, ImageSet, MemoryImages, Sample, random_stream
 
@@ -27,7 +27,7 @@ class DataConfig:
 
     Attributes:
         name: digits, fashion-mnist, cifar10, cifar100, imagenet, or folder (anyone's images: see
-            `iirsnn.train.folder`).
+            `iirsnn.train.image_folder`).
         root: folder of the data; "" is the data set's default place.
         image_size: of folder, the side in pixels that images are brought to.
         gray: of folder, one channel instead of three.
@@ -132,7 +132,7 @@ def load(config: DataConfig, seed: int) -> Splits:
     validation: ImageSet | None = None
     test: ImageSet
     if config.name == FOLDER:
-        train, validation, test, class_names = folder.read(
+        train, validation, test, class_names = image_folder.read(
             *_folder_arguments(config, root), skip=config.unreadable == "skip"
         )
     else:

@@ -147,7 +147,7 @@ def _imagenet(root: Path | None, download: bool) -> tuple[ImageSet, ImageSet, li
     return train_set, test_set, train.classes
 
 
-#: The data set of `iirsnn.train.folder`.
+#: The data set of `iirsnn.train.image_folder`.
 FOLDER = "folder"
 
 #: The others: each takes (root or None, download) and returns (training set, test set, names).

@@ -1,4 +1,4 @@
-// BatchNorm, with the statistics of its input, and LIF in one: CPU kernels over a range of chunks (cpu_lif.h).
+// BatchNorm, with the statistics of its input, and LIF in one: CPU kernels over a range of chunks (lif_cpu.h).
 //
 //   forward:   the sums of the statistics, one pass over x; then spikes, one pass that reads x and writes s
 //   backward:  the LIF backward on the normalised current, one pass that reads x and grad_s, for its sums; then another

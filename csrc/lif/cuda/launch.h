@@ -5,6 +5,7 @@
 #include <string>
 
 #include "lif/cuda/packets.h"
+#include "simd/memory.h"
 
 // The largest T that has kernels of its own; a smaller one builds faster.
 #ifndef IIRSNN_UNROLLED_TIMESTEPS
@@ -80,8 +81,6 @@ inline void check_launch(const char* kernel) {
     message += "; iirsnn was built for other GPUs: build it again with TORCH_CUDA_ARCH_LIST naming this one";
   throw std::runtime_error(message);
 }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 inline int64_t size_of_acc(DType dtype) { return dtype == DType::float64 ? 8 : 4; }

@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "lif/lif_checks.h"
+#include "lif/torch/lif_checks.h"
 
 namespace iirsnn {
 

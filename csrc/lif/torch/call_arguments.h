@@ -12,7 +12,7 @@
 #include <cstring>
 #include <iterator>
 
-#include "lif/lif_checks.h"
+#include "lif/torch/lif_checks.h"
 
 namespace iirsnn {
 

@@ -1,4 +1,4 @@
-// Checks, allocation and dispatch of the iirsnn ops. Their schemas are defined in iirsnn/ops/lif.py.
+// Checks, allocation and dispatch of the iirsnn ops. Their schemas are in lif_autograd.cpp.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_strided.h>
@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "lif/cpu/lif_cpu.h"
-#include "lif/lif_checks.h"
+#include "lif/torch/lif_checks.h"
 
 #if defined(IIRSNN_WITH_CUDA)
 #include <c10/cuda/CUDAGuard.h>

@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor> pack(const Tensor& x, const Tensor& table, bool count
   // a few images at a time, so that a wrong table is found out early
   const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 18) / std::max<int64_t>(1, work.channels * work.positions));
   if (x.numel() > 0) {
-    at::parallel_for(0, (work.images + grain - 1) / grain, 1, [&](int64_t first, int64_t last) {
+    at::parallel_for(0, ceil_div(work.images, grain), 1, [&](int64_t first, int64_t last) {
       int64_t count = 0;
       for (int64_t i = first; i < last && exact; ++i) {
         const int64_t end = std::min(work.images, (i + 1) * grain);

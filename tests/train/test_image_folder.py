@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from iirsnn.errors import RunError, UsageError
-from iirsnn.train import folder
+from iirsnn.train import image_folder
 from iirsnn.train.data import DataConfig, eval_batches, load, train_batches
 from iirsnn.train.images import MemoryImages
 
@@ -149,7 +149,7 @@ def test_pixels_are_decoded_once_while_no_file_changes(tmp_path, monkeypatch):
     root = write_classes(tmp_path / "x", {"a": 8, "b": 8})
     first = load(config(root), seed=0)
     with monkeypatch.context() as patch:
-        patch.setattr(folder.Preparation, "pixels", lambda *_: pytest.fail("decoded again"))
+        patch.setattr(image_folder.Preparation, "pixels", lambda *_: pytest.fail("decoded again"))
         assert torch.equal(load(config(root), seed=0).train.pixels, first.train.pixels)
     write(root / "a" / "00.png", 1234)
     changed = load(config(root), seed=0)
@@ -240,7 +240,7 @@ def test_damaged_images_are_one_line(tmp_path):
 
 def test_images_that_do_not_fit_into_memory_are_one_line(tmp_path, monkeypatch):
     root = write_classes(tmp_path / "x", {"a": 8, "b": 8})
-    monkeypatch.setattr(folder.os, "sysconf", lambda name: 50)
+    monkeypatch.setattr(image_folder.os, "sysconf", lambda name: 50)
     with pytest.raises(UsageError, match=r"at most half of the memory.*data\.image_size"):
         load(config(root), seed=0)
 
