@@ -41,6 +41,7 @@ $(VENV)/.torch:
 	@$(PYTHON) -m venv $(VENV_FLAGS) $(VENV) || { echo "make: no venv: on Debian and Ubuntu, apt-get install python3-venv python3-dev"; exit 1; }
 	@$(BIN)/python -c "import torch, setuptools" 2>/dev/null || { \
 	    echo "make: installing torch into $(VENV), once: minutes, most of it the download"; \
+	    $(if $(TORCH_FLAGS),,command -v nvidia-smi > /dev/null || echo "make: on Linux with CUDA's libraries, which nothing needs here; TORCH_FLAGS (docs/install.md) leaves them out";) \
 	    $(BIN)/pip install --quiet --disable-pip-version-check setuptools wheel ninja pybind11 && \
 	    $(BIN)/pip install --quiet --disable-pip-version-check $(TORCH_FLAGS) torch torchvision; }
 	@touch $@
