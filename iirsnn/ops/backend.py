@@ -193,11 +193,10 @@ def direct(name: str = "lif_call") -> Callable[..., Any] | None:
     where that has to take them. bn_lif_call does the same for `BatchNormLIF` in training, and
     spike_origin, spike_product and spike_average_pool for spike layers.
     """
-    if "import" not in _compiled_reason:
-        _compiled_reason["import"] = build.load()
-    if _compiled_reason["import"] is not None:
-        return None
-    return getattr(sys.modules["iirsnn._C"], name, None)
+    reason = _compiled_reason.get("import", "")
+    if reason == "":
+        reason = _compiled_reason["import"] = build.load()
+    return None if reason is not None else getattr(sys.modules["iirsnn._C"], name, None)
 
 
 @functools.cache

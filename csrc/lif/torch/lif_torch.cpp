@@ -12,6 +12,7 @@
 
 #include "lif/cpu/lif_cpu.h"
 #include "lif/lif_checks.h"
+#include "lif/torch/lif_ops.h"
 
 #if defined(IIRSNN_WITH_CUDA)
 #include <c10/cuda/CUDAGuard.h>
@@ -85,6 +86,8 @@ void run_forward(const Tensor& x, const LifForward& args) {
   TORCH_CHECK_VALUE(!nan, "packed: expected a current without NaN, got NaN (a bit cannot hold it)");
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> lif_forward(const Tensor& x, const Tensor& threshold, const Tensor& leak,
                                        const OptionalTensor& v0, std::string reset, double v_reset, bool,
                                        std::string surrogate, double, bool return_v) {
@@ -99,6 +102,8 @@ std::tuple<Tensor, Tensor> lif_forward(const Tensor& x, const Tensor& threshold,
   return {s, v};
 }
 
+namespace {
+
 std::tuple<Tensor, Tensor> lif_packed(const Tensor& x, const Tensor& threshold, const Tensor& leak,
                                       const OptionalTensor& v0, std::string reset, double v_reset, bool return_v) {
   LifForward args{};
@@ -112,6 +117,8 @@ std::tuple<Tensor, Tensor> lif_packed(const Tensor& x, const Tensor& threshold, 
   run_forward(x, args);
   return {bits, v};
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> lif_backward(const Tensor& grad_s, const OptionalTensor& grad_v,
                                                         const Tensor& x, const Tensor& threshold, const Tensor& leak,
@@ -163,6 +170,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lif_backward(const Tensor& grad_s, co
   if (leak.numel() < channels) grad_leak = grad_leak.sum(0, true);
   return {grad_x, grad_threshold, grad_leak, grad_v0};
 }
+
+namespace {
 
 Tensor unpack_spikes(const Tensor& bits, at::IntArrayRef size, at::IntArrayRef stride, at::ScalarType dtype) {
   const DType type = parse_dtype("dtype", dtype);

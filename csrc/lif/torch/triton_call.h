@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/FunctionRef.h>
 #include <pybind11/pybind11.h>
 
@@ -14,21 +13,6 @@ namespace iirsnn {
 
 // Whether the backend of this name is the Triton kernels for x, and Python has handed them over.
 bool triton_takes(const char* backend, const Tensor& x);
-
-// Whether a mode, a transform or a tracer is to see what is done, or one of the tensors is no plain one. That is for
-// the ops iirsnn::triton_*.
-constexpr c10::DispatchKeySet kUnwatching =
-    c10::autocast_dispatch_keyset |
-    c10::DispatchKeySet({c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView});
-constexpr c10::DispatchKeySet kNotPlain({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
-                                         c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched,
-                                         c10::DispatchKey::Batched, c10::DispatchKey::Negative,
-                                         c10::DispatchKey::ZeroTensor});
-template <typename... Tensors>
-bool for_the_ops(const Tensors&... tensors) {
-  return !(c10::impl::tls_local_dispatch_key_set().included_ - kUnwatching).empty() ||
-         ((tensors.defined() && tensors.key_set().has_any(kNotPlain)) || ...);
-}
 
 // What `run` returns with its gradient, in lif_autograd.cpp and bn_lif_autograd.cpp: s and v; s, mean, var and rstd.
 std::tuple<Tensor, Tensor> lif_with_gradient(const Tensor& x, const Tensor& threshold, const Tensor& leak,
