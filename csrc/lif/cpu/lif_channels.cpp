@@ -127,7 +127,9 @@ Channels<acc_t>::Channels(const LifShape& shape, const Values& values)
       values_(values),
       wide_(wide<acc_t>(shape)),
       once_(!wide_ && in_one_row(shape, kLongRow)),
-      stride_((once_ ? shape.channels * shape.inner : 0) + row_stride<acc_t>(shape) + kLanes<acc_t>),
+      stride_(shape.channels == 1
+                  ? 0
+                  : (once_ ? shape.channels * shape.inner : 0) + row_stride<acc_t>(shape) + kLanes<acc_t>),
       rows_([&] {
         for (int k = 0; k < kParameters; ++k) {
           if (!values[k]) continue;
@@ -204,7 +206,8 @@ ChannelSums<acc_t>::ChannelSums(const LifShape& shape, int count)
       count_(count),
       wide_(wide<acc_t>(shape)),
       once_(!wide_ && in_one_row(shape, kLongSums)),
-      stride_((once_ ? shape.channels * shape.inner : 0) + row_stride<acc_t>(shape) + kLanes<acc_t>),
+      stride_(kLanes<acc_t> + (shape.channels == 1 ? 0
+                                                   : (once_ ? shape.channels * shape.inner : 0) + row_stride<acc_t>(shape))),
       most_(std::max<int64_t>(1, kHeldTerms / shape.timesteps) *
             std::max<int64_t>(shape.channels * shape.inner, block_neurons(shape))),
       rows_(count * stride_) {
