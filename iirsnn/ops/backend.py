@@ -147,6 +147,7 @@ class BatchNormBackend:
     fire: Callable[..., Any]
     gradient_sums: Callable[..., Any]
     grad_x: Callable[..., Any]
+    totals: Callable[..., Any] | None = None  # see _count_totals of nn/batch_norm.py
 
     @staticmethod
     @functools.cache
@@ -175,9 +176,14 @@ def choose_batch_norm(name: str, x: torch.Tensor) -> BatchNormBackend | str:
     if x.dtype not in _FUSED_DTYPES[resolved]:
         wanted = ", ".join(str(dtype) for dtype in _FUSED_DTYPES[resolved])
         return f"backend {resolved} takes {wanted}, got {x.dtype}"
-    if resolved == "triton" and not torch.compiler.is_compiling():
-        return _batch_norm_by_triton()
+    if resolved != "cpu" and not torch.compiler.is_compiling():
+        return _batch_norm_by_triton() if resolved == "triton" else _batch_norm_by_cuda()
     return BatchNormBackend.of(resolved)
+
+
+@functools.cache
+def _batch_norm_by_cuda() -> BatchNormBackend:
+    return replace(BatchNormBackend.of("cuda"), totals=direct("bn_lif_totals"))
 
 
 @functools.cache

@@ -146,32 +146,32 @@ PyMethodDef bn_lif_method{
     "arg15: object) -> object\n\n"
     "The shortest way to a training step of BatchNormLIF: see iirsnn.nn.batch_norm."};
 
+// mean and rstd, or None.
+py::object bn_lif_totals(const Tensor& totals, double eps, const py::object& running_mean,
+                         const py::object& running_var, const py::object& calls, std::optional<double> momentum) {
 #if defined(IIRSNN_WITH_CUDA)
-py::object bn_lif_totals(const Tensor& totals, double eps, const py::object& running_mean, const py::object& running_var,
-                         const py::object& calls, std::optional<double> momentum) {
   const int64_t channels = totals.size(1);
   const Running running{held(running_mean.ptr(), totals, at::kFloat, channels),
                         held(running_var.ptr(), totals, at::kFloat, channels),
                         held(calls.ptr(), totals, at::kLong, 1), momentum.value_or(NAN)};
-  const bool taken = totals.is_cuda() && !watched() && running.mean.defined() && running.var.defined() &&
-                     running.calls.defined() && !for_the_ops(totals);
-  if (!taken) return py::none();
-  auto found = bn_lif_totals_cuda(totals, eps, running);
-  was_written(running);
-  return py::cast(std::move(found));
-}
+  const bool kept = running.mean.defined() && running.var.defined() && running.calls.defined();
+  if (kept && totals.is_cuda() && !for_the_ops(totals)) {
+    auto found = bn_lif_totals_cuda(totals, eps, running);
+    was_written(running);
+    return py::cast(std::move(found));
+  }
 #endif
+  return py::none();
+}
 
 }  // namespace
 
 void bind_bn_lif_call(py::module_& m) {
   m.add_object("bn_lif_call", PyCFunction_New(&bn_lif_method, nullptr));
-#if defined(IIRSNN_WITH_CUDA)
   m.def("bn_lif_totals", &bn_lif_totals, py::arg("totals"), py::arg("eps"), py::arg("running_mean"),
         py::arg("running_var"), py::arg("calls"), py::arg("momentum"),
-        "totals float64 [3, C] of all processes, as iirsnn.nn.batch_norm has them -> mean, rstd [C], and the call is "
-        "counted, in one launch; None where that is for torch's ops.");
-#endif
+        "CUDA totals float64 [3, C] of all processes -> mean, rstd [C], and the call is counted, in one launch; None "
+        "where that is for torch's ops: see iirsnn.nn.batch_norm.");
 }
 
 }  // namespace iirsnn
