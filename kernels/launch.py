@@ -19,7 +19,7 @@ from iirsnn.ops.reference import empty_spikes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PLANS = 4096  # kept of each kind: one for every layer and size of batch
-_FLOATS = ("v_reset", "scale", "eps")
+_FLOATS = ("v_reset", "scale", "eps", "momentum")
 
 
 class Launch:

@@ -185,6 +185,10 @@ class BatchNormLIF(nn.Module):
         if group is not None:
             s = _Synchronised.apply(*tensors, norm, options, kernels, group)
             return s
+        if kernels.counted is not None:
+            s = kernels.counted(*tensors, norm.eps, options, *_kept(norm))
+            if s is not None:
+                return s
         s, mean, var, _ = kernels.forward(*tensors, norm.eps, *options)
         count = x.numel() // x.shape[2]
         update_running_statistics(norm, mean, var * (count / (count - 1)))
@@ -252,16 +256,18 @@ class _Synchronised(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-def _count_totals(
-    norm: Any, total: Tensor, kernels: BatchNormBackend
-) -> tuple[Tensor, Tensor]:
-    """Count a call of a BatchNorm; total float64 [3, C]: sums of x and its square, and their number.
+def _kept(norm: Any) -> tuple[Any, ...]:
+    """What a norm keeps of its calls, and its momentum, which is None for a mean of all."""
+    return norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum
+
+
+def _count_totals(norm: Any, total: Tensor, kernels: BatchNormBackend) -> tuple[Tensor, Tensor]:
+    """Count a call of a BatchNorm; total float64 [3, C]: sums of x, of its square, and how many.
 
     -> mean, rstd float32 [C]. On a GPU one kernel, where the norm keeps what it takes.
     """
-    running = norm.running_mean, norm.running_var, norm.num_batches_tracked
     if kernels.totals is not None:
-        found = kernels.totals(total, norm.eps, *running, norm.momentum)
+        found = kernels.totals(total, norm.eps, *_kept(norm))
         if found is not None:
             mean, rstd = found
             return mean, rstd

@@ -80,7 +80,7 @@ def _hand_over() -> None:
         eager = importlib.import_module("iirsnn.kernels.eager")
         normed = importlib.import_module("iirsnn.kernels.eager_batch_norm")
         sys.modules["iirsnn._C"].take_triton(
-            eager.forward, eager.backward, normed.forward, normed.backward
+            eager.forward, eager.backward, normed.forward_counted, normed.backward
         )
 
 
@@ -147,7 +147,9 @@ class BatchNormBackend:
     fire: Callable[..., Any]
     gradient_sums: Callable[..., Any]
     grad_x: Callable[..., Any]
-    totals: Callable[..., Any] | None = None  # see _count_totals of nn/batch_norm.py
+    # what counts a call of a norm in the same launches, or returns None: see nn/batch_norm.py
+    counted: Callable[..., Any] | None = None
+    totals: Callable[..., Any] | None = None
 
     @staticmethod
     @functools.cache
@@ -189,7 +191,13 @@ def _batch_norm_by_cuda() -> BatchNormBackend:
 @functools.cache
 def _batch_norm_by_triton() -> BatchNormBackend:
     eager = importlib.import_module("iirsnn.kernels.eager_batch_norm")
-    return replace(BatchNormBackend.of("triton"), forward=eager.call, fire=eager.fire)
+    return replace(
+        BatchNormBackend.of("triton"),
+        forward=eager.call,
+        fire=eager.fire,
+        counted=eager.counted,
+        totals=eager.totals,
+    )
 
 
 def direct(name: str = "lif_call") -> Callable[..., Any] | None:

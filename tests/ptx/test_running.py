@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from iirsnn.kernels import batch_norm
 from torch import Tensor
 
 from tests.bn_lif_cases import EPS, BnCase, bn_inputs
@@ -33,7 +34,7 @@ def fresh(channels: int, calls: int) -> tuple[Tensor, Tensor, Tensor]:
     """What a norm that was called `calls` times may keep."""
     g = torch.Generator().manual_seed(calls)
     mean, var = torch.randn(channels, generator=g), torch.rand(channels, generator=g) + 0.1
-    return mean, var, torch.tensor(calls)
+    return mean, var, torch.tensor([calls])
 
 
 def updated(running, mean: Tensor, unbiased: Tensor, momentum: float | None):
@@ -41,6 +42,19 @@ def updated(running, mean: Tensor, unbiased: Tensor, momentum: float | None):
     calls = running[2] + 1
     weight = 1.0 / float(calls) if momentum is None else momentum
     return running[0].lerp(mean, weight), running[1].lerp(unbiased, weight), calls
+
+
+def some_totals(channels: int, eps: float) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    """Sums that processes have added up; mean and rstd; the unbiased variance."""
+    g = torch.Generator().manual_seed(0)
+    values = torch.randn(100, channels, generator=g, dtype=torch.float64) + 2
+    totals = torch.stack([values.sum(0), values.square().sum(0), torch.full((channels,), 100.0)])
+    totals[1, 0] = 0.0  # a variance below 0 by rounding is 0
+    totals[:2, 1] = math.nan
+    mean = totals[0] / totals[2]
+    var = (totals[1] / totals[2] - mean * mean).clamp(min=0)
+    unbiased = var * (totals[2] / (totals[2] - 1))
+    return totals, (mean.float(), (1 / (var + eps).sqrt()).float()), unbiased.float()
 
 
 def check_same(got, wanted) -> None:
@@ -83,17 +97,45 @@ def test_any_order_of_blocks_and_warps(bn, shape, order):
 @pytest.mark.parametrize("momentum", MOMENTA)
 @pytest.mark.parametrize("channels", [3, 512, 700])
 def test_many_processes(bn, channels, momentum):
-    g = torch.Generator().manual_seed(0)
-    count = 100.0
-    values = torch.randn(int(count), channels, generator=g, dtype=torch.float64) + 2
-    totals = torch.stack([values.sum(0), values.square().sum(0), torch.full((channels,), count)])
-    totals[1, 0] = 0.0  # a variance below 0 by rounding is 0
-    totals[:2, 1] = math.nan
+    totals, (mean, rstd), unbiased = some_totals(channels, EPS)
     running = fresh(channels, 3)
     before = tuple(t.clone() for t in running)
-    mean, rstd = bn.totals(totals, EPS, running, momentum)
-    wide = totals[0] / totals[2]
-    var = (totals[1] / totals[2] - wide * wide).clamp(min=0)
-    check_same((mean, rstd), (wide.float(), (1 / (var + EPS).sqrt()).float()))
-    unbiased = (var * (totals[2] / (totals[2] - 1))).float()
-    check_same(running, updated(before, wide.float(), unbiased, momentum))
+    check_same(bn.totals(totals, EPS, running, momentum), (mean, rstd))
+    check_same(running, updated(before, mean, unbiased, momentum))
+
+
+# ---- Triton
+
+
+def kept(running, momentum: float | None) -> batch_norm.Running:
+    return batch_norm.Running(*running, math.nan if momentum is None else momentum)
+
+
+@pytest.mark.parametrize("momentum", MOMENTA)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_triton_one_process(cudarun, shape, momentum):
+    x = bn_inputs(SHAPES[shape]).x
+    count = x.numel() // x.shape[2]
+    running = fresh(x.shape[2], 6)
+    with cudarun.emulate(arch=90) as launches:
+        without = batch_norm.moments(x, EPS)
+        before = tuple(t.clone() for t in running)
+        found = batch_norm.moments(x, EPS, running=kept(running, momentum))
+    check_same(found, without)
+    _, mean, var, _ = found
+    check_same(running, updated(before, mean, var * (count / (count - 1)), momentum))
+    assert len(launches) == 4
+
+
+@pytest.mark.parametrize("momentum", MOMENTA)
+@pytest.mark.parametrize("channels", [3, 700])
+def test_triton_many_processes(cudarun, channels, momentum):
+    eps = torch.tensor(EPS).item()  # a number is float32 in Triton
+    totals, (mean, rstd), unbiased = some_totals(channels, eps)
+    running = fresh(channels, 3)
+    before = tuple(t.clone() for t in running)
+    with cudarun.emulate(arch=90, sched="warp", order="random") as launches:
+        found = batch_norm.totals(totals, EPS, kept(running, momentum))
+    check_same(found, (mean, rstd))
+    check_same(running, updated(before, mean, unbiased, momentum))
+    assert len(launches) == 1

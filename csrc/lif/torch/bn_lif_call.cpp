@@ -108,12 +108,17 @@ PyObject* bn_lif_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (!std::isfinite(eps)) return leave();
 
   const bool by_op = for_the_ops(x, or_undefined(affine[0]), or_undefined(affine[1]), parameters[0], parameters[1]);
-  const bool in_kernel = x.is_cuda() && !triton && !by_op;  // the running statistics
+  const bool in_kernel = triton || (x.is_cuda() && !by_op);  // the running statistics
   if (!std::isfinite(running.momentum) && !(in_kernel && arguments[kMomentum] == Py_None)) return leave();
   if (triton && by_op) return leave();
   const Options options{how.reset, how.v_reset, how.detach_reset, how.surrogate, how.scale};
   Tensor s = [&] {
     const py::gil_scoped_release no_gil;
+    if (triton) {
+      auto found = bn_lif_by_triton(x, affine[0], affine[1], parameters[0], parameters[1], eps, options, running);
+      was_written(running);
+      return std::get<0>(std::move(found));
+    }
 #if defined(IIRSNN_WITH_CUDA)
     if (in_kernel) {
       auto found = bn_lif_with_gradient(x, affine[0], affine[1], parameters[0], parameters[1], options, [&] {
@@ -126,11 +131,9 @@ PyObject* bn_lif_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
       return std::get<0>(std::move(found));
     }
 #endif
-    auto [spikes, mean, var, rstd] = [&] {
-      if (triton) return bn_lif_by_triton(x, affine[0], affine[1], parameters[0], parameters[1], eps, options);
-      return bn_lif_forward_op().call(x, affine[0], affine[1], parameters[0], parameters[1], eps, how.reset,
-                                      how.v_reset, how.detach_reset, how.surrogate, how.scale);
-    }();
+    auto [spikes, mean, var, rstd] =
+        bn_lif_forward_op().call(x, affine[0], affine[1], parameters[0], parameters[1], eps, how.reset, how.v_reset,
+                                 how.detach_reset, how.surrogate, how.scale);
     count_call(running, mean, var, double(x.numel() / channels));
     was_written(running);
     return spikes;

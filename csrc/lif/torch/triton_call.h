@@ -7,6 +7,7 @@
 
 #include <tuple>
 
+#include "lif/torch/bn_lif_ops.h"
 #include "lif/torch/gradient.h"
 
 namespace iirsnn {
@@ -35,10 +36,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_lif_backward_by_triton(
     const Tensor& grad_s, const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& weight,
     const Tensor& bias, const Tensor& threshold, const Tensor& leak, const Options& options, bool learned);
 
-// s, with its gradient; mean, var, rstd.
+// s, with its gradient; mean, var, rstd. The call is counted in `running`.
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_lif_by_triton(const Tensor& x, const OptionalTensor& weight,
                                                             const OptionalTensor& bias, const Tensor& threshold,
-                                                            const Tensor& leak, double eps, Options options);
+                                                            const Tensor& leak, double eps, Options options,
+                                                            const Running& running);
 
 void bind_triton(pybind11::module_& m);  // the function take_triton
 
