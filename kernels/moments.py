@@ -8,11 +8,16 @@ the mean is as exact as one at 0.
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 
 from .normalised import SIZES, channel_value, place, store_sum
 from .tiles import columns, multiple, rows_of
+
+# The interpreter rounds a fused multiply-add twice.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
@@ -26,7 +31,13 @@ def count_call(calls_ptr):
 def towards(old, new, weight):
     """torch.lerp"""
     little = tl.abs(weight) < 0.5
-    return tl.fma(tl.where(little, weight, weight - 1.0), new - old, tl.where(little, old, new))
+    part, start = tl.where(little, weight, weight - 1.0), tl.where(little, old, new)
+    if INTERPRETED:
+        product = part.to(tl.float64) * (new - old).to(tl.float64)
+        result = (product + start.to(tl.float64)).to(tl.float32)
+    else:
+        result = tl.fma(part, new - old, start)
+    return result
 
 
 @triton.jit

@@ -227,7 +227,8 @@ class _Synchronised(torch.autograd.Function):
         mean, rstd = _count_totals(norm, total, kernels)
         ctx.save_for_backward(x, mean, rstd, weight, bias, threshold, leak, total[2])
         ctx.options, ctx.kernels, ctx.group = options, kernels, group
-        return kernels.fire(x, mean, rstd, weight, bias, threshold, leak, *options)
+        s: Tensor = kernels.fire(x, mean, rstd, weight, bias, threshold, leak, *options)
+        return s
 
     @staticmethod
     @torch.autograd.function.once_differentiable

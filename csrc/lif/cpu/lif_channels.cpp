@@ -206,8 +206,8 @@ ChannelSums<acc_t>::ChannelSums(const LifShape& shape, int count)
       count_(count),
       wide_(wide<acc_t>(shape)),
       once_(!wide_ && in_one_row(shape, kLongSums)),
-      stride_(kLanes<acc_t> + (shape.channels == 1 ? 0
-                                                   : (once_ ? shape.channels * shape.inner : 0) + row_stride<acc_t>(shape))),
+      stride_(kLanes<acc_t> +
+              (shape.channels == 1 ? 0 : (once_ ? shape.channels * shape.inner : 0) + row_stride<acc_t>(shape))),
       most_(std::max<int64_t>(1, kHeldTerms / shape.timesteps) *
             std::max<int64_t>(shape.channels * shape.inner, block_neurons(shape))),
       rows_(count * stride_) {

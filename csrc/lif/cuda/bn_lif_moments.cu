@@ -148,7 +148,7 @@ void bn_lif_moments_cuda(const BnLifMoments& args, void* stream_) {
   const int64_t timesteps = shape.x_stride_t == 0 ? 1 : shape.timesteps;
   const double count = double(timesteps) * double(shape.neurons / shape.channels);
   const MomentsOut out{
-      args.sums, static_cast<double*>(args.workspace), args.mean, args.var, args.rstd, args.counters, args.eps,
+      args.sums, static_cast<double*>(args.workspace), args.mean,   args.var, args.rstd, args.counters, args.eps,
       count,     shape.timesteps / timesteps,          args.running};
   with_float(shape.dtype, [&](auto dtype) {
     using scalar_t = decltype(dtype);

@@ -155,8 +155,8 @@ py::object bn_lif_totals(const Tensor& totals, double eps, const py::object& run
 #if defined(IIRSNN_WITH_CUDA)
   const int64_t channels = totals.size(1);
   const Running running{held(running_mean.ptr(), totals, at::kFloat, channels),
-                        held(running_var.ptr(), totals, at::kFloat, channels),
-                        held(calls.ptr(), totals, at::kLong, 1), momentum.value_or(NAN)};
+                        held(running_var.ptr(), totals, at::kFloat, channels), held(calls.ptr(), totals, at::kLong, 1),
+                        momentum.value_or(NAN)};
   const bool kept = running.mean.defined() && running.var.defined() && running.calls.defined();
   if (kept && totals.is_cuda() && !for_the_ops(totals)) {
     auto found = bn_lif_totals_cuda(totals, eps, running);

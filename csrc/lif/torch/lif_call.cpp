@@ -10,6 +10,7 @@
 #include <torch/csrc/Exceptions.h>
 
 #include <cmath>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -21,6 +22,9 @@ namespace iirsnn {
 namespace {
 
 namespace py = pybind11;
+
+// Numbers from which on a call on a CPU is worth giving Python's lock away.
+constexpr int64_t kLongCall = 4096;
 
 // threshold or leak as the op takes it; undefined where it needs more than this.
 Tensor parameter(PyObject* value, const Tensor& x, bool positive) {
@@ -80,7 +84,8 @@ PyObject* lif_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   auto [s, v] = [&] {
     const Options options{how.reset, how.v_reset, how.detach_reset, how.surrogate, how.scale, return_v};
     if (triton) return lif_by_triton(x, threshold, leak, v0, options);
-    const py::gil_scoped_release no_gil;
+    std::optional<py::gil_scoped_release> no_gil;
+    if (!x.is_cpu() || x.numel() >= kLongCall) no_gil.emplace();
     const auto arguments = [&](const auto& forward) {
       return forward(x, threshold, leak, v0, options.reset, how.v_reset, how.detach_reset, options.surrogate, how.scale,
                      return_v);
