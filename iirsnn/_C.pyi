@@ -40,6 +40,14 @@ def bn_lif_call(
     surrogate_scale: float | None,
     /,
 ) -> Tensor | None: ...
+def bn_lif_totals(
+    totals: Tensor,
+    eps: float,
+    running_mean: Tensor,
+    running_var: Tensor,
+    calls: Tensor,
+    momentum: float | None,
+) -> tuple[Tensor, Tensor] | None: ...
 def spike_origin(
     x: Tensor, spikes: frozenset[str], same: frozenset[str], /
 ) -> tuple[int, int] | None: ...

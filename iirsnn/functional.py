@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -83,9 +84,11 @@ def lif(
             a CPU only: on a GPU that would wait for it.
         RuntimeError: a backend that cannot run.
     """
-    if not packed:
-        how = reset, v_reset, detach_reset, surrogate, surrogate_scale, return_v
-        result = short_way(backend, x, threshold, leak, v0, *how)
+    call = None if packed else short_way()
+    if call is not None:
+        scale = SCALES.get(surrogate) if surrogate_scale is None else surrogate_scale
+        how = reset, v_reset, detach_reset, surrogate, scale, return_v
+        result = call(backend, x, threshold, leak, v0, *how)
         if result is not None:
             return result
 
@@ -129,33 +132,16 @@ def lif(
     return (s, v) if return_v else s
 
 
-def short_way(
-    backend: str,
-    x: Tensor,
-    threshold: float | Tensor,
-    leak: float | Tensor,
-    v0: Tensor | None,
-    reset: str,
-    v_reset: float,
-    detach_reset: bool,
-    surrogate: str,
-    surrogate_scale: float | None,
-    return_v: bool,
-) -> Any:
-    """What `lif` returns, where the kernels can take the arguments as they are; else None.
+def short_way() -> Callable[..., Any] | None:
+    """What takes the arguments of the ops as they are and returns what `lif` does, or None.
 
     On small tensors a call is all that there is to pay for, so this is one call into C++, or where
-    nothing is compiled to Triton's kernels. What is wrong is left to `lif`, which says so.
+    nothing is compiled to Triton's kernels. It leaves to `lif` what needs a conversion, and what is
+    wrong, by returning None.
     """
     if torch.compiler.is_compiling():
         return None
-    call = direct() or direct_to_triton()
-    if call is None:
-        return None
-    if surrogate_scale is None:
-        surrogate_scale = SCALES.get(surrogate)
-    how = reset, v_reset, detach_reset, surrogate, surrogate_scale, return_v
-    return call(backend, x, threshold, leak, v0, *how)
+    return direct() or direct_to_triton()
 
 
 def _check_x(x: Tensor) -> torch.dtype:

@@ -39,7 +39,7 @@ from .launch import (
     planned_in_order,
 )
 from .lif import segmented
-from .moments import finish_moments_kernel, moments_kernel
+from .moments import finish_moments_kernel, moments_kernel, totals_kernel
 from .step import RESETS, SURROGATES
 from .tiles import COLUMN, tile
 
@@ -48,6 +48,7 @@ _LOADS_BYTES = 8192
 _BLOCK_BYTES = 2048  # the least of a timestep
 _PROGRAMS = 1024  # enough for every device of today; a constant, so that sums have the same bits
 _FINISH = {"CHANNELS": 8, "SPLITS": 128}  # a tile of partial sums
+_CHANNELS = 128  # of the sums of several processes
 
 
 class Plan(NamedTuple):
@@ -122,17 +123,45 @@ def _plan_moments(
     return partial, finish, p.splits
 
 
-def moments(x: Tensor, eps: float, launch: Launcher = now) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+class Running(NamedTuple):
+    """What a norm keeps of its calls, which one more is counted in; momentum NaN: a mean of all."""
+
+    mean: Tensor | None  # float32 [C] each
+    var: Tensor | None  # unbiased
+    calls: Tensor | None  # int64, one
+    momentum: float
+
+
+NOTHING = Running(None, None, None, 0.0)
+
+
+def moments(
+    x: Tensor, eps: float, launch: Launcher = now, running: Running = NOTHING
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x [T, B, C, ...] -> sums float64 [2, C] of x and its square; mean, var, rstd float32 [C]."""
     check_input(x)
     over_tiles, finish, splits = _plan_moments(x.shape, x.stride(), x.dtype)
     channels = x.shape[2]
     partial = x.new_empty(splits, 2, channels, dtype=torch.float64)
-    launch(over_tiles, (x, partial))
+    launch(over_tiles, (x, partial, running.calls))
     sums = x.new_empty(2, channels, dtype=torch.float64)
     mean, var, rstd = (x.new_empty(channels, dtype=torch.float32) for _ in range(3))
-    launch(finish, (x, partial, sums, mean, var, rstd), eps)
+    written = sums, mean, var, rstd, *running[:3]
+    launch(finish, (x, partial, *written), eps, running.momentum)
     return sums, mean, var, rstd
+
+
+@planned
+def _plan_totals(channels: int) -> Launch:
+    return Launch(totals_kernel, 1, {"channels": channels, "CHANNELS": _CHANNELS})
+
+
+def totals(total: Tensor, eps: float, running: Running) -> tuple[Tensor, Tensor]:
+    """total float64 [3, C]: sums of x and of its square, and how many they are of -> mean, rstd."""
+    mean, rstd = (total.new_empty(total.shape[1], dtype=torch.float32) for _ in range(2))
+    written = mean, rstd, *running[:3]
+    now(_plan_totals(total.shape[1]), (total, *written), eps, running.momentum)
+    return mean, rstd
 
 
 @planned

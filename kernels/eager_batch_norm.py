@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import batch_norm
+from .batch_norm import NOTHING, Running
 from .eager import needs_gradient, unwatched
 from .launch import Launcher, now
 
@@ -23,11 +25,17 @@ def forward(
     reset: str,
     v_reset: float,
     launch: Launcher = now,
+    running: Running = NOTHING,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As the op bn_lif_forward: s, mean, var, rstd."""
-    _, mean, var, rstd = batch_norm.moments(x, eps, launch)
+    """As the op bn_lif_forward: s, mean, var, rstd. Counts the call in `running`."""
+    _, mean, var, rstd = batch_norm.moments(x, eps, launch, running)
     s = batch_norm.fire(x, mean, rstd, weight, bias, threshold, leak, reset, v_reset, launch)
     return s, mean, var, rstd
+
+
+def forward_counted(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `forward`, for iirsnn._C: the last four are those of `Running`."""
+    return forward(*arguments[:-4], now, Running(*arguments[-4:]))
 
 
 def backward(
@@ -75,8 +83,10 @@ class BnLifGradient(torch.autograd.Function):
         leak: Tensor,
         eps: float,
         options: tuple[str, float, bool, str, float],
+        running: Running = NOTHING,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        found = forward(x, weight, bias, threshold, leak, eps, options[0], options[1])
+        how = eps, options[0], options[1], now, running
+        found = forward(x, weight, bias, threshold, leak, *how)
         _, mean, var, rstd = found
         ctx.mark_non_differentiable(mean, var, rstd)
         ctx.save_for_backward(x, mean, rstd, weight, bias, threshold, leak)
@@ -97,8 +107,7 @@ class BnLifGradient(torch.autograd.Function):
             grads = backward(grad_s, *saved, *ctx.options, any(wanted[3:]))
         return (
             *(grad if want else None for grad, want in zip(grads, wanted, strict=True)),
-            None,
-            None,
+            *[None] * (len(ctx.needs_input_grad) - len(wanted)),
         )
 
 
@@ -129,6 +138,60 @@ def call(
     else:
         run, rest = forward, (eps, reset, options[1])
     found: tuple[Tensor, Tensor, Tensor, Tensor] = run(*tensors, *rest)
+    return found
+
+
+def _running(x: Tensor, *kept: Any) -> Running | None:
+    """Of a norm's running_mean, running_var, num_batches_tracked and momentum, for x on a device.
+
+    None where they are no plain tensors beside x, in the dtypes of the kernels.
+    """
+    *tensors, momentum = kept
+    for t, dtype in zip(tensors, (torch.float32, torch.float32, torch.int64), strict=True):
+        if not isinstance(t, Tensor) or t.dtype != dtype or t.device != x.device:
+            return None
+        if not t.is_contiguous():
+            return None
+    return Running(*tensors, math.nan if momentum is None else float(momentum))
+
+
+def _were_written(running: Running) -> None:
+    """Tell autograd of memory that was written without it."""
+    for t in running[:3]:
+        if t is not None and not t.is_inference():
+            torch.autograd.graph.increment_version(t)
+
+
+def counted(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    threshold: Tensor,
+    leak: Tensor,
+    eps: float,
+    options: tuple[str, float, bool, str, float],
+    *kept: Any,
+) -> Tensor | None:
+    """Spikes of a call of a norm, which is counted: see `_running`. None where `call` has to."""
+    tensors = x, weight, bias, threshold, leak
+    running = _running(x, *kept)
+    if running is None or not unwatched(*tensors, *running[:3]):
+        return None
+    if needs_gradient(*tensors):
+        s, *_ = BnLifGradient.apply(*tensors, eps, options, running)
+    else:
+        s, *_ = forward(*tensors, eps, options[0], options[1], now, running)
+    _were_written(running)
+    return s
+
+
+def totals(total: Tensor, eps: float, *kept: Any) -> tuple[Tensor, Tensor] | None:
+    """mean, rstd of a norm whose call is counted: see `batch_norm.totals`, `counted`."""
+    running = _running(total, *kept)
+    if running is None or not unwatched(total, *running[:3]):
+        return None
+    found = batch_norm.totals(total, eps, running)
+    _were_written(running)
     return found
 
 

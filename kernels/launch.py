@@ -19,7 +19,7 @@ from iirsnn.ops.reference import empty_spikes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PLANS = 4096  # kept of each kind: one for every layer and size of batch
-_FLOATS = ("v_reset", "scale", "eps")
+_FLOATS = ("v_reset", "scale", "eps", "momentum")
 
 
 class Launch:
@@ -38,14 +38,15 @@ class Launch:
         self.kernel, self.grid = kernel, (programs, 1, 1)
         self.sizes = tuple(arguments[name] for name in sizes)
         self.constants = tuple(arguments[name] for name in constants)
-        self._compiled: dict[int, Callable[..., None]] = {}
+        self._compiled: dict[tuple[int, ...], Callable[..., None]] = {}
 
     def __call__(self, tensors: Sequence[Tensor | None], *floats: float) -> None:
         """Launch on the device of the first tensor, in its current stream.
 
         Triton looks up what it has compiled by every argument of every call, which takes longer
-        than all else. Beside this object, alone the alignment of tensors specialises a kernel, and
-        their dtypes, which it was planned for: what Triton found for aligned ones is kept.
+        than all else. Beside this object, what specialises a kernel is which tensors are None,
+        their alignment, and their dtypes, which it was planned for: what Triton found for aligned
+        ones is kept.
         """
         device = tensors[0].get_device()  # type: ignore[union-attr]
         if device >= 0 and device != torch.cuda.current_device():
@@ -53,13 +54,14 @@ class Launch:
                 return self(tensors, *floats)
         pointers = [None if t is None else t.data_ptr() for t in tensors]
         aligned = not any(p is not None and p & 15 for p in pointers)
-        compiled = self._compiled.get(device) if aligned else None
+        which = device, *[p is None for p in pointers]
+        compiled = self._compiled.get(which) if aligned else None
         if compiled is not None:
             compiled(*pointers, *self.sizes, *floats, *self.constants)
             return None
         kernel = self.kernel[self.grid](*tensors, *self.sizes, *floats, *self.constants)
         if aligned and kernel is not None:  # None where it was interpreted
-            self._compiled[device] = kernel[self.grid]
+            self._compiled[which] = kernel[self.grid]
         return None
 
 

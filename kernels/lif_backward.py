@@ -34,15 +34,13 @@ from .step import (
     number,
     surrogate,
 )
+from .sums import empty_sums, fitted, sum_over_programs, workspace_of
 from .tiles import (
     columns,
     multiple,
     parameter,
-    partial_slot,
     rows_of,
     split,
-    store_partial,
-    summed,
     tile,
 )
 
@@ -111,8 +109,10 @@ def lif_backward_kernel(
     v0_ptr,  # or None
     grad_x_ptr,
     grad_v0_ptr,  # None if v0_ptr is
-    partial_threshold_ptr,  # [programs, planes or columns], or None
-    partial_leak_ptr,
+    grad_threshold_ptr,  # [planes or columns] float32, or None
+    grad_leak_ptr,
+    partial_ptr,  # see sum_over_programs
+    counters_ptr,
     checkpoint_ptr,  # membranes [segments, N], None if not LONG
     N,
     x_stride_t,
@@ -235,18 +235,32 @@ def lif_backward_kernel(
                 g_v += g_u
             tl.store(grad_v0_ptr + n, g_v, mask=mask)
 
-    if partial_threshold_ptr is not None:
-        slot = partial_slot(plane, row_program, col_block, planes, width, col_blocks, INDEX)
-        store_partial(partial_threshold_ptr + slot, sum_threshold, cols, width, INDEX)
-        store_partial(partial_leak_ptr + slot, sum_leak, cols, width, INDEX)
+    if grad_threshold_ptr is not None:
+        sum_over_programs(
+            (sum_threshold, sum_leak),
+            (grad_threshold_ptr, grad_leak_ptr),
+            partial_ptr,
+            counters_ptr,
+            plane,
+            row_program,
+            col_block,
+            cols,
+            planes,
+            width,
+            row_programs,
+            col_blocks,
+            2,
+            INDEX,
+            COLS,
+        )
 
 
 class BackwardPlan(NamedTuple):
-    """A launch, strides of grad_x, shapes of partial sums and of checkpoints."""
+    """A launch, strides of grad_x, how sums are shared, and the shape of checkpoints."""
 
     launch: Launch
     strides: tuple[int, ...]
-    partials: tuple[int, int]  # [programs, C]
+    shared: tuple[int, int, int]  # see workspace_of
     checkpoints: tuple[int, int] | None  # [segments, N]
 
 
@@ -289,7 +303,7 @@ def _plan_backward(
     }
     launch = Launch(lif_backward_kernel, tiles.programs(tiles.row_programs), arguments)
     checkpoints = (segments, tiles.N) if segments else None
-    return BackwardPlan(launch, (tiles.N, *strides[1:]), tiles.partials, checkpoints)
+    return BackwardPlan(launch, (tiles.N, *strides[1:]), tiles.shared, checkpoints)
 
 
 def lif_backward(
@@ -317,11 +331,12 @@ def lif_backward(
     grad_s, plan = planned_in_order(_plan_backward, grad_s, x, *how)
     grad_x = x.new_empty_strided(x.shape, plan.strides)
     grad_v0 = None if v0 is None else empty_membrane(x, True)
-    sums = sums_of_leak = checkpoints = None
-    if need_parameter_grads:
-        sums = x.new_empty(plan.partials, dtype=torch.float32)
-        sums_of_leak = x.new_empty(plan.partials, dtype=torch.float32)
+    grad_threshold = grad_leak = checkpoints = None
     if grad_x.numel() > 0:
+        workspace: tuple[Tensor | None, Tensor | None] = None, None
+        if need_parameter_grads:
+            grad_threshold, grad_leak = empty_sums(x, plan.shared), empty_sums(x, plan.shared)
+            workspace = workspace_of(x, *plan.shared, 2, launch)
         if plan.checkpoints is not None:
             checkpoints = x.new_empty(plan.checkpoints, dtype=torch.float32)
         if v0 is not None:
@@ -332,9 +347,11 @@ def lif_backward(
             plan.launch,
             (
                 *(grad_s, grad_v, x, threshold, leak, v0),
-                *(grad_x, grad_v0, sums, sums_of_leak, checkpoints),
+                *(grad_x, grad_v0, grad_threshold, grad_leak, *workspace, checkpoints),
             ),
             v_reset,
             surrogate_scale,
         )
-    return grad_x, summed(sums, thresholds), summed(sums_of_leak, leaks), grad_v0
+    elif need_parameter_grads:
+        grad_threshold, grad_leak = torch.zeros_like(threshold), torch.zeros_like(leak)
+    return grad_x, fitted(grad_threshold, thresholds), fitted(grad_leak, leaks), grad_v0

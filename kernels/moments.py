@@ -1,10 +1,14 @@
 """Kernels of BatchNorm's statistics: sums over tiles, then mean, variance and 1 / deviation.
 
+The running statistics are written with the bits of torch's ops.
+
 Statistics are those of x - centre, centre the channel's first value, so that a variance far below
 the mean is as exact as one at 0.
 """
 
 from __future__ import annotations
+
+import os
 
 import triton
 import triton.language as tl
@@ -12,11 +16,50 @@ import triton.language as tl
 from .normalised import SIZES, channel_value, place, store_sum
 from .tiles import columns, multiple, rows_of
 
+# The interpreter rounds a fused multiply-add twice.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def count_call(calls_ptr):
+    """One more call of a norm, by the first program: who reads their number is launched later."""
+    if tl.program_id(0) == 0:
+        tl.store(calls_ptr, tl.load(calls_ptr) + 1)
+
+
+@triton.jit
+def towards(old, new, weight):
+    """torch.lerp"""
+    little = tl.abs(weight) < 0.5
+    part, start = tl.where(little, weight, weight - 1.0), tl.where(little, old, new)
+    if INTERPRETED:
+        product = part.to(tl.float64) * (new - old).to(tl.float64)
+        result = (product + start.to(tl.float64)).to(tl.float32)
+    else:
+        result = tl.fma(part, new - old, start)
+    return result
+
+
+@triton.jit
+def update(mean_ptr, var_ptr, calls, momentum, c, mask, mean, unbiased):
+    """Running statistics of channels c, from those of a call, float32; calls: how many there are.
+
+    momentum: NaN where they are means over all calls.
+    """
+    momentum = tl.cast(momentum, tl.float32)
+    share = (1.0 / calls.to(tl.float64)).to(tl.float32)
+    weight = tl.where(momentum == momentum, momentum, share)
+    old_mean = tl.load(mean_ptr + c, mask=mask, other=0.0)
+    old_var = tl.load(var_ptr + c, mask=mask, other=0.0)
+    tl.store(mean_ptr + c, towards(old_mean, mean, weight), mask=mask)
+    tl.store(var_ptr + c, towards(old_var, unbiased, weight), mask=mask)
+
 
 @triton.jit(do_not_specialize=SIZES)
 def moments_kernel(
     x_ptr,
     partial_ptr,  # [splits, 2, C] float64
+    calls_ptr,  # int64 [1], or None: not counted
     x_stride_t,
     timesteps,
     channels,
@@ -54,6 +97,8 @@ def moments_kernel(
             apart = tl.where(mask, x.to(tl.float32) - centre, 0.0)
             total += apart
             square += apart * apart
+    if calls_ptr is not None:
+        count_call(calls_ptr)
     mask = cols < width
     store_sum(partial_ptr, total, first, 0, plane, cols, channels, mask, 2, INDEX)
     store_sum(partial_ptr, square, first, 1, plane, cols, channels, mask, 2, INDEX)
@@ -87,12 +132,16 @@ def finish_moments_kernel(
     mean_ptr,
     var_ptr,
     rstd_ptr,
+    running_mean_ptr,  # [C], or None: not updated
+    running_var_ptr,
+    calls_ptr,  # with this one
     inner_stride,  # from one channel of x to the next
     channels,
     splits,
     count,  # of the values of a channel that were read
     repeated,  # how often x has each of them
     eps,
+    momentum,
     CHANNELS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
@@ -114,3 +163,41 @@ def finish_moments_kernel(
     tl.store(sums_ptr + c, (total + n * centre) * repeated, mask=mask)
     squares = square + 2.0 * centre * total + n * centre * centre
     tl.store(sums_ptr + channels + c, squares * repeated, mask=mask)
+    if running_mean_ptr is not None:
+        values = n * repeated
+        unbiased = tl.fma(variance.to(tl.float32), (values / (values - 1.0)).to(tl.float32), 0.0)
+        calls, mean = tl.load(calls_ptr), (centre + offset).to(tl.float32)
+        update(running_mean_ptr, running_var_ptr, calls, momentum, c, mask, mean, unbiased)
+
+
+@triton.jit(do_not_specialize=["channels"])
+def totals_kernel(
+    totals_ptr,  # [3, C] float64: sums of x and of its square, and how many they are of
+    mean_ptr,
+    rstd_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    calls_ptr,
+    channels,
+    eps,
+    momentum,
+    CHANNELS: tl.constexpr,
+):
+    """One program, which counts the call after it has read how many there were."""
+    calls = tl.load(calls_ptr) + 1
+    for first in range(0, channels, CHANNELS):
+        c = first + tl.arange(0, CHANNELS)
+        mask = c < channels
+        n = tl.load(totals_ptr + 2 * channels + c, mask=mask, other=2.0)
+        mean = tl.load(totals_ptr + c, mask=mask, other=0.0) / n
+        square = tl.load(totals_ptr + channels + c, mask=mask, other=0.0) / n
+        spread = square - tl.fma(mean, mean, 0.0)
+        variance = tl.where(spread < 0.0, 0.0, spread)
+        rstd = 1.0 / tl.sqrt(variance + tl.cast(eps, tl.float64))
+        tl.store(mean_ptr + c, mean.to(tl.float32), mask=mask)
+        tl.store(rstd_ptr + c, rstd.to(tl.float32), mask=mask)
+        unbiased = (variance * (n / (n - 1.0))).to(tl.float32)
+        wide = mean.to(tl.float32)
+        update(running_mean_ptr, running_var_ptr, calls, momentum, c, mask, wide, unbiased)
+    tl.debug_barrier()  # all threads have read it
+    tl.store(calls_ptr, calls)

@@ -29,16 +29,14 @@ from .launch import (
     planned_in_order,
 )
 from .step import SURROGATES, number, spike, surrogate
+from .sums import empty_sums, fitted, sum_over_programs, workspace_of
 from .tiles import (
     columns,
     is_whole,
     multiple,
     parameter,
-    partial_slot,
     rows_of,
     split,
-    store_partial,
-    summed,
     tile,
 )
 
@@ -107,7 +105,9 @@ def single_step_backward_kernel(
     x_ptr,
     threshold_ptr,
     grad_x_ptr,
-    partial_ptr,  # [programs, planes or columns], or None
+    grad_threshold_ptr,  # [planes or columns] float32, or None
+    partial_ptr,  # see sum_over_programs
+    counters_ptr,
     planes,
     rows,
     width,
@@ -141,11 +141,24 @@ def single_step_backward_kernel(
             total = fire_backward(
                 total, g_ptrs, x_ptrs, out_ptrs, threshold, mask, scale, SURROGATE
             )
-    if partial_ptr is not None:
-        slot = partial_slot(
-            plane, row_program, col_block, planes, width, col_blocks, THRESHOLD_INDEX
+    if grad_threshold_ptr is not None:
+        sum_over_programs(
+            (total,),
+            (grad_threshold_ptr,),
+            partial_ptr,
+            counters_ptr,
+            plane,
+            row_program,
+            col_block,
+            cols,
+            planes,
+            width,
+            row_programs,
+            col_blocks,
+            1,
+            THRESHOLD_INDEX,
+            COLS,
         )
-        store_partial(partial_ptr + slot, total, cols, width, THRESHOLD_INDEX)
 
 
 @planned
@@ -183,8 +196,8 @@ def _plan_backward(
     dtype: torch.dtype,
     thresholds: int,
     surrogate: str,
-) -> tuple[Launch, tuple[int, ...], tuple[int, int]] | None:
-    """A launch, strides of grad_x, shape [programs, C] of partial sums; None as in lif.py."""
+) -> tuple[Launch, tuple[int, ...], tuple[int, int, int]] | None:
+    """A launch, strides of grad_x, how sums are shared (see workspace_of); None as in lif.py."""
     if not is_in_order(grad_strides, strides, shape):
         return None
     tiles = tile(shape, strides, thresholds, _BLOCK_BYTES // dtype.itemsize)
@@ -197,7 +210,7 @@ def _plan_backward(
         "VEC": tiles.vector(dtype),
     }
     launch = Launch(single_step_backward_kernel, tiles.programs(tiles.row_programs), arguments)
-    return launch, (tiles.N, *strides[1:]), tiles.partials
+    return launch, (tiles.N, *strides[1:]), tiles.shared
 
 
 def single_step_backward(
@@ -212,10 +225,15 @@ def single_step_backward(
     """-> grad_x [1, *neurons] in the dtype of x, grad_threshold (or None)."""
     check_current(x)
     grad_s, plan = planned_in_order(_plan_backward, grad_s, x, threshold.numel(), surrogate)
-    planned_launch, strides, partials = plan
-    grad_x, sums = x.new_empty_strided(x.shape, strides), None
-    if need_parameter_grads:
-        sums = x.new_empty(partials, dtype=torch.float32)
+    planned_launch, strides, shared = plan
+    grad_x, grad_threshold = x.new_empty_strided(x.shape, strides), None
     if grad_x.numel() > 0:
-        launch(planned_launch, (grad_s, x, threshold, grad_x, sums), surrogate_scale)
-    return grad_x, summed(sums, threshold.numel())
+        workspace: tuple[Tensor | None, Tensor | None] = None, None
+        if need_parameter_grads:
+            grad_threshold = empty_sums(x, shared)
+            workspace = workspace_of(x, *shared, 1, launch)
+        tensors = grad_s, x, threshold, grad_x, grad_threshold, *workspace
+        launch(planned_launch, tensors, surrogate_scale)
+    elif need_parameter_grads:
+        grad_threshold = torch.zeros_like(threshold)
+    return grad_x, fitted(grad_threshold, threshold.numel())

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 # Where the index of a parameter comes from.
 ONE = tl.constexpr(0)
@@ -73,11 +72,11 @@ class Tiling(NamedTuple):
         return vector(dtype, self.N, self.width, self.row_stride, self.plane_stride, *strides)
 
     @property
-    def partials(self) -> tuple[int, int]:
-        """Partial sums of the gradient of a parameter: [programs, C]."""
+    def shared(self) -> tuple[int, int, int]:
+        """Programs that share each channel, channels, and groups of them: see workspace_of."""
         if self.index == COLUMN.value:
-            return self.row_programs, self.width
-        return self.row_programs * self.col_blocks, self.planes
+            return self.row_programs, self.width, self.col_blocks
+        return self.row_programs * self.col_blocks, self.planes, self.planes
 
     def index_of(self, elements: int) -> int:
         return self.index if elements > 1 else ONE.value
@@ -117,16 +116,6 @@ def tile(shape: Sequence[int], strides: Sequence[int], channels: int, block: int
         cols = min(triton.next_power_of_2(width), block)
     rows = neurons // row_stride
     return Tiling(planes, rows, width, row_stride, plane_stride, block // cols, cols, index)
-
-
-def summed(partial: Tensor | None, elements: int) -> Tensor | None:
-    """Partial sums [programs, C] -> the gradient of a parameter of that many elements, 1 or C."""
-    if partial is None:
-        return None
-    programs, channels = partial.shape
-    if isinstance(programs, int) and programs == 1 and channels == elements:
-        return partial.view(elements)  # nothing is left to be summed
-    return partial.sum(0) if elements > 1 else partial.sum().view(1)
 
 
 @triton.jit
@@ -171,23 +160,3 @@ def parameter(ptr, plane, cols, width, INDEX: tl.constexpr):
     else:
         p = tl.load(ptr)
     return p
-
-
-@triton.jit
-def partial_slot(plane, row_program, col_block, planes, width, col_blocks, INDEX: tl.constexpr):
-    """Where this program's partial sums begin in [programs, C]."""
-    if INDEX == COLUMN:
-        slot = row_program * tl.cast(width, tl.int64)
-    else:
-        slot = tl.cast(row_program * col_blocks + col_block, tl.int64) * planes + plane
-    return slot
-
-
-@triton.jit
-def store_partial(ptrs, total, cols, width, INDEX: tl.constexpr):
-    """Store total [ROWS, COLS] summed per parameter: per column, or altogether."""
-    by_column = tl.sum(total, 0, keep_dims=True)
-    if INDEX == COLUMN:
-        tl.store(ptrs + cols, by_column, mask=cols < width)
-    else:
-        tl.store(ptrs, tl.sum(by_column))

@@ -13,14 +13,15 @@ constexpr int64_t kCacheLine = 64;  // bytes; registers of every instruction set
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Uninitialised numbers, aligned to a cache line.
+// Uninitialised numbers, aligned to a cache line; of none, null.
 template <typename item_t>
 class Buffer {
  public:
   explicit Buffer(int64_t count)
-      : data_(static_cast<item_t*>(
-            std::aligned_alloc(kCacheLine, round_up(count * int64_t(sizeof(item_t)) + 1, kCacheLine)))) {
-    if (!data_) throw std::bad_alloc();
+      : data_(count == 0 ? nullptr
+                         : static_cast<item_t*>(
+                               std::aligned_alloc(kCacheLine, round_up(count * int64_t(sizeof(item_t)), kCacheLine)))) {
+    if (!data_ && count != 0) throw std::bad_alloc();
   }
   ~Buffer() { std::free(data_); }
   Buffer(const Buffer&) = delete;

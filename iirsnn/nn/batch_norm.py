@@ -183,12 +183,15 @@ class BatchNormLIF(nn.Module):
         *tensors, options = self._arguments(x)
         s: Tensor
         if group is not None:
-            s, mean, unbiased = _Synchronised.apply(*tensors, norm.eps, options, kernels, group)
-        else:
-            s, mean, var, _ = kernels.forward(*tensors, norm.eps, *options)
-            count = x.numel() // x.shape[2]
-            unbiased = var * (count / (count - 1))
-        update_running_statistics(norm, mean, unbiased)
+            s = _Synchronised.apply(*tensors, norm, options, kernels, group)
+            return s
+        if kernels.counted is not None:
+            s = kernels.counted(*tensors, norm.eps, options, *_kept(norm))
+            if s is not None:
+                return s
+        s, mean, var, _ = kernels.forward(*tensors, norm.eps, *options)
+        count = x.numel() // x.shape[2]
+        update_running_statistics(norm, mean, var * (count / (count - 1)))
         return s
 
 
@@ -213,28 +216,23 @@ class _Synchronised(torch.autograd.Function):
         bias: Tensor | None,
         threshold: Tensor,
         leak: Tensor,
-        eps: float,
+        norm: Any,
         options: tuple[Any, ...],
         kernels: BatchNormBackend,
         group: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        sums, *_ = kernels.moments(x, eps)
+    ) -> Tensor:
+        sums, *_ = kernels.moments(x, norm.eps)
         total = torch.cat([sums, sums.new_full((1, sums.shape[1]), x.numel() // x.shape[2])])
         dist.all_reduce(total, group=group)
-        count = total[2]
-        mean = total[0] / count
-        var = (total[1] / count - mean * mean).clamp(min=0)
-        rstd = (var + eps).rsqrt().float()
-        s = kernels.fire(x, mean.float(), rstd, weight, bias, threshold, leak, *options)
-        ctx.save_for_backward(x, mean.float(), rstd, weight, bias, threshold, leak, count)
+        mean, rstd = _count_totals(norm, total, kernels)
+        ctx.save_for_backward(x, mean, rstd, weight, bias, threshold, leak, total[2])
         ctx.options, ctx.kernels, ctx.group = options, kernels, group
-        mean, unbiased = mean.float(), (var * (count / (count - 1))).float()
-        ctx.mark_non_differentiable(mean, unbiased)
-        return s, mean, unbiased
+        s: Tensor = kernels.fire(x, mean, rstd, weight, bias, threshold, leak, *options)
+        return s
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_s: Tensor, *rest: Any) -> Any:
+    def backward(ctx: Any, grad_s: Tensor) -> Any:
         *saved, count = ctx.saved_tensors
         _, _, rstd, _, _, threshold, leak = saved
         grad_x, sums, workspace = ctx.kernels.gradient_sums(grad_s, *saved, *ctx.options)
@@ -257,6 +255,29 @@ class _Synchronised(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         grads = [grad if want else None for grad, want in zip(grads, wanted[:5], strict=True)]
         return *grads, None, None, None, None
+
+
+def _kept(norm: Any) -> tuple[Any, ...]:
+    """What a norm keeps of its calls, and its momentum, which is None for a mean of all."""
+    return norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum
+
+
+def _count_totals(norm: Any, total: Tensor, kernels: BatchNormBackend) -> tuple[Tensor, Tensor]:
+    """Count a call of a BatchNorm; total float64 [3, C]: sums of x, of its square, and how many.
+
+    -> mean, rstd float32 [C]. On a GPU one kernel, where the norm keeps what it takes.
+    """
+    if kernels.totals is not None:
+        found = kernels.totals(total, norm.eps, *_kept(norm))
+        if found is not None:
+            mean, rstd = found
+            return mean, rstd
+    count = total[2]
+    mean = total[0] / count
+    var = (total[1] / count - mean * mean).clamp(min=0)
+    rstd = (var + norm.eps).rsqrt().float()
+    update_running_statistics(norm, mean.float(), (var * (count / (count - 1))).float())
+    return mean.float(), rstd
 
 
 def next_momentum(norm: Any) -> float:

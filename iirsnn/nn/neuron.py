@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import check_choice
-from ..functional import lif, short_way
+from ..functional import SCALES, lif, short_way
 from ..ops.reference import RESETS, acc_dtype
 from ..ops.surrogates import SURROGATES
 
@@ -101,8 +101,10 @@ class FusedLIF(nn.Module):
         v0 = self._before(x) if self.stateful else None
         return_v = self.return_v or self.stateful
         result = None
-        if not self.packed:
-            result = short_way(
+        call = None if self.packed else short_way()
+        if call is not None:
+            scale = self.surrogate_scale
+            result = call(
                 self.backend,
                 x,
                 threshold,
@@ -112,7 +114,7 @@ class FusedLIF(nn.Module):
                 self.v_reset,
                 self.detach_reset,
                 self.surrogate,
-                self.surrogate_scale,
+                SCALES.get(self.surrogate) if scale is None else scale,
                 return_v,
             )
         if result is None:

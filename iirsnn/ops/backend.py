@@ -80,7 +80,7 @@ def _hand_over() -> None:
         eager = importlib.import_module("iirsnn.kernels.eager")
         normed = importlib.import_module("iirsnn.kernels.eager_batch_norm")
         sys.modules["iirsnn._C"].take_triton(
-            eager.forward, eager.backward, normed.forward, normed.backward
+            eager.forward, eager.backward, normed.forward_counted, normed.backward
         )
 
 
@@ -147,6 +147,9 @@ class BatchNormBackend:
     fire: Callable[..., Any]
     gradient_sums: Callable[..., Any]
     grad_x: Callable[..., Any]
+    # what counts a call of a norm in the same launches, or returns None: see nn/batch_norm.py
+    counted: Callable[..., Any] | None = None
+    totals: Callable[..., Any] | None = None
 
     @staticmethod
     @functools.cache
@@ -175,15 +178,26 @@ def choose_batch_norm(name: str, x: torch.Tensor) -> BatchNormBackend | str:
     if x.dtype not in _FUSED_DTYPES[resolved]:
         wanted = ", ".join(str(dtype) for dtype in _FUSED_DTYPES[resolved])
         return f"backend {resolved} takes {wanted}, got {x.dtype}"
-    if resolved == "triton" and not torch.compiler.is_compiling():
-        return _batch_norm_by_triton()
+    if resolved != "cpu" and not torch.compiler.is_compiling():
+        return _batch_norm_by_triton() if resolved == "triton" else _batch_norm_by_cuda()
     return BatchNormBackend.of(resolved)
+
+
+@functools.cache
+def _batch_norm_by_cuda() -> BatchNormBackend:
+    return replace(BatchNormBackend.of("cuda"), totals=direct("bn_lif_totals"))
 
 
 @functools.cache
 def _batch_norm_by_triton() -> BatchNormBackend:
     eager = importlib.import_module("iirsnn.kernels.eager_batch_norm")
-    return replace(BatchNormBackend.of("triton"), forward=eager.call, fire=eager.fire)
+    return replace(
+        BatchNormBackend.of("triton"),
+        forward=eager.call,
+        fire=eager.fire,
+        counted=eager.counted,
+        totals=eager.totals,
+    )
 
 
 def direct(name: str = "lif_call") -> Callable[..., Any] | None:
@@ -193,11 +207,10 @@ def direct(name: str = "lif_call") -> Callable[..., Any] | None:
     where that has to take them. bn_lif_call does the same for `BatchNormLIF` in training, and
     spike_origin, spike_product and spike_average_pool for spike layers.
     """
-    if "import" not in _compiled_reason:
-        _compiled_reason["import"] = build.load()
-    if _compiled_reason["import"] is not None:
-        return None
-    return getattr(sys.modules["iirsnn._C"], name, None)
+    reason = _compiled_reason.get("import", "")
+    if reason == "":
+        reason = _compiled_reason["import"] = build.load()
+    return None if reason is not None else getattr(sys.modules["iirsnn._C"], name, None)
 
 
 @functools.cache

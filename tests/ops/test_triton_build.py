@@ -29,6 +29,8 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.uint8: "u8",
+    torch.float64: "fp64",
+    torch.int32: "i32",
 }
 CHANNELS = {"threshold_channels": True, "leak_channels": True}
 CASES = [
@@ -118,13 +120,15 @@ def global_accesses(kernel, folder: Path, stack: int = 0) -> tuple[list[int], li
 @pytest.mark.parametrize(
     ("arch", "case"), COMPILED, ids=[f"sm_{arch} {case.name}" for arch, case in COMPILED]
 )
-def test_nothing_spills_and_accesses_are_wide(monkeypatch, tmp_path, arch, case):
-    """All but parameters (2 loads) and partial sums (2 stores) moves 16 bytes at a time."""
+@pytest.mark.parametrize("sums", [False, True])
+def test_nothing_spills_and_accesses_are_wide(monkeypatch, tmp_path, arch, case, sums):
+    """All but parameters (2 loads) moves 16 bytes at a time, sums over programs (doubles) not."""
     a = inputs(case)
 
     def call():
         TRITON.forward(a.x, a.threshold, a.leak, a.v0, *options(case), case.v0)
-        TRITON.backward(*(a.grad_s, a.grad_v, a.x, a.threshold, a.leak, a.v0), *options(case), True)
+        tensors = a.grad_s, a.grad_v, a.x, a.threshold, a.leak, a.v0
+        TRITON.backward(*tensors, *options(case), sums)
 
     timesteps = case.shape[0]
     for name, kernel in compile_launches(monkeypatch, arch, call).items():
@@ -133,8 +137,12 @@ def test_nothing_spills_and_accesses_are_wide(monkeypatch, tmp_path, arch, case)
         parks = timesteps >= 8 or case.name == "attached hard"
         stack = 16 if name == "lif_backward_kernel" and parks else 0
         loads, stores = global_accesses(kernel, tmp_path, stack)
+        if sums and "backward" in name:  # then two gradients and two counters are stored
+            loads, stores = ([bits for bits in moved if bits != 64] for moved in (loads, stores))
+            assert sum(bits != 128 for bits in stores) <= 4
+        else:
+            assert set(stores) == {128}
         assert sum(bits != 128 for bits in loads) <= 2
-        assert sum(bits != 128 for bits in stores) <= (2 if "backward" in name else 0)
         if name == "lif_forward_kernel" and timesteps <= 8 and case.layout == "contiguous":
             membranes = int(case.v0)
             assert loads.count(128) == stores.count(128) == timesteps + membranes

@@ -69,6 +69,16 @@ def test_triton_is_asked_for_tensors_that_are_not_aligned():
     assert len(kernel.launched) == 1
 
 
+def test_a_kernel_without_a_tensor_is_another_one():
+    """As the two passes backward of BatchNormLIF are, and need_parameter_grads."""
+    kernel, launch = a_launch()
+    x = torch.empty(8)
+    for tensors in ((x, None), (x, x)) * 3:
+        launch(tensors, 0.5)
+    assert [arguments[1] is None for _, arguments in kernel.asked] == [True, False]
+    assert [arguments[1] is None for _, arguments in kernel.launched] == [True, False] * 2
+
+
 def test_a_missing_argument_is_seen():
     with pytest.raises(KeyError, match="stride"):
         Launch(Kernel(), 3, {"KIND": 1, "N": 5})

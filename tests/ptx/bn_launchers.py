@@ -25,12 +25,29 @@ from tests.ptx.cuda_launchers import (
 )
 
 
+class Running(ctypes.Structure):
+    _fields_ = [
+        *((name, POINTER) for name in ("mean", "var", "calls")),
+        ("momentum", DOUBLE),
+    ]
+
+
 class Moments(ctypes.Structure):
     _fields_ = [
         ("shape", Shape),
         ("eps", DOUBLE),
         *((name, POINTER) for name in ("x", "sums", "mean", "var", "rstd")),
         *((name, POINTER) for name in ("workspace", "counters")),
+        ("running", Running),
+    ]
+
+
+class Totals(ctypes.Structure):
+    _fields_ = [
+        ("channels", INT64),
+        ("eps", DOUBLE),
+        *((name, POINTER) for name in ("totals", "mean", "rstd")),
+        ("running", Running),
     ]
 
 
@@ -63,7 +80,7 @@ class BnLaunchers:
 
     def __init__(self, launchers: Launchers) -> None:
         self.launchers, self.lib = launchers, launchers.lib
-        for name in ("bn_moments", "bn_fire", "bn_sums", "bn_grad_x"):
+        for name in ("bn_moments", "bn_totals", "bn_fire", "bn_sums", "bn_grad_x"):
             getattr(self.lib, name).restype = ctypes.c_char_p
         for name in ("bn_counters", "bn_moments_workspace", "bn_workspace"):
             getattr(self.lib, name).restype = INT64
@@ -81,17 +98,38 @@ class BnLaunchers:
         counters = torch.zeros(self.lib.bn_counters(ctypes.byref(shape)), dtype=torch.int32)
         return nans(-(-size(ctypes.byref(shape)) // 4)), counters
 
-    def moments(self, x: Tensor, eps: float) -> tuple[Tensor, ...]:
+    @staticmethod
+    def running(kept: Any, momentum: float | None) -> tuple[Running, dict[str, Tensor]]:
+        """kept: mean, var, calls, or None."""
+        named = dict(zip(("running_mean", "running_var", "calls"), kept or (), strict=bool(kept)))
+        many = [pointer(tensor) for tensor in named.values()] or [None] * 3
+        return Running(*many, math.nan if momentum is None else momentum), named
+
+    def moments(
+        self, x: Tensor, eps: float, kept: Any = None, momentum: float | None = None
+    ) -> tuple[Tensor, ...]:
         shape, channels = self.shape(x), x.shape[2]
         sums = nans(2, channels, dtype=torch.float64)
         mean, var, rstd = (nans(channels) for _ in range(3))
         workspace, counters = self.scratch(shape, self.lib.bn_moments_workspace)
         known = {"x": x, "sums": sums, "mean": mean, "var": var, "rstd": rstd}
         known |= {"workspace": workspace, "counters": counters}
-        args = Moments(shape, eps, *map(pointer, known.values()))
-        self.launchers.call(self.lib.bn_moments, ctypes.byref(args), **known)
+        running, named = self.running(kept, momentum)
+        args = Moments(shape, eps, *map(pointer, known.values()), running)
+        self.launchers.call(self.lib.bn_moments, ctypes.byref(args), **known, **named)
         assert not counters.any()
         return sums, mean, var, rstd
+
+    def totals(
+        self, totals: Tensor, eps: float, kept: Any, momentum: float | None
+    ) -> tuple[Tensor, Tensor]:
+        channels = totals.shape[1]
+        mean, rstd = nans(channels), nans(channels)
+        running, named = self.running(kept, momentum)
+        known = {"totals": totals, "mean": mean, "rstd": rstd}
+        args = Totals(channels, eps, *map(pointer, known.values()), running)
+        self.launchers.call(self.lib.bn_totals, ctypes.byref(args), **known, **named)
+        return mean, rstd
 
     def call(self, launch: Any, x: Tensor, given: tuple[Any, ...], **others: Any) -> None:
         *tensors, reset, v_reset, detach, surrogate, scale = given

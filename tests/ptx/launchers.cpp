@@ -49,6 +49,10 @@ const char* bn_moments(const iirsnn::BnLifMoments* args) {
   return caught([&] { iirsnn::bn_lif_moments_cuda(*args, nullptr); });
 }
 
+const char* bn_totals(const iirsnn::BnLifTotals* args) {
+  return caught([&] { iirsnn::bn_lif_totals_cuda(*args, nullptr); });
+}
+
 const char* bn_fire(const iirsnn::BnLifCuda* args) {
   return caught([&] { iirsnn::bn_lif_fire_cuda(*args, nullptr); });
 }

@@ -209,7 +209,7 @@ class BackwardScratch {
  public:
   enum Row { kSlopes, kGradV, kGradReset, kZeros, kV0, kGradVAfter, kGradV0, kRows };
   explicit BackwardScratch(const LifShape& shape)
-      : stride_(block_neurons(shape) + kCacheLine / int64_t(sizeof(acc_t))),
+      : stride_(std::min(block_neurons(shape), row_neurons(shape)) + kCacheLine / int64_t(sizeof(acc_t))),
         segments_((shape.timesteps - 1) / kSegment),
         rows_(kRows + segments_ + std::min<int64_t>(shape.timesteps, kSegment)) {}
   acc_t* operator[](Row k) { return row(k); }
@@ -284,13 +284,12 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
   using acc_t = typename Convert<scalar_t>::acc_t;
   using x_t = kernel_t<scalar_t>;
   using Rows = BackwardScratch<acc_t>;
-  constexpr int kStride = kRow<x_t>, kCount = kSums<kPass != Pass::all>;
+  constexpr int kCount = kSums<kPass != Pass::all>;
   const LifShape& shape = args.shape;
-  const int64_t steps = shape.timesteps;
+  const int64_t steps = shape.timesteps, stride = row_stride<x_t>(shape), acc_stride = row_stride<acc_t>(shape);
   const auto fast = through_time<x_t, kPass>(args);
   const RowLoops<x_t> loops = row_loops<x_t, kPass != Pass::all>(args);
-  const bool some_staged = std::is_same_v<scalar_t, Half> || last_chunk == chunks_of(shape);
-  const Buffer<x_t> copies(some_staged ? 3 * steps * kStride : 0);
+  const Buffer<x_t> copies(some_staged<scalar_t>(shape, last_chunk) ? 3 * steps * stride : 0);
   BackwardScratch<acc_t> scratch(shape);
   ChannelSums<acc_t> channel_sums(shape, sums ? kCount : 0);
   BackwardRow<x_t> row{};
@@ -321,14 +320,14 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
       block.grad_v0 = grad_v0;
       if (copied) {
         block.x = block.next = copies.get();
-        block.grad_s = copies.get() + steps * kStride;
-        block.grad_x = copies.get() + 2 * steps * kStride;
-        block.x_stride = block.grad_s_stride = block.grad_x_stride = kStride;
+        block.grad_s = copies.get() + steps * stride;
+        block.grad_x = copies.get() + 2 * steps * stride;
+        block.x_stride = block.grad_s_stride = block.grad_x_stride = stride;
         row.past_caches = false;
-        stage(x, shape.x_stride_t, steps, n, copies.get());
-        stage(grad_s, args.grad_s_stride_t, steps, n, copies.get() + steps * kStride);
-        if (v0) stage(v0, 0, 1, n, scratch[Rows::kV0]);
-        if (grad_v) stage(grad_v, 0, 1, n, scratch[Rows::kGradVAfter]);
+        stage(x, shape.x_stride_t, steps, n, copies.get(), stride);
+        stage(grad_s, args.grad_s_stride_t, steps, n, copies.get() + steps * stride, stride);
+        if (v0) stage(v0, 0, 1, n, scratch[Rows::kV0], acc_stride);
+        if (grad_v) stage(grad_v, 0, 1, n, scratch[Rows::kGradVAfter], acc_stride);
         block.v0 = v0 ? scratch[Rows::kV0] : nullptr;
         block.grad_v = grad_v ? scratch[Rows::kGradVAfter] : nullptr;
         block.grad_v0 = grad_v0 ? scratch[Rows::kGradV0] : nullptr;
@@ -348,8 +347,8 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
         backward_block(block, loops, scratch, row);
       }
       if (sums) channel_sums.add(range, row.parameters, sums + chunk * totals);
-      if (copied && !(fast && kPass == Pass::sums)) unstage(block.grad_x, steps, n, grad_x, shape.neurons);
-      if (copied && grad_v0) unstage(block.grad_v0, 1, n, grad_v0, 0);
+      if (copied && !(fast && kPass == Pass::sums)) unstage(block.grad_x, stride, steps, n, grad_x, shape.neurons);
+      if (copied && grad_v0) unstage(block.grad_v0, acc_stride, 1, n, grad_v0, 0);
     });
   }
   settle();

@@ -23,9 +23,15 @@ constexpr int64_t kMaxChunks = 256;
 template <typename acc_t>
 constexpr int kLanes = kVectorBytes / sizeof(acc_t);
 
-// From row to row of scratch memory: a cache line more than a block, or the rows would share sets of the L1 cache.
+// Neurons of a row of scratch memory at most, rounded up as packing does: a small layer needs little of it, and asking
+// for more costs it more than all the rest.
+inline int row_neurons(const LifShape& shape) { return int(std::min<int64_t>(kBlock, round_up(shape.neurons, kWord))); }
+
+// From row to row: a cache line more, or they would share sets of the L1 cache.
 template <typename acc_t>
-constexpr int kRow = kBlock + 64 / sizeof(acc_t);
+int row_stride(const LifShape& shape) {
+  return row_neurons(shape) + 64 / int(sizeof(acc_t));
+}
 
 // f(a number of the dtype).
 template <typename F>

@@ -40,7 +40,8 @@ template <typename scalar_t>
 void grad_x_blocks(const BnLif& args, Channels<float>& channels, int64_t first_chunk, int64_t last_chunk) {
   const LifShape& shape = args.shape;
   const auto kernel = version<GradRows<scalar_t>>();
-  const Buffer<scalar_t> copies(last_chunk == chunks_of(shape) ? 2 * shape.timesteps * kRow<scalar_t> : 0);
+  const int64_t stride = row_stride<scalar_t>(shape);
+  const Buffer<scalar_t> copies(some_staged<scalar_t>(shape, last_chunk) ? 2 * shape.timesteps * stride : 0);
   // from the last chunk to the first: what the pass before has read last is still in the cache
   for (int64_t chunk = last_chunk - 1; chunk >= first_chunk; --chunk) {
     for_each_block(shape, chunk, [&](const Range& range) {
@@ -55,14 +56,14 @@ void grad_x_blocks(const BnLif& args, Channels<float>& channels, int64_t first_c
                                 channels.of(range)};
       const bool copied = staged<scalar_t>(range.n);
       if (copied) {
-        block.x_stride = block.grad_x_stride = kRow<scalar_t>;
+        block.x_stride = block.grad_x_stride = stride;
         block.x = copies.get();
-        block.grad_x = copies.get() + shape.timesteps * kRow<scalar_t>;
-        stage(x, shape.x_stride_t, shape.timesteps, range.n, copies.get());
-        stage(grad_x, shape.neurons, shape.timesteps, range.n, block.grad_x);
+        block.grad_x = copies.get() + shape.timesteps * stride;
+        stage(x, shape.x_stride_t, shape.timesteps, range.n, copies.get(), stride);
+        stage(grad_x, shape.neurons, shape.timesteps, range.n, block.grad_x, stride);
       }
       kernel(&block);
-      if (copied) unstage(block.grad_x, shape.timesteps, range.n, grad_x, shape.neurons);
+      if (copied) unstage(block.grad_x, stride, shape.timesteps, range.n, grad_x, shape.neurons);
     });
   }
 }

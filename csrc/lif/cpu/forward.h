@@ -95,15 +95,14 @@ void forward_blocks(const LifForward& args, Channels<typename Convert<scalar_t>:
                     int64_t last_chunk, F packed) {
   using acc_t = typename Convert<scalar_t>::acc_t;
   using x_t = kernel_t<scalar_t>;
-  constexpr int kStride = kRow<x_t>;
   const LifShape& shape = args.shape;
-  const int64_t steps = shape.timesteps;
+  const int64_t steps = shape.timesteps, stride = row_stride<x_t>(shape), acc_stride = row_stride<acc_t>(shape);
   const auto kernel = with_reset(
       args.reset, [](auto reset) { return version<ForwardRows<x_t, decltype(reset)::value, kNormalised>>(); });
-  const bool some_staged = std::is_same_v<scalar_t, Half> || last_chunk == chunks_of(shape);
-  const Buffer<x_t> x_rows(some_staged ? steps * kStride : 0), s_rows(some_staged || args.bits ? steps * kStride : 0);
-  const Buffer<acc_t> membranes(some_staged || steps > kAtOnce ? 3 * kRow<acc_t> : 0);
-  acc_t* const held = membranes.get() + 2 * kRow<acc_t>;
+  const bool copies = some_staged<scalar_t>(shape, last_chunk);
+  const Buffer<x_t> x_rows(copies ? steps * stride : 0), s_rows(copies || args.bits ? steps * stride : 0);
+  const Buffer<acc_t> membranes(copies || steps > kAtOnce ? 3 * acc_stride : 0);
+  acc_t* const held = membranes.get() + 2 * acc_stride;
   ForwardBlock<x_t> block{};
   block.v_reset = acc_t(args.v_reset);
   // from the last chunk to the first: what a pass before has read last is still in the cache
@@ -120,17 +119,17 @@ void forward_blocks(const LifForward& args, Channels<typename Convert<scalar_t>:
       block.v0 = v0;
       block.v = v;
       block.s = s_rows.get();
-      block.s_stride = kStride;
+      block.s_stride = stride;
       block.past_caches = false;
       if (copied) {
-        stage(x, shape.x_stride_t, steps, n, x_rows.get());
+        stage(x, shape.x_stride_t, steps, n, x_rows.get(), stride);
         block.x = x_rows.get();
-        block.x_stride = kStride;
+        block.x_stride = stride;
         if (v0) {
-          stage(v0, 0, 1, n, membranes.get());
+          stage(v0, 0, 1, n, membranes.get(), acc_stride);
           block.v0 = membranes.get();
         }
-        if (v) block.v = membranes.get() + kRow<acc_t>;
+        if (v) block.v = membranes.get() + acc_stride;
       } else if constexpr (!std::is_same_v<scalar_t, Half>) {
         block.x = x;
         block.x_stride = shape.x_stride_t;
@@ -150,9 +149,9 @@ void forward_blocks(const LifForward& args, Channels<typename Convert<scalar_t>:
         block.x += kAtOnce * block.x_stride;
         block.s += kAtOnce * block.s_stride;
       }
-      if (!s) packed(range, s_rows.get(), kStride);
-      if (copied && s) unstage(s_rows.get(), steps, n, s, shape.neurons);
-      if (copied && v) unstage(last_v, 1, n, v, 0);
+      if (!s) packed(range, s_rows.get(), stride);
+      if (copied && s) unstage(s_rows.get(), stride, steps, n, s, shape.neurons);
+      if (copied && v) unstage(last_v, acc_stride, 1, n, v, 0);
     });
   }
   settle();

@@ -127,7 +127,9 @@ Channels<acc_t>::Channels(const LifShape& shape, const Values& values)
       values_(values),
       wide_(wide<acc_t>(shape)),
       once_(!wide_ && in_one_row(shape, kLongRow)),
-      stride_((once_ ? shape.channels * shape.inner : 0) + kRow<acc_t> + kLanes<acc_t>),
+      stride_(shape.channels == 1
+                  ? 0
+                  : (once_ ? shape.channels * shape.inner : 0) + row_stride<acc_t>(shape) + kLanes<acc_t>),
       rows_([&] {
         for (int k = 0; k < kParameters; ++k) {
           if (!values[k]) continue;
@@ -181,7 +183,7 @@ void Channels<acc_t>::fill(const Range& range) {
   const int n = (range.n + kLanes<acc_t> - 1) / kLanes<acc_t> * kLanes<acc_t>;
   if (phase < first_ || phase + n > first_ + filled_) {
     first_ = once_ ? 0 : phase;
-    filled_ = once_ ? period + kBlock : n;
+    filled_ = once_ ? period + row_neurons(shape_) : n;
     for (int i = 0; i < count_; ++i) {
       run<SpreadRow<acc_t>>(&shape_, values_[used_[i]], first_, int(filled_), row(used_[i]));
     }
@@ -204,7 +206,8 @@ ChannelSums<acc_t>::ChannelSums(const LifShape& shape, int count)
       count_(count),
       wide_(wide<acc_t>(shape)),
       once_(!wide_ && in_one_row(shape, kLongSums)),
-      stride_((once_ ? shape.channels * shape.inner : 0) + kRow<acc_t> + kLanes<acc_t>),
+      stride_(kLanes<acc_t> +
+              (shape.channels == 1 ? 0 : (once_ ? shape.channels * shape.inner : 0) + row_stride<acc_t>(shape))),
       most_(std::max<int64_t>(1, kHeldTerms / shape.timesteps) *
             std::max<int64_t>(shape.channels * shape.inner, block_neurons(shape))),
       rows_(count * stride_) {
@@ -227,7 +230,7 @@ void ChannelSums<acc_t>::add(const Range& range, const Parameters<acc_t>& parame
     if (wide_) {
       run<SumPieces<acc_t>>(&shape_, row, &range, parameters.pieces, total);
     } else {
-      const int width = once_ ? int(shape_.channels * shape_.inner) + kBlock : range.n;
+      const int width = once_ ? int(shape_.channels * shape_.inner) + row_neurons(shape_) : range.n;
       run<SumRow<acc_t>>(&shape_, row, once_ ? 0 : range.begin, width, total);
       std::fill_n(row, width, acc_t(0));
     }

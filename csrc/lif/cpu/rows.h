@@ -147,6 +147,12 @@ template <typename scalar_t>
 bool staged(int n) {
   return std::is_same_v<scalar_t, Half> || n != whole_vectors<scalar_t>(n);
 }
+// Whether any block of some chunks is: of whole vectors all are but the last.
+template <typename scalar_t>
+bool some_staged(const LifShape& shape, int64_t last_chunk) {
+  const bool rest = last_chunk == chunks_of(shape) && shape.neurons % kLanes<typename Convert<scalar_t>::acc_t> != 0;
+  return std::is_same_v<scalar_t, Half> || rest;
+}
 
 void copy_row(const Half* from, float* to, int n);
 void copy_row(const float* from, Half* to, int n);
@@ -155,16 +161,19 @@ void copy_row(const scalar_t* from, scalar_t* to, int n) {
   std::copy_n(from, n, to);
 }
 
+// rows_stride: see row_stride.
 template <typename scalar_t>
-void stage(const scalar_t* from, int64_t stride, int64_t timesteps, int n, kernel_t<scalar_t>* rows) {
-  for (int64_t t = 0; t < timesteps; ++t, rows += kRow<kernel_t<scalar_t>>) {
+void stage(const scalar_t* from, int64_t stride, int64_t timesteps, int n, kernel_t<scalar_t>* rows,
+           int64_t rows_stride) {
+  for (int64_t t = 0; t < timesteps; ++t, rows += rows_stride) {
     copy_row(from + t * stride, rows, n);
     std::fill(rows + n, rows + whole_vectors<scalar_t>(n), kernel_t<scalar_t>{});
   }
 }
 template <typename scalar_t>
-void unstage(const kernel_t<scalar_t>* rows, int64_t timesteps, int n, scalar_t* to, int64_t stride) {
-  for (int64_t t = 0; t < timesteps; ++t) copy_row(rows + t * kRow<kernel_t<scalar_t>>, to + t * stride, n);
+void unstage(const kernel_t<scalar_t>* rows, int64_t rows_stride, int64_t timesteps, int n, scalar_t* to,
+             int64_t stride) {
+  for (int64_t t = 0; t < timesteps; ++t) copy_row(rows + t * rows_stride, to + t * stride, n);
 }
 
 }  // namespace iirsnn

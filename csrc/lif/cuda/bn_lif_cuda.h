@@ -1,4 +1,5 @@
-// BatchNorm, with the statistics of its input, and LIF in one, on CUDA: two launches forward, two backward.
+// BatchNorm, with the statistics of its input, and LIF in one, on CUDA: two launches forward, two backward. The running
+// statistics are written by the first.
 //
 // Moved per neuron and timestep, in elements of x:
 //   forward   1 read for the statistics; 1 read, 1 written for the spikes
@@ -49,6 +50,13 @@ struct BnLifCuda {
   uint32_t* counters;     // bn_lif_counters_cuda(), all 0; so are they left
 };
 
+// What a BatchNorm keeps of its calls, which one more is counted in. mean: null where nothing is kept.
+struct BnLifRunning {
+  float *mean, *var;  // [C] each, the variance unbiased
+  int64_t* calls;
+  double momentum;  // NaN: they are means over all calls
+};
+
 struct BnLifMoments {
   LifShape shape;
   double eps;
@@ -59,6 +67,17 @@ struct BnLifMoments {
   float* rstd;
   void* workspace;  // bn_lif_moments_workspace_cuda() bytes
   uint32_t* counters;
+  BnLifRunning running;
+};
+
+// Of what several processes have added up.
+struct BnLifTotals {
+  int64_t channels;
+  double eps;
+  const double* totals;  // [3, C]: sums of x and of its square, and how many they are of
+  float* mean;           // [C] each
+  float* rstd;
+  BnLifRunning running;
 };
 
 constexpr int kBnLifCudaSums = 4;
@@ -66,6 +85,7 @@ constexpr int kBnLifCudaSums = 4;
 int64_t bn_lif_counters_cuda(const LifShape& shape);  // at most
 int64_t bn_lif_moments_workspace_cuda(const LifShape& shape);
 void bn_lif_moments_cuda(const BnLifMoments& args, void* stream);
+void bn_lif_totals_cuda(const BnLifTotals& args, void* stream);
 void bn_lif_fire_cuda(const BnLifCuda& args, void* stream);
 int64_t bn_lif_workspace_cuda(const LifShape& shape);
 // Writes sums and what follows from them.

@@ -1,4 +1,4 @@
-// The statistics of BatchNorm: one pass over x, one launch.
+// The statistics of BatchNorm, and the running ones: one pass over x, one launch.
 //
 // Sums are taken of x - centre, centre the channel's first value, so that a variance far below the mean is as exact as
 // one at 0: in float over the packets that a thread asks for at once, in double over all of them.
@@ -9,6 +9,7 @@ namespace iirsnn::cuda {
 namespace {
 
 constexpr int kAtOnce = 4;  // packets that a thread asks for before it needs the first
+constexpr int kTotalsThreads = 512;
 
 struct MomentsOut {
   double *sums, *partials;
@@ -16,7 +17,33 @@ struct MomentsOut {
   uint32_t* counters;
   double eps, count;  // of the values that are read of a channel
   int64_t repeated;   // how often x has each of them
+  BnLifRunning running;
 };
+
+// As torch's lerp.
+__device__ __forceinline__ float towards(float from, float to, float weight) {
+  const bool little = fabsf(weight) < 0.5f;
+  return __fmaf_rn(little ? weight : weight - 1.0f, to - from, little ? from : to);
+}
+
+// With torch's bits. unbiased: the variance.
+__device__ __forceinline__ void update(const BnLifRunning& running, int64_t channel, float mean, float unbiased) {
+  const double momentum = isnan(running.momentum) ? 1 / double(*running.calls + 1) : running.momentum;
+  running.mean[channel] = towards(running.mean[channel], mean, float(momentum));
+  running.var[channel] = towards(running.var[channel], unbiased, float(momentum));
+}
+
+// Counts the call in the last of `blocks` to come here: the others have read how many there were. counter: 0 before and
+// after.
+__device__ __forceinline__ void count_call(const BnLifRunning& running, int64_t blocks, uint32_t* counter) {
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  __threadfence();
+  if (atomicAdd(counter, 1u) + 1 != blocks) return;
+  __threadfence();
+  *counter = 0;
+  ++*running.calls;
+}
 
 template <typename scalar_t>
 __device__ __forceinline__ float centre_of(const scalar_t* x, const Walk& walk, int64_t channel) {
@@ -66,17 +93,38 @@ __global__ void __launch_bounds__(kWalkThreads, 1)
   if (!sum_group(total, sums, walk, place, out.partials, out.counters)) return;
   for (int i = threadIdx.x; i < walk.cols * kChannels; i += kWalkThreads) {
     const int64_t channel = int64_t(place.group) * walk.cols * kChannels + i;
-    if (channel >= walk.channels) return;
+    if (channel >= walk.channels) break;
     const double* of_column = total + i / kChannels * 2 * kChannels + i % kChannels;
     const double sum = of_column[0], squares = of_column[kChannels], start = centre_of(x, walk, channel);
     const double offset = sum / out.count, spread = squares / out.count - offset * offset;
     const double variance = spread < 0 ? 0 : spread;  // below 0 by rounding; NaN stays
     out.mean[channel] = float(start + offset);
     out.var[channel] = float(variance);
+    if (out.running.mean != nullptr) {
+      const double values = out.count * out.repeated;
+      update(out.running, channel, float(start + offset), mul(float(variance), float(values / (values - 1))));
+    }
     out.rstd[channel] = float(1 / sqrt(variance + out.eps));
     out.sums[channel] = (sum + out.count * start) * out.repeated;
     out.sums[walk.channels + channel] = (squares + 2 * start * sum + out.count * start * start) * out.repeated;
   }
+  if (out.running.mean != nullptr)
+    count_call(out.running, walk.groups, out.counters + walk.groups * (1 + walk.clusters()));
+}
+
+// One block, so that it reads how many calls there were before it counts its own.
+__global__ void __launch_bounds__(kTotalsThreads, 1) totals_kernel(const __grid_constant__ BnLifTotals args) {
+  for (int64_t channel = threadIdx.x; channel < args.channels; channel += kTotalsThreads) {
+    const double count = args.totals[2 * args.channels + channel];
+    const double mean = args.totals[channel] / count;
+    const double spread = args.totals[args.channels + channel] / count - mean * mean;
+    const double variance = spread < 0 ? 0 : spread;  // below 0 by rounding; NaN stays
+    args.mean[channel] = float(mean);
+    args.rstd[channel] = float(1 / sqrt(variance + args.eps));
+    update(args.running, channel, float(mean), float(variance * (count / (count - 1))));
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) ++*args.running.calls;
 }
 
 int packet_of(const BnLifMoments& args) { return walk_packet(args.shape, whole_packet(args.shape), 0, args.x); }
@@ -100,8 +148,8 @@ void bn_lif_moments_cuda(const BnLifMoments& args, void* stream_) {
   const int64_t timesteps = shape.x_stride_t == 0 ? 1 : shape.timesteps;
   const double count = double(timesteps) * double(shape.neurons / shape.channels);
   const MomentsOut out{
-      args.sums, static_cast<double*>(args.workspace), args.mean, args.var, args.rstd, args.counters, args.eps,
-      count,     shape.timesteps / timesteps};
+      args.sums, static_cast<double*>(args.workspace), args.mean,   args.var, args.rstd, args.counters, args.eps,
+      count,     shape.timesteps / timesteps,          args.running};
   with_float(shape.dtype, [&](auto dtype) {
     using scalar_t = decltype(dtype);
     with_packet<scalar_t, false>(shape, size, [&](auto packet, auto columns) {
@@ -110,6 +158,11 @@ void bn_lif_moments_cuda(const BnLifMoments& args, void* stream_) {
     });
   });
   check_launch("bn_lif_moments");
+}
+
+void bn_lif_totals_cuda(const BnLifTotals& args, void* stream) {
+  totals_kernel<<<1, kTotalsThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+  check_launch("bn_lif_totals");
 }
 
 }  // namespace iirsnn

@@ -1,10 +1,15 @@
 // The shortest way from Python to a training step of BatchNorm and LIF in one: arguments read in C++, one dispatch, and
 // the running statistics.
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/record_function.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
 
+#include <cmath>
+#include <optional>
 #include <utility>
+#include <vector>
 
 #include "lif/torch/bn_lif_ops.h"
 #include "lif/torch/call_arguments.h"
@@ -16,29 +21,28 @@ namespace {
 
 namespace py = pybind11;
 
-// What a BatchNorm keeps: [C], [C] and a number.
-struct Running {
-  Tensor mean, var, calls;
-
-  // As update_running_statistics of iirsnn/nn/batch_norm.py, with its bits.
-  void update(const Tensor& batch_mean, Tensor batch_var, double count, double momentum) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    const double unbiased = count / (count - 1);
-    if (mean.is_cpu()) {  // by hand: a dispatch costs more
-      float* of = batch_var.mutable_data_ptr<float>();
-      for (int64_t c = 0; c < batch_var.numel(); ++c) of[c] *= float(unbiased);
-      ++*calls.mutable_data_ptr<int64_t>();
-    } else {
-      batch_var.mul_(unbiased);
-      calls.add_(1);
-    }
-    mean.lerp_(batch_mean, momentum);
-    var.lerp_(batch_var, momentum);
-    for (const Tensor* written : {&mean, &var, &calls}) {
-      if (!written->is_inference()) written->unsafeGetTensorImpl()->bump_version();
-    }
+// As update_running_statistics of iirsnn/nn/batch_norm.py, with its bits.
+void count_call(const Running& running, const Tensor& mean, Tensor var, double count) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const double unbiased = count / (count - 1);
+  if (mean.is_cpu()) {  // by hand: a dispatch costs more
+    float* of = var.mutable_data_ptr<float>();
+    for (int64_t c = 0; c < var.numel(); ++c) of[c] *= float(unbiased);
+    ++*running.calls.mutable_data_ptr<int64_t>();
+  } else {
+    var.mul_(unbiased);
+    running.calls.add_(1);
   }
-};
+  running.mean.lerp_(mean, running.momentum);
+  running.var.lerp_(var, running.momentum);
+}
+
+// What autograd is told of memory that was written without it.
+void was_written(const Running& running) {
+  for (const Tensor* written : {&running.mean, &running.var, &running.calls}) {
+    if (!written->is_inference()) written->unsafeGetTensorImpl()->bump_version();
+  }
+}
 
 // Plain, contiguous and beside x; else undefined.
 Tensor held(PyObject* value, const Tensor& x, at::ScalarType dtype, int64_t size) {
@@ -97,23 +101,41 @@ PyObject* bn_lif_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     parameters[i] = held(arguments[kThreshold + i], x, at::kFloat, value->numel());
     if (!parameters[i].defined()) return leave();
   }
-  Running running{channel(kMean), channel(kVar), held(arguments[kCalls], x, at::kLong, 1)};
-  const double momentum = number(arguments[kMomentum]), eps = number(arguments[kEps]);
+  const Running running{channel(kMean), channel(kVar), held(arguments[kCalls], x, at::kLong, 1),
+                        number(arguments[kMomentum])};
+  const double eps = number(arguments[kEps]);
   if (!running.mean.defined() || !running.var.defined() || !running.calls.defined()) return leave();
-  if (!std::isfinite(momentum) || !std::isfinite(eps)) return leave();
+  if (!std::isfinite(eps)) return leave();
 
-  if (triton && for_the_ops(x)) return leave();
+  const bool by_op = for_the_ops(x, or_undefined(affine[0]), or_undefined(affine[1]), parameters[0], parameters[1]);
+  const bool in_kernel = triton || (x.is_cuda() && !by_op);  // the running statistics
+  if (!std::isfinite(running.momentum) && !(in_kernel && arguments[kMomentum] == Py_None)) return leave();
+  if (triton && by_op) return leave();
+  const Options options{how.reset, how.v_reset, how.detach_reset, how.surrogate, how.scale};
   Tensor s = [&] {
     const py::gil_scoped_release no_gil;
-    auto [spikes, mean, var, rstd] = [&] {
-      if (triton) {
-        const Options options{how.reset, how.v_reset, how.detach_reset, how.surrogate, how.scale};
-        return bn_lif_by_triton(x, affine[0], affine[1], parameters[0], parameters[1], eps, options);
-      }
-      return bn_lif_forward_op().call(x, affine[0], affine[1], parameters[0], parameters[1], eps, how.reset,
-                                      how.v_reset, how.detach_reset, how.surrogate, how.scale);
-    }();
-    running.update(mean, var, double(x.numel() / channels), momentum);
+    if (triton) {
+      auto found = bn_lif_by_triton(x, affine[0], affine[1], parameters[0], parameters[1], eps, options, running);
+      was_written(running);
+      return std::get<0>(std::move(found));
+    }
+#if defined(IIRSNN_WITH_CUDA)
+    if (in_kernel) {
+      auto found = bn_lif_with_gradient(x, affine[0], affine[1], parameters[0], parameters[1], options, [&] {
+        RECORD_FUNCTION("iirsnn::bn_lif_forward", (std::vector<at::IValue>{x, parameters[0], parameters[1]}));
+        const at::AutoDispatchBelowADInplaceOrView below;
+        return bn_lif_forward_cuda(x, affine[0], affine[1], parameters[0], parameters[1], eps, options.reset,
+                                   how.v_reset, how.detach_reset, options.surrogate, how.scale, running);
+      });
+      was_written(running);
+      return std::get<0>(std::move(found));
+    }
+#endif
+    auto [spikes, mean, var, rstd] =
+        bn_lif_forward_op().call(x, affine[0], affine[1], parameters[0], parameters[1], eps, how.reset, how.v_reset,
+                                 how.detach_reset, how.surrogate, how.scale);
+    count_call(running, mean, var, double(x.numel() / channels));
+    was_written(running);
     return spikes;
   }();
   return THPVariable_Wrap(std::move(s));
@@ -127,8 +149,32 @@ PyMethodDef bn_lif_method{
     "arg15: object) -> object\n\n"
     "The shortest way to a training step of BatchNormLIF: see iirsnn.nn.batch_norm."};
 
+// mean and rstd, or None.
+py::object bn_lif_totals(const Tensor& totals, double eps, const py::object& running_mean,
+                         const py::object& running_var, const py::object& calls, std::optional<double> momentum) {
+#if defined(IIRSNN_WITH_CUDA)
+  const int64_t channels = totals.size(1);
+  const Running running{held(running_mean.ptr(), totals, at::kFloat, channels),
+                        held(running_var.ptr(), totals, at::kFloat, channels), held(calls.ptr(), totals, at::kLong, 1),
+                        momentum.value_or(NAN)};
+  const bool kept = running.mean.defined() && running.var.defined() && running.calls.defined();
+  if (kept && totals.is_cuda() && !for_the_ops(totals)) {
+    auto found = bn_lif_totals_cuda(totals, eps, running);
+    was_written(running);
+    return py::cast(std::move(found));
+  }
+#endif
+  return py::none();
+}
+
 }  // namespace
 
-void bind_bn_lif_call(py::module_& m) { m.add_object("bn_lif_call", PyCFunction_New(&bn_lif_method, nullptr)); }
+void bind_bn_lif_call(py::module_& m) {
+  m.add_object("bn_lif_call", PyCFunction_New(&bn_lif_method, nullptr));
+  m.def("bn_lif_totals", &bn_lif_totals, py::arg("totals"), py::arg("eps"), py::arg("running_mean"),
+        py::arg("running_var"), py::arg("calls"), py::arg("momentum"),
+        "CUDA totals float64 [3, C] of all processes -> mean, rstd [C], and the call is counted, in one launch; None "
+        "where that is for torch's ops: see iirsnn.nn.batch_norm.");
+}
 
 }  // namespace iirsnn

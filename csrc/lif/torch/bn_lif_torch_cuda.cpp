@@ -13,6 +13,7 @@
 
 #include "lif/cuda/bn_lif_cuda.h"
 #include "lif/torch/bn_lif_checks.h"
+#include "lif/torch/bn_lif_ops.h"
 #include "lif/torch/counters.h"
 
 namespace iirsnn {
@@ -52,9 +53,15 @@ struct Statistics {
   Tensor mean, var, rstd;
 };
 
-// Of x; sums [2, C] of it and of its square go to `sums`, or where null are not kept.
-Statistics statistics(const Tensor& x, double eps, double* sums) {
+BnLifRunning pointers(const Running& running) {
+  return {running.mean.mutable_data_ptr<float>(), running.var.mutable_data_ptr<float>(),
+          running.calls.mutable_data_ptr<int64_t>(), running.momentum};
+}
+
+// Of x; sums [2, C] of it and of its square go to `sums`, or where null are not kept; running: or null.
+Statistics statistics(const Tensor& x, double eps, double* sums, const Running* running = nullptr) {
   BnLifMoments args{};
+  if (running) args.running = pointers(*running);
   args.shape = check_bn_lif_x(x);
   args.eps = eps;
   args.x = x.const_data_ptr();
@@ -95,14 +102,24 @@ Tensor fire(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Optio
   return s;
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> counted_forward(const Tensor& x, const OptionalTensor& weight,
+                                                           const OptionalTensor& bias, const Tensor& threshold,
+                                                           const Tensor& leak, double eps, const std::string& reset,
+                                                           double v_reset, bool detach_reset,
+                                                           const std::string& surrogate, double surrogate_scale,
+                                                           const Running* running) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  const auto [mean, var, rstd] = statistics(x, eps, nullptr, running);
+  return {fire(x, mean, rstd, weight, bias, threshold, leak, reset, v_reset, detach_reset, surrogate, surrogate_scale),
+          mean, var, rstd};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight,
                                                    const OptionalTensor& bias, const Tensor& threshold,
                                                    const Tensor& leak, double eps, std::string reset, double v_reset,
                                                    bool detach_reset, std::string surrogate, double surrogate_scale) {
-  const c10::cuda::CUDAGuard guard(x.device());
-  const auto [mean, var, rstd] = statistics(x, eps, nullptr);
-  return {fire(x, mean, rstd, weight, bias, threshold, leak, reset, v_reset, detach_reset, surrogate, surrogate_scale),
-          mean, var, rstd};
+  return counted_forward(x, weight, bias, threshold, leak, eps, reset, v_reset, detach_reset, surrogate,
+                         surrogate_scale, nullptr);
 }
 
 // What the first pass backward returns.
@@ -196,6 +213,27 @@ TORCH_LIBRARY_IMPL(iirsnn, CUDA, m) {
 }
 
 }  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_lif_forward_cuda(const Tensor& x, const OptionalTensor& weight,
+                                                               const OptionalTensor& bias, const Tensor& threshold,
+                                                               const Tensor& leak, double eps, const std::string& reset,
+                                                               double v_reset, bool detach_reset,
+                                                               const std::string& surrogate, double surrogate_scale,
+                                                               const Running& running) {
+  return counted_forward(x, weight, bias, threshold, leak, eps, reset, v_reset, detach_reset, surrogate,
+                         surrogate_scale, &running);
+}
+
+std::tuple<Tensor, Tensor> bn_lif_totals_cuda(const Tensor& totals, double eps, const Running& running) {
+  const c10::cuda::CUDAGuard guard(totals.device());
+  const int64_t channels = totals.size(1);
+  std::tuple<Tensor, Tensor> found{empty_floats(totals, channels), empty_floats(totals, channels)};
+  bn_lif_totals_cuda({channels, eps, totals.const_data_ptr<double>(), std::get<0>(found).mutable_data_ptr<float>(),
+                      std::get<1>(found).mutable_data_ptr<float>(), pointers(running)},
+                     current_stream());
+  return found;
+}
+
 }  // namespace iirsnn
 
 #endif

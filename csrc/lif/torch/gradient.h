@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
@@ -49,6 +50,21 @@ struct Options {
 
 inline Tensor or_undefined(const OptionalTensor& t) { return t ? *t : Tensor(); }
 inline OptionalTensor or_none(const Tensor& t) { return t.defined() ? OptionalTensor(t) : OptionalTensor(); }
+
+// Whether a mode, a transform or a tracer is to see what is done, or one of the tensors is no plain one. That is for
+// the ops; all else need not pay for the dispatcher.
+constexpr c10::DispatchKeySet kUnwatching =
+    c10::autocast_dispatch_keyset |
+    c10::DispatchKeySet({c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView});
+constexpr c10::DispatchKeySet kNotPlain({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
+                                         c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched,
+                                         c10::DispatchKey::Batched, c10::DispatchKey::Negative,
+                                         c10::DispatchKey::ZeroTensor});
+template <typename... Tensors>
+bool for_the_ops(const Tensors&... tensors) {
+  return !(c10::impl::tls_local_dispatch_key_set().included_ - kUnwatching).empty() ||
+         ((tensors.defined() && (tensors.key_set().has_any(kNotPlain) || tensors.layout() != at::kStrided)) || ...);
+}
 
 template <typename... Tensors>
 void refuse_tangents(const Tensors&... tensors) {

@@ -1,9 +1,11 @@
 // Schemas of the LIF ops and the gradient of lif_forward; iirsnn/ops/lif.py says what they mean, and is their twin
 // where this file is not compiled.
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/enum_tag.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/record_function.h>
 #include <torch/library.h>
 
 #include <string>
@@ -17,6 +19,34 @@
 
 namespace iirsnn {
 namespace {
+
+bool has_kernels(const Tensor& x) {
+#if defined(IIRSNN_WITH_CUDA)
+  if (x.is_cuda()) return true;
+#endif
+  return x.is_cpu();
+}
+
+// What the op returns, which is not asked where nobody watches.
+std::tuple<Tensor, Tensor, Tensor, Tensor> lif_backward_by_kernels(const Tensor& grad_s, const Tensor& grad_v,
+                                                                   const Tensor& x, const Tensor& threshold,
+                                                                   const Tensor& leak, const Tensor& v0,
+                                                                   const Options& options, bool parameters) {
+  const auto arguments = [&](const auto& backward) {
+    return backward(grad_s, or_none(grad_v), x, threshold, leak, or_none(v0), options.reset, options.v_reset,
+                    options.detach_reset, options.surrogate, options.surrogate_scale, parameters);
+  };
+  if (!has_kernels(x) || for_the_ops(grad_s, grad_v, x, threshold, leak, v0))
+    return arguments([](auto&&... all) { return lif_backward_op().call(all...); });
+  refuse_tangents(grad_s, grad_v, x, threshold, leak, v0);
+  auto gradients = [&] {
+    RECORD_FUNCTION("iirsnn::lif_backward", (std::vector<IValue>{grad_s, grad_v, x, threshold, leak, v0}));
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return arguments(lif_backward);
+  }();
+  refuse_second(gradients, grad_s, grad_v, x, threshold, leak, v0);
+  return gradients;
+}
 
 // Of lif_forward.
 struct LifGradient : Gradient<LifGradient, 4> {
@@ -32,9 +62,7 @@ struct LifGradient : Gradient<LifGradient, 4> {
     auto [grad_x, grad_threshold, grad_leak, grad_v0] =
         options.triton
             ? lif_backward_by_triton(grad_s, grad_v, x, inputs[kThreshold], inputs[kLeak], v0, options, parameters)
-            : lif_backward_op().call(grad_s, or_none(grad_v), x, inputs[kThreshold], inputs[kLeak], or_none(v0),
-                                     options.reset, options.v_reset, options.detach_reset, options.surrogate,
-                                     options.surrogate_scale, parameters);
+            : lif_backward_by_kernels(grad_s, grad_v, x, inputs[kThreshold], inputs[kLeak], v0, options, parameters);
     if (!parameters) grad_threshold = grad_leak = Tensor();
     if (!v0.defined()) grad_v0 = Tensor();
     return {std::move(grad_x), std::move(grad_threshold), std::move(grad_leak), std::move(grad_v0)};

@@ -1,13 +1,18 @@
-// The shortest way from Python to lif_forward: arguments read in C++, and one dispatch.
+// The shortest way from Python to lif_forward: arguments read in C++, and no dispatch
+// where nobody watches ops.
 #include "lif/torch/lif_call.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/full.h>
+#include <ATen/record_function.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
 
 #include <cmath>
+#include <optional>
 #include <utility>
+#include <vector>
 
 #include "lif/torch/call_arguments.h"
 #include "lif/torch/lif_ops.h"
@@ -17,6 +22,9 @@ namespace iirsnn {
 namespace {
 
 namespace py = pybind11;
+
+// Numbers from which on a call on a CPU is worth giving Python's lock away.
+constexpr int64_t kLongCall = 4096;
 
 // threshold or leak as the op takes it; undefined where it needs more than this.
 Tensor parameter(PyObject* value, const Tensor& x, bool positive) {
@@ -71,15 +79,23 @@ PyObject* lif_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     }
     v0 = *given;
   }
-  if (triton && for_the_ops(x, threshold, leak, or_undefined(v0))) return leave();
+  const bool by_op = for_the_ops(x, threshold, leak, or_undefined(v0));
+  if (triton && by_op) return leave();
   auto [s, v] = [&] {
-    if (triton) {
-      const Options options{how.reset, how.v_reset, how.detach_reset, how.surrogate, how.scale, return_v};
-      return lif_by_triton(x, threshold, leak, v0, options);
-    }
-    const py::gil_scoped_release no_gil;
-    return lif_forward_op().call(x, threshold, leak, v0, how.reset, how.v_reset, how.detach_reset, how.surrogate,
-                                 how.scale, return_v);
+    const Options options{how.reset, how.v_reset, how.detach_reset, how.surrogate, how.scale, return_v};
+    if (triton) return lif_by_triton(x, threshold, leak, v0, options);
+    std::optional<py::gil_scoped_release> no_gil;
+    if (!x.is_cpu() || x.numel() >= kLongCall) no_gil.emplace();
+    const auto arguments = [&](const auto& forward) {
+      return forward(x, threshold, leak, v0, options.reset, how.v_reset, how.detach_reset, options.surrogate, how.scale,
+                     return_v);
+    };
+    if (by_op) return arguments([](auto&&... all) { return lif_forward_op().call(all...); });
+    return lif_with_gradient(x, threshold, leak, v0, options, [&] {
+      RECORD_FUNCTION("iirsnn::lif_forward", (std::vector<at::IValue>{x, threshold, leak, v0}));
+      const at::AutoDispatchBelowADInplaceOrView below;
+      return arguments(lif_forward);
+    });
   }();
   if (!return_v) return THPVariable_Wrap(std::move(s));
   return py::make_tuple(py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(s))),

@@ -29,4 +29,8 @@ using BackwardOp = c10::TypedOperatorHandle<BackwardSignature>;
 const ForwardOp& lif_forward_op();
 const BackwardOp& lif_backward_op();
 
+// What they do on CPU and CUDA tensors, in lif_torch.cpp; undefined where the op gives a tensor of no elements.
+ForwardSignature lif_forward;
+BackwardSignature lif_backward;
+
 }  // namespace iirsnn

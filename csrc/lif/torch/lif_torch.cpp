@@ -8,10 +8,12 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "lif/cpu/lif_cpu.h"
 #include "lif/torch/lif_checks.h"
+#include "lif/torch/lif_ops.h"
 
 #if defined(IIRSNN_WITH_CUDA)
 #include <c10/cuda/CUDAGuard.h>
@@ -26,8 +28,7 @@ namespace {
 
 // ---- Membranes ----
 
-Tensor empty_membrane(const Tensor& x, bool wanted) {
-  if (!wanted) return empty_beside(x, 0, acc_type(x));
+Tensor empty_membrane(const Tensor& x) {
   return empty_beside(x, x.sizes().slice(1), x.strides().slice(1), acc_type(x));
 }
 
@@ -85,13 +86,16 @@ void run_forward(const Tensor& x, const LifForward& args) {
   TORCH_CHECK_VALUE(!nan, "packed: expected a current without NaN, got NaN (a bit cannot hold it)");
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> lif_forward(const Tensor& x, const Tensor& threshold, const Tensor& leak,
                                        const OptionalTensor& v0, std::string reset, double v_reset, bool,
                                        std::string surrogate, double, bool return_v) {
   LifForward args{};
   parse_surrogate(surrogate);
   const Inputs held = take_inputs(args, x, threshold, leak, v0, reset, v_reset);
-  Tensor s = empty_spikes(x, args.shape.neurons), v = empty_membrane(x, return_v);
+  Tensor s = empty_spikes(x, args.shape.neurons), v;
+  if (return_v) v = empty_membrane(x);
   if (args.shape.neurons == 0) return {s, v};
   args.s = s.mutable_data_ptr();
   args.v = return_v ? v.mutable_data_ptr() : nullptr;
@@ -99,19 +103,23 @@ std::tuple<Tensor, Tensor> lif_forward(const Tensor& x, const Tensor& threshold,
   return {s, v};
 }
 
+namespace {
+
 std::tuple<Tensor, Tensor> lif_packed(const Tensor& x, const Tensor& threshold, const Tensor& leak,
                                       const OptionalTensor& v0, std::string reset, double v_reset, bool return_v) {
   LifForward args{};
   const Inputs held = take_inputs(args, x, threshold, leak, v0, reset, v_reset);
   const int64_t bytes = packed_bytes(args.shape.neurons);
   Tensor bits = empty_beside(x, {x.size(0), bytes}, {bytes, 1}, at::kByte);
-  Tensor v = empty_membrane(x, return_v);
+  Tensor v = return_v ? empty_membrane(x) : empty_beside(x, 0, acc_type(x));
   if (args.shape.neurons == 0) return {bits, v};
   args.bits = bits.mutable_data_ptr<uint8_t>();
   args.v = return_v ? v.mutable_data_ptr() : nullptr;
   run_forward(x, args);
   return {bits, v};
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> lif_backward(const Tensor& grad_s, const OptionalTensor& grad_v,
                                                         const Tensor& x, const Tensor& threshold, const Tensor& leak,
@@ -124,10 +132,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lif_backward(const Tensor& grad_s, co
   const OptionalTensor grad_v_like = check_membrane("grad_v", grad_v, x);
   const Tensor grad_s_like = take_grad_s(args, grad_s, x);
 
-  const int64_t channels = need_parameter_grads ? args.shape.channels : 0;
-  Tensor grad_x = empty_spikes(x, args.shape.neurons), grad_v0 = empty_membrane(x, v0.has_value());
-  Tensor grad_threshold = empty_beside(x, channels, acc_type(x)), grad_leak = empty_beside(x, channels, acc_type(x));
-  if (args.shape.neurons == 0) return {grad_x, grad_threshold.zero_(), grad_leak.zero_(), grad_v0};
+  const int64_t channels = args.shape.channels;
+  Tensor grad_x = empty_spikes(x, args.shape.neurons), grad_v0, grad_threshold, grad_leak;
+  if (v0) grad_v0 = empty_membrane(x);
+  if (need_parameter_grads) {
+    grad_threshold = empty_beside(x, channels, acc_type(x));
+    grad_leak = empty_beside(x, channels, acc_type(x));
+  }
+  if (args.shape.neurons == 0) {
+    if (need_parameter_grads) grad_threshold.zero_(), grad_leak.zero_();
+    return {grad_x, grad_threshold, grad_leak, grad_v0};
+  }
 
   args.grad_v = pointer(grad_v_like);
   args.grad_x = grad_x.mutable_data_ptr();
@@ -159,10 +174,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lif_backward(const Tensor& grad_s, co
   on_cpu();
 #endif
   // a scalar beside a per-channel parameter acts on every channel
-  if (threshold.numel() < channels) grad_threshold = grad_threshold.sum(0, true);
-  if (leak.numel() < channels) grad_leak = grad_leak.sum(0, true);
+  if (need_parameter_grads && threshold.numel() < channels) grad_threshold = grad_threshold.sum(0, true);
+  if (need_parameter_grads && leak.numel() < channels) grad_leak = grad_leak.sum(0, true);
   return {grad_x, grad_threshold, grad_leak, grad_v0};
 }
+
+namespace {
 
 Tensor unpack_spikes(const Tensor& bits, at::IntArrayRef size, at::IntArrayRef stride, at::ScalarType dtype) {
   const DType type = parse_dtype("dtype", dtype);
@@ -193,9 +210,24 @@ Tensor unpack_spikes(const Tensor& bits, at::IntArrayRef size, at::IntArrayRef s
   return s;
 }
 
+// What was not wanted is undefined; an op returns tensors, of no elements.
+template <auto f, typename Signature>
+struct Op;
+template <auto f, typename Result, typename... Arguments>
+struct Op<f, Result(const Tensor&, Arguments...)> {
+  static Result call(const Tensor& like, Arguments... arguments) {
+    Result found = f(like, std::forward<Arguments>(arguments)...);
+    const auto define = [&](Tensor& t) {
+      if (!t.defined()) t = empty_beside(like, 0, acc_type(like));
+    };
+    std::apply([&](auto&... all) { (define(all), ...); }, found);
+    return found;
+  }
+};
+
 void implement(torch::Library& m) {
-  m.impl("lif_forward", &lif_forward);
-  m.impl("lif_backward", &lif_backward);
+  m.impl("lif_forward", &Op<&lif_forward, ForwardSignature>::call);
+  m.impl("lif_backward", &Op<&lif_backward, BackwardSignature>::call);
   m.impl("lif_packed", &lif_packed);
   m.impl("unpack_spikes", &unpack_spikes);
 }

@@ -108,12 +108,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lif_backward_by_triton(const Tensor& 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_lif_by_triton(const Tensor& x, const OptionalTensor& weight,
                                                             const OptionalTensor& bias, const Tensor& threshold,
-                                                            const Tensor& leak, double eps, Options options) {
+                                                            const Tensor& leak, double eps, Options options,
+                                                            const Running& running) {
   options.triton = true;
   return bn_lif_with_gradient(x, weight, bias, threshold, leak, options, [&] {
     return std::tuple_cat(call_python<4>("iirsnn::triton_bn_lif_forward", triton_functions.bn_forward, x,
                                          or_undefined(weight), or_undefined(bias), threshold, leak, eps, options.reset,
-                                         options.v_reset));
+                                         options.v_reset, running.mean, running.var, running.calls, running.momentum));
   });
 }
 
@@ -141,7 +142,8 @@ void bind_triton(py::module_& m) {
                             bn_backward.release().ptr()};
       },
       py::arg("forward"), py::arg("backward"), py::arg("bn_forward"), py::arg("bn_backward"),
-      "The Triton kernels: functions of iirsnn.kernels.eager and eager_batch_norm, for lif_call and bn_lif_call.");
+      "The Triton kernels: forward and backward of iirsnn.kernels.eager, forward_counted and backward of "
+      "eager_batch_norm; for lif_call and bn_lif_call.");
 }
 
 }  // namespace iirsnn

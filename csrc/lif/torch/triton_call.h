@@ -2,33 +2,18 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/FunctionRef.h>
 #include <pybind11/pybind11.h>
 
 #include <tuple>
 
+#include "lif/torch/bn_lif_ops.h"
 #include "lif/torch/gradient.h"
 
 namespace iirsnn {
 
 // Whether the backend of this name is the Triton kernels for x, and Python has handed them over.
 bool triton_takes(const char* backend, const Tensor& x);
-
-// Whether a mode, a transform or a tracer is to see what is done, or one of the tensors is no plain one. That is for
-// the ops iirsnn::triton_*.
-constexpr c10::DispatchKeySet kUnwatching =
-    c10::autocast_dispatch_keyset |
-    c10::DispatchKeySet({c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView});
-constexpr c10::DispatchKeySet kNotPlain({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
-                                         c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched,
-                                         c10::DispatchKey::Batched, c10::DispatchKey::Negative,
-                                         c10::DispatchKey::ZeroTensor});
-template <typename... Tensors>
-bool for_the_ops(const Tensors&... tensors) {
-  return !(c10::impl::tls_local_dispatch_key_set().included_ - kUnwatching).empty() ||
-         ((tensors.defined() && tensors.key_set().has_any(kNotPlain)) || ...);
-}
 
 // What `run` returns with its gradient, in lif_autograd.cpp and bn_lif_autograd.cpp: s and v; s, mean, var and rstd.
 std::tuple<Tensor, Tensor> lif_with_gradient(const Tensor& x, const Tensor& threshold, const Tensor& leak,
@@ -51,10 +36,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_lif_backward_by_triton(
     const Tensor& grad_s, const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& weight,
     const Tensor& bias, const Tensor& threshold, const Tensor& leak, const Options& options, bool learned);
 
-// s, with its gradient; mean, var, rstd.
+// s, with its gradient; mean, var, rstd. The call is counted in `running`.
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_lif_by_triton(const Tensor& x, const OptionalTensor& weight,
                                                             const OptionalTensor& bias, const Tensor& threshold,
-                                                            const Tensor& leak, double eps, Options options);
+                                                            const Tensor& leak, double eps, Options options,
+                                                            const Running& running);
 
 void bind_triton(pybind11::module_& m);  // the function take_triton
 
