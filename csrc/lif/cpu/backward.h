@@ -292,7 +292,7 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
   const bool some_staged = std::is_same_v<scalar_t, Half> || last_chunk == chunks_of(shape);
   const Buffer<x_t> copies(some_staged ? 3 * steps * kStride : 0);
   BackwardScratch<acc_t> scratch(shape);
-  ChannelSums<acc_t> channel_sums(shape, sums ? kCount : 0);
+  ChannelSums<acc_t> channel_sums(shape, sums ? kCount : 0, steps > 1 || args.v0);
   BackwardRow<x_t> row{};
   row.v_reset = acc_t(args.v_reset);
   row.scale = acc_t(args.surrogate_scale);

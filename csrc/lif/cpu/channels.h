@@ -62,11 +62,11 @@ class Channels {
   int64_t first_ = 0, filled_ = 0;  // the neuron of a period that the rows start with, and how many they hold
 };
 
-// Sums over the neurons of each channel, `count` of them.
+// Sums over the neurons of each channel, `count` of them; without that of the leak where membranes start from 0.
 template <typename acc_t>
 class ChannelSums {
  public:
-  ChannelSums(const LifShape& shape, int count);
+  ChannelSums(const LifShape& shape, int count, bool charged);
 
   // Where kernels add sum k of a block, at [k * stride()]: of a piece of several channels each neuron's, of a piece of
   // one eight doubles, at its first neuron.
@@ -78,7 +78,7 @@ class ChannelSums {
  private:
   const LifShape shape_;
   const int count_;
-  const bool wide_, once_;
+  const bool charged_, wide_, once_;
   const int64_t stride_, most_;  // neurons that rows_ hold before they are added up
   Buffer<acc_t> rows_;
   int64_t held_ = 0;

@@ -1,4 +1,6 @@
 #include "lif/cpu/channels.h"
+
+#include "lif/cpu/sums.h"
 #include "simd/sums.h"
 #include "simd/versions.h"
 
@@ -6,19 +8,20 @@ namespace iirsnn {
 namespace {
 
 // Neurons of all channels that have rows filled once, or summed into, at most.
-constexpr int64_t kLongRow = 32 * kBlock, kLongSums = 16 * kBlock;
+constexpr int64_t kLongRow = 32 * kBlock;
 
-bool in_one_row(const LifShape& shape, int64_t longest) {
+bool in_one_row(const LifShape& shape, int64_t passes, int64_t neurons) {
   const int64_t period = shape.channels * shape.inner;
-  return period <= longest && shape.neurons >= 4 * period;
+  return period <= kLongRow && neurons >= passes * period;
 }
+bool filled_once(const LifShape& shape) { return in_one_row(shape, 4, shape.neurons); }
 
 // Where channels are too narrow to be pieces of their own, rows are filled: once, if that is not too long.
 template <typename acc_t>
 bool wide(const LifShape& shape) {
   const int64_t vectors = shape.inner / kLanes<acc_t>;
   if (shape.channels == 1 || vectors >= 4 * kWide) return true;
-  return shape.timesteps == 1 && vectors >= kWide && !in_one_row(shape, kLongRow);
+  return shape.timesteps == 1 && vectors >= kWide && !filled_once(shape);
 }
 
 // As for_each_channel, where each channel has one neuron: for each pass over the channels, whose first is `channel`.
@@ -126,7 +129,7 @@ Channels<acc_t>::Channels(const LifShape& shape, const Values& values)
     : shape_(shape),
       values_(values),
       wide_(wide<acc_t>(shape)),
-      once_(!wide_ && in_one_row(shape, kLongRow)),
+      once_(!wide_ && filled_once(shape)),
       stride_((once_ ? shape.channels * shape.inner : 0) + kRow<acc_t> + kLanes<acc_t>),
       rows_([&] {
         for (int k = 0; k < kParameters; ++k) {
@@ -199,11 +202,12 @@ void Channels<acc_t>::add_piece(int end, int64_t channel) {
 }
 
 template <typename acc_t>
-ChannelSums<acc_t>::ChannelSums(const LifShape& shape, int count)
+ChannelSums<acc_t>::ChannelSums(const LifShape& shape, int count, bool charged)
     : shape_(shape),
       count_(count),
+      charged_(charged),
       wide_(wide<acc_t>(shape)),
-      once_(!wide_ && in_one_row(shape, kLongSums)),
+      once_(!wide_ && in_one_row(shape, 1, chunk_neurons(shape))),
       stride_((once_ ? shape.channels * shape.inner : 0) + kRow<acc_t> + kLanes<acc_t>),
       most_(std::max<int64_t>(1, kHeldTerms / shape.timesteps) *
             std::max<int64_t>(shape.channels * shape.inner, block_neurons(shape))),
@@ -222,6 +226,7 @@ void ChannelSums<acc_t>::add(const Range& range, const Parameters<acc_t>& parame
   if (once_ && !range.last && held_ < most_) return;
   held_ = 0;
   for (int k = 0; k < count_; ++k) {
+    if (k == kLeakSum && !charged_) continue;
     acc_t* row = rows_.get() + k * stride_;
     double* total = totals + k * shape_.channels;
     if (wide_) {
