@@ -22,8 +22,9 @@ constexpr int kHeldTerms = 16;  // of a neuron, that rows sum as acc_t, at most,
 template <typename acc_t>
 struct Piece {
   int end;          // of its neurons, which follow those of the piece before
-  int64_t channel;  // -1: several
-  bool several() const { return channel < 0; }
+  int64_t channel;  // -1: several that rows alone tell apart
+  int shared;       // how many of them are of this channel, where the others are of the next; else 0
+  bool several() const { return shared > 0 || channel < 0; }
   acc_t values[kParameters];  // of its only channel
 };
 
@@ -47,7 +48,7 @@ class Channels {
  private:
   void cut(const Range& range);
   void fill(const Range& range);
-  void add_piece(int end, int64_t channel);
+  void add_piece(int end, int64_t channel, int shared);
   acc_t* row(int k) const { return rows_.get() + slots_[k] * stride_; }
 
   const LifShape shape_;

@@ -57,21 +57,24 @@ struct SpreadRow {  // values of channels -> one a neuron; writes up to a regist
 
 // ---- Sums ----
 
-// A vector's first lanes; zeros in place of the others.
+// A vector's first lanes, or what follows them; zeros in place of the others.
 template <typename V>
 class Split {
  public:
   IIRSNN_INLINE Split() {
-    for (int i = 0; i < 2 * V::kSize; ++i) kept_[i] = i < V::kSize ? ~bits_t(0) : bits_t(0);
+    for (int i = 0; i < 3 * V::kSize; ++i) kept_[i] = i / V::kSize == 1 ? bits_t(0) : ~bits_t(0);
   }
   IIRSNN_INLINE V first(const V& value, int count) const {
     return bit_cast<V>(bit_cast<Bits>(value) & load<Bits>(kept_ + V::kSize - count));
+  }
+  IIRSNN_INLINE V rest(const V& value, int count) const {
+    return bit_cast<V>(bit_cast<Bits>(value) & load<Bits>(kept_ + 2 * V::kSize - count));
   }
 
  private:
   using Bits = typename Number<V>::bits_t;
   using bits_t = typename Number<typename Number<V>::type>::bits_t;
-  bits_t kept_[2 * V::kSize];
+  bits_t kept_[3 * V::kSize];
 };
 
 template <typename acc_t>
@@ -109,11 +112,17 @@ struct SumPieces {  // those of a block of wide channels -> added to totals of c
   template <int kBytes>
   static IIRSNN_INLINE void run(const LifShape* shape, acc_t* row, const Range* range, const Piece<acc_t>* piece,
                                 double* totals) {
+    using V = Lanes<acc_t, kBytes>;
+    const Split<V> split;
     for (int first = 0; first < range->n; first = piece++->end) {
       if (piece->several()) {
-        const int n = std::min(piece->end, range->n) - first;
-        SumRow<acc_t>::template run<kBytes>(shape, row + first, range->begin + first, n, totals);
-        store(row + first, Lanes<acc_t, kBytes>(acc_t(0)));
+        const V numbers = load<V>(row + first);
+        Sums<kBytes> sums = Sums<kBytes>(0.0), rest = sums;
+        add_up(sums, split.first(numbers, piece->shared));
+        add_up(rest, split.rest(numbers, piece->shared));
+        totals[piece->channel] += sum(sums);
+        totals[next_channel(*shape, piece->channel)] += sum(rest);
+        store(row + first, V(acc_t(0)));
       } else {
         totals[piece->channel] += sum(load_sums<kBytes>(row + first));
         store_sums(row + first, Sums<kBytes>(0.0));
@@ -159,7 +168,7 @@ void Channels<acc_t>::cut(const Range& range) {
   int64_t channel = channel_of(shape_, range.begin), left = left_of_channel(shape_, range.begin);
   for (int at = 0; at < range.n;) {
     const int inside = left < range.n - at ? int(left / kSize * kSize) : (range.n - at + kSize - 1) / kSize * kSize;
-    if (inside > 0) add_piece(at + inside, channel);
+    if (inside > 0) add_piece(at + inside, channel, 0);
     at += inside;
     left -= inside;
     if (at >= range.n) break;
@@ -170,7 +179,7 @@ void Channels<acc_t>::cut(const Range& range) {
         std::fill_n(row(used_[i]) + at, kSize, values[channel]);
         std::fill_n(row(used_[i]) + at + left, kSize, values[next]);
       }
-      add_piece(at += kSize, -1);
+      add_piece(at += kSize, channel, int(left));
       left -= kSize;
     }
     left += shape_.inner;
@@ -190,14 +199,15 @@ void Channels<acc_t>::fill(const Range& range) {
     }
   }
   for (int k = 0; k < kParameters; ++k) parameters_.rows[k] += phase - first_;
-  add_piece(n, -1);
+  add_piece(n, -1, 0);
 }
 
 template <typename acc_t>
-void Channels<acc_t>::add_piece(int end, int64_t channel) {
+void Channels<acc_t>::add_piece(int end, int64_t channel, int shared) {
   Piece<acc_t>& piece = pieces_[pieces_used_++];
   piece.end = end;
   piece.channel = channel;
+  piece.shared = shared;
   for (int i = 0; i < count_ && !piece.several(); ++i) piece.values[used_[i]] = values_[used_[i]][channel];
 }
 
