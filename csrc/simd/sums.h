@@ -50,9 +50,10 @@ template <int kBytes, int kTotal>
 IIRSNN_INLINE void add_up(Sums<kBytes>& sums, const Lanes<float, kBytes, kTotal>& numbers) {
   IIRSNN_EACH_REGISTER(kTotal / 64, add_folded<kBytes>(sums, numbers.r + k * (64 / kBytes)))
 }
-template <int kBytes>
-IIRSNN_INLINE void add_up(Sums<kBytes>& sums, const Lanes<double, kBytes, 64>& numbers) {
-  sums = sums + numbers;
+template <int kBytes, int kTotal>
+IIRSNN_INLINE void add_up(Sums<kBytes>& sums, const Lanes<double, kBytes, kTotal>& numbers) {
+  constexpr int kCount = Sums<kBytes>::kRegisters;
+  IIRSNN_EACH_REGISTER(kTotal / kBytes, sums.r[k % kCount] = sums.r[k % kCount] + numbers.r[k])
 }
 
 // In memory for numbers of any type, in place of the first 64 bytes of them.

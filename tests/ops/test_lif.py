@@ -256,6 +256,8 @@ MAPS = [
     ((3, 100, 14, 14), True),
     ((5, 64, 20, 20), True),
 ]
+# In chunks of some passes over all channels, not of one or two.
+MANY = [((180, 64, 7, 7), False), ((12, 256, 14, 14), False)]
 
 
 def on_map(shape, last, timesteps):
@@ -314,9 +316,9 @@ def test_one_parameter_of_channels_beside_a_scalar(shape, last, timesteps, detac
 
 
 @pytest.mark.parametrize("detach", [True, False], ids=["detached", "attached"])
-@pytest.mark.parametrize(("shape", "last"), MAPS, ids=str)
+@pytest.mark.parametrize(("shape", "last"), MAPS + MANY, ids=str)
 def test_sums_on_maps_depend_on_neither_instruction_set_nor_threads(threads, shape, last, detach):
-    *arguments, grad_s = on_map(shape, last, 3)
+    *arguments, grad_s = on_map(shape, last, 1 if (shape, last) in MANY else 3)
     before = iirsnn._C.build_info()["cpu_capability"]
     found = []
     for name in LEVELS[: LEVELS.index(before) + 1]:
@@ -334,7 +336,7 @@ def test_sums_on_maps_depend_on_neither_instruction_set_nor_threads(threads, sha
 # block: in double all of them add up without an error.
 @pytest.mark.parametrize("timesteps", [1, 2, 5, 8])
 @pytest.mark.parametrize("channels", [False, True], ids=["scalar", "per channel"])
-@pytest.mark.parametrize(("shape", "last"), MAPS[:5] + MAPS[-2:], ids=str)
+@pytest.mark.parametrize(("shape", "last"), MAPS[:5] + MAPS[-2:] + MANY[:1], ids=str)
 def test_gradients_of_parameters_are_summed_in_double(shape, last, channels, timesteps):
     for largest, which in ((2**12, 1), (2**9, 2)):
         x, grad_s = lif_cases.exact_terms((timesteps, *shape), last, largest)

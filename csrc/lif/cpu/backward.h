@@ -291,7 +291,7 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
   const RowLoops<x_t> loops = row_loops<x_t, kPass != Pass::all>(args);
   const Buffer<x_t> copies(some_staged<scalar_t>(shape, last_chunk) ? 3 * steps * stride : 0);
   BackwardScratch<acc_t> scratch(shape);
-  ChannelSums<acc_t> channel_sums(shape, sums ? kCount : 0);
+  ChannelSums<acc_t> channel_sums(shape, sums ? kCount : 0, steps > 1 || args.v0);
   BackwardRow<x_t> row{};
   row.v_reset = acc_t(args.v_reset);
   row.scale = acc_t(args.surrogate_scale);

@@ -54,8 +54,10 @@ inline bool large(const LifShape& shape) {
   return shape.timesteps * shape.neurons * bytes >= int64_t(32) << 20;
 }
 
+// Of many channels some passes over all of them, after which their sums are added up, where 32 chunks remain.
 inline int64_t chunk_neurons(const LifShape& shape) {
-  const int64_t least = std::max(16 * shape.channels, (shape.neurons + kMaxChunks - 1) / kMaxChunks);
+  const int64_t passes = shape.channels == 1 ? 0 : std::min(16 * shape.channels * shape.inner, shape.neurons / 32);
+  const int64_t least = std::max({16 * shape.channels, (shape.neurons + kMaxChunks - 1) / kMaxChunks, passes});
   return std::max(kChunk, (least + kBlock - 1) / kBlock * kBlock);
 }
 

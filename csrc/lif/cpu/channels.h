@@ -22,8 +22,9 @@ constexpr int kHeldTerms = 16;  // of a neuron, that rows sum as acc_t, at most,
 template <typename acc_t>
 struct Piece {
   int end;          // of its neurons, which follow those of the piece before
-  int64_t channel;  // -1: several
-  bool several() const { return channel < 0; }
+  int64_t channel;  // -1: several that rows alone tell apart
+  int shared;       // how many of them are of this channel, where the others are of the next; else 0
+  bool several() const { return shared > 0 || channel < 0; }
   acc_t values[kParameters];  // of its only channel
 };
 
@@ -47,7 +48,7 @@ class Channels {
  private:
   void cut(const Range& range);
   void fill(const Range& range);
-  void add_piece(int end, int64_t channel);
+  void add_piece(int end, int64_t channel, int shared);
   acc_t* row(int k) const { return rows_.get() + slots_[k] * stride_; }
 
   const LifShape shape_;
@@ -62,11 +63,11 @@ class Channels {
   int64_t first_ = 0, filled_ = 0;  // the neuron of a period that the rows start with, and how many they hold
 };
 
-// Sums over the neurons of each channel, `count` of them.
+// Sums over the neurons of each channel, `count` of them; without that of the leak where membranes start from 0.
 template <typename acc_t>
 class ChannelSums {
  public:
-  ChannelSums(const LifShape& shape, int count);
+  ChannelSums(const LifShape& shape, int count, bool charged);
 
   // Where kernels add sum k of a block, at [k * stride()]: of a piece of several channels each neuron's, of a piece of
   // one eight doubles, at its first neuron.
@@ -78,7 +79,7 @@ class ChannelSums {
  private:
   const LifShape shape_;
   const int count_;
-  const bool wide_, once_;
+  const bool charged_, wide_, once_;
   const int64_t stride_, most_;  // neurons that rows_ hold before they are added up
   Buffer<acc_t> rows_;
   int64_t held_ = 0;

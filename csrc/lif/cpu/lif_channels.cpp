@@ -1,4 +1,6 @@
 #include "lif/cpu/channels.h"
+
+#include "lif/cpu/sums.h"
 #include "simd/sums.h"
 #include "simd/versions.h"
 
@@ -6,19 +8,20 @@ namespace iirsnn {
 namespace {
 
 // Neurons of all channels that have rows filled once, or summed into, at most.
-constexpr int64_t kLongRow = 32 * kBlock, kLongSums = 16 * kBlock;
+constexpr int64_t kLongRow = 32 * kBlock;
 
-bool in_one_row(const LifShape& shape, int64_t longest) {
+bool in_one_row(const LifShape& shape, int64_t passes, int64_t neurons) {
   const int64_t period = shape.channels * shape.inner;
-  return period <= longest && shape.neurons >= 4 * period;
+  return period <= kLongRow && neurons >= passes * period;
 }
+bool filled_once(const LifShape& shape) { return in_one_row(shape, 4, shape.neurons); }
 
 // Where channels are too narrow to be pieces of their own, rows are filled: once, if that is not too long.
 template <typename acc_t>
 bool wide(const LifShape& shape) {
   const int64_t vectors = shape.inner / kLanes<acc_t>;
   if (shape.channels == 1 || vectors >= 4 * kWide) return true;
-  return shape.timesteps == 1 && vectors >= kWide && !in_one_row(shape, kLongRow);
+  return shape.timesteps == 1 && vectors >= kWide && !filled_once(shape);
 }
 
 // As for_each_channel, where each channel has one neuron: for each pass over the channels, whose first is `channel`.
@@ -54,21 +57,24 @@ struct SpreadRow {  // values of channels -> one a neuron; writes up to a regist
 
 // ---- Sums ----
 
-// A vector's first lanes; zeros in place of the others.
+// A vector's first lanes, or what follows them; zeros in place of the others.
 template <typename V>
 class Split {
  public:
   IIRSNN_INLINE Split() {
-    for (int i = 0; i < 2 * V::kSize; ++i) kept_[i] = i < V::kSize ? ~bits_t(0) : bits_t(0);
+    for (int i = 0; i < 3 * V::kSize; ++i) kept_[i] = i / V::kSize == 1 ? bits_t(0) : ~bits_t(0);
   }
   IIRSNN_INLINE V first(const V& value, int count) const {
     return bit_cast<V>(bit_cast<Bits>(value) & load<Bits>(kept_ + V::kSize - count));
+  }
+  IIRSNN_INLINE V rest(const V& value, int count) const {
+    return bit_cast<V>(bit_cast<Bits>(value) & load<Bits>(kept_ + 2 * V::kSize - count));
   }
 
  private:
   using Bits = typename Number<V>::bits_t;
   using bits_t = typename Number<typename Number<V>::type>::bits_t;
-  bits_t kept_[2 * V::kSize];
+  bits_t kept_[3 * V::kSize];
 };
 
 template <typename acc_t>
@@ -106,11 +112,17 @@ struct SumPieces {  // those of a block of wide channels -> added to totals of c
   template <int kBytes>
   static IIRSNN_INLINE void run(const LifShape* shape, acc_t* row, const Range* range, const Piece<acc_t>* piece,
                                 double* totals) {
+    using V = Lanes<acc_t, kBytes>;
+    const Split<V> split;
     for (int first = 0; first < range->n; first = piece++->end) {
       if (piece->several()) {
-        const int n = std::min(piece->end, range->n) - first;
-        SumRow<acc_t>::template run<kBytes>(shape, row + first, range->begin + first, n, totals);
-        store(row + first, Lanes<acc_t, kBytes>(acc_t(0)));
+        const V numbers = load<V>(row + first);
+        Sums<kBytes> sums = Sums<kBytes>(0.0), rest = sums;
+        add_up(sums, split.first(numbers, piece->shared));
+        add_up(rest, split.rest(numbers, piece->shared));
+        totals[piece->channel] += sum(sums);
+        totals[next_channel(*shape, piece->channel)] += sum(rest);
+        store(row + first, V(acc_t(0)));
       } else {
         totals[piece->channel] += sum(load_sums<kBytes>(row + first));
         store_sums(row + first, Sums<kBytes>(0.0));
@@ -126,7 +138,7 @@ Channels<acc_t>::Channels(const LifShape& shape, const Values& values)
     : shape_(shape),
       values_(values),
       wide_(wide<acc_t>(shape)),
-      once_(!wide_ && in_one_row(shape, kLongRow)),
+      once_(!wide_ && filled_once(shape)),
       stride_(shape.channels == 1
                   ? 0
                   : (once_ ? shape.channels * shape.inner : 0) + row_stride<acc_t>(shape) + kLanes<acc_t>),
@@ -158,7 +170,7 @@ void Channels<acc_t>::cut(const Range& range) {
   int64_t channel = channel_of(shape_, range.begin), left = left_of_channel(shape_, range.begin);
   for (int at = 0; at < range.n;) {
     const int inside = left < range.n - at ? int(left / kSize * kSize) : (range.n - at + kSize - 1) / kSize * kSize;
-    if (inside > 0) add_piece(at + inside, channel);
+    if (inside > 0) add_piece(at + inside, channel, 0);
     at += inside;
     left -= inside;
     if (at >= range.n) break;
@@ -169,7 +181,7 @@ void Channels<acc_t>::cut(const Range& range) {
         std::fill_n(row(used_[i]) + at, kSize, values[channel]);
         std::fill_n(row(used_[i]) + at + left, kSize, values[next]);
       }
-      add_piece(at += kSize, -1);
+      add_piece(at += kSize, channel, int(left));
       left -= kSize;
     }
     left += shape_.inner;
@@ -189,23 +201,25 @@ void Channels<acc_t>::fill(const Range& range) {
     }
   }
   for (int k = 0; k < kParameters; ++k) parameters_.rows[k] += phase - first_;
-  add_piece(n, -1);
+  add_piece(n, -1, 0);
 }
 
 template <typename acc_t>
-void Channels<acc_t>::add_piece(int end, int64_t channel) {
+void Channels<acc_t>::add_piece(int end, int64_t channel, int shared) {
   Piece<acc_t>& piece = pieces_[pieces_used_++];
   piece.end = end;
   piece.channel = channel;
+  piece.shared = shared;
   for (int i = 0; i < count_ && !piece.several(); ++i) piece.values[used_[i]] = values_[used_[i]][channel];
 }
 
 template <typename acc_t>
-ChannelSums<acc_t>::ChannelSums(const LifShape& shape, int count)
+ChannelSums<acc_t>::ChannelSums(const LifShape& shape, int count, bool charged)
     : shape_(shape),
       count_(count),
+      charged_(charged),
       wide_(wide<acc_t>(shape)),
-      once_(!wide_ && in_one_row(shape, kLongSums)),
+      once_(!wide_ && in_one_row(shape, 1, chunk_neurons(shape))),
       stride_(kLanes<acc_t> +
               (shape.channels == 1 ? 0 : (once_ ? shape.channels * shape.inner : 0) + row_stride<acc_t>(shape))),
       most_(std::max<int64_t>(1, kHeldTerms / shape.timesteps) *
@@ -225,6 +239,7 @@ void ChannelSums<acc_t>::add(const Range& range, const Parameters<acc_t>& parame
   if (once_ && !range.last && held_ < most_) return;
   held_ = 0;
   for (int k = 0; k < count_; ++k) {
+    if (k == kLeakSum && !charged_) continue;
     acc_t* row = rows_.get() + k * stride_;
     double* total = totals + k * shape_.channels;
     if (wide_) {
