@@ -67,7 +67,7 @@ demo: $(VENV)/.train
 	$(BIN)/iirsnn train digits --out $(DEMO) $(DEMO_FLAGS)
 
 test: $(VENV)/.neurons
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.neurons
 	$(BIN)/python -m pytest -m slow

@@ -8,13 +8,13 @@ from iirsnn.kernels.launch import now
 from tests.lif_cases import SUM_TOLERANCE, Case, inputs, options, reference_gradients
 
 CHANNELS = {"threshold_channels": True, "leak_channels": True}
-CASES = {
-    "one parameter, many clusters": Case("sums", (2, 70_000)),
+CASES = {  # of those with one parameter or columns 69 to 72 programs share each: three clusters
+    "one parameter": Case("sums", (2, 36_000)),
     "one parameter, T = 1": Case("sums", (1, 70_000)),
     "a plane each": Case("sums", (2, 40, 3, 9, 11), **CHANNELS),
     "a plane each, T = 1": Case("sums", (1, 2, 3, 40, 40), **CHANNELS),
-    "a column each": Case("sums", (2, 40, 70, 8, 8), "channels_last", **CHANNELS),
-    "a column each, T = 1": Case("sums", (1, 40, 70, 9, 8), "channels_last", **CHANNELS),
+    "a column each": Case("sums", (2, 9, 70, 8, 8), "channels_last", **CHANNELS),
+    "a column each, T = 1": Case("sums", (1, 16, 70, 9, 8), "channels_last", **CHANNELS),
 }
 
 
@@ -25,7 +25,7 @@ def test_the_same_bits_in_any_order(cudarun, name, monkeypatch):
     a = inputs(case)
     given = a.grad_s, a.grad_v, a.x, a.threshold, a.leak, a.v0, *options(case), True
     found = []
-    for order in ({}, *({"order": "random", "sched": "warp", "seed": n} for n in range(3))):
+    for order in ({}, *({"order": "random", "sched": "warp", "seed": n} for n in range(2))):
         with cudarun.emulate(arch=90, **order) as launches:
             found.append(eager.backward(*given)[1:3])
         assert len(launches) == 1
