@@ -52,6 +52,11 @@ MORE = [
 COMPILED = [*((arch, c) for arch in ARCHITECTURES for c in CASES), *((90, c) for c in MORE)]
 
 
+def for_arch(arch, *case, name):
+    """A case of a test: of sm_100 and sm_120, mostly the code of sm_90, for `make test-slow`."""
+    return pytest.param(arch, *case, id=name, marks=[pytest.mark.slow] if arch > 90 else [])
+
+
 def compile_launches(monkeypatch, arch, call, replace=lambda kernel: kernel):
     """The kernels that call() would launch, compiled for arch: {name: CompiledKernel}."""
     kernels = {}
@@ -118,7 +123,8 @@ def global_accesses(kernel, folder: Path, stack: int = 0) -> tuple[list[int], li
 
 
 @pytest.mark.parametrize(
-    ("arch", "case"), COMPILED, ids=[f"sm_{arch} {case.name}" for arch, case in COMPILED]
+    ("arch", "case"),
+    [for_arch(arch, case, name=f"sm_{arch} {case.name}") for arch, case in COMPILED],
 )
 @pytest.mark.parametrize("sums", [False, True])
 def test_nothing_spills_and_accesses_are_wide(monkeypatch, tmp_path, arch, case, sums):
@@ -148,7 +154,7 @@ def test_nothing_spills_and_accesses_are_wide(monkeypatch, tmp_path, arch, case,
             assert loads.count(128) == stores.count(128) == timesteps + membranes
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", [for_arch(arch, name=f"sm_{arch}") for arch in ARCHITECTURES])
 @pytest.mark.parametrize("timesteps", [1, 5])
 def test_packed_accesses_are_wide(monkeypatch, tmp_path, arch, timesteps):
     """Currents and unpacked spikes move 16 bytes at a time; bits are 1/32 of them."""

@@ -179,6 +179,7 @@ def kill_at(arguments, file, step, log):
         assert process.wait() == -signal.SIGKILL, log.read_text()
 
 
+@pytest.mark.slow  # one killed at random moments is in tests/train/test_interruptions.py
 def test_a_process_killed_twice_ends_in_the_same_bits(tmp_path):
     settings = [argument for setting in LONGER for argument in ("--set", setting)]
     run, whole = tmp_path / "run", tmp_path / "whole"
