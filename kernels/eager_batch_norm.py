@@ -130,15 +130,26 @@ def call(
     """The op triton_bn_lif_forward, or the same without it."""
     tensors = x, weight, bias, threshold, leak
     options = reset, float(v_reset), detach_reset, surrogate, surrogate_scale
-    run: Callable[..., Any]
     if not unwatched(*tensors):
-        run, rest = torch.ops.iirsnn.triton_bn_lif_forward, (eps, *options)
-    elif needs_gradient(*tensors):
-        run, rest = BnLifGradient.apply, (eps, options)
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.iirsnn.triton_bn_lif_forward(
+            *tensors, eps, *options
+        )
+        return found
+    return _without_op(tensors, eps, options)
+
+
+def _without_op(
+    tensors: tuple[Tensor | None, ...],
+    eps: float,
+    options: tuple[str, float, bool, str, float],
+    running: Running = NOTHING,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    run: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    if needs_gradient(*tensors):
+        run, how = BnLifGradient.apply, (options,)
     else:
-        run, rest = forward, (eps, reset, options[1])
-    found: tuple[Tensor, Tensor, Tensor, Tensor] = run(*tensors, *rest)
-    return found
+        run, how = forward, (options[0], options[1], now)
+    return run(*tensors, eps, *how, running)
 
 
 def _running(x: Tensor, *kept: Any) -> Running | None:
@@ -177,10 +188,7 @@ def counted(
     running = _running(x, *kept)
     if running is None or not unwatched(*tensors, *running[:3]):
         return None
-    if needs_gradient(*tensors):
-        s, *_ = BnLifGradient.apply(*tensors, eps, options, running)
-    else:
-        s, *_ = forward(*tensors, eps, options[0], options[1], now, running)
+    s, *_ = _without_op(tensors, eps, options, running)
     _were_written(running)
     return s
 

@@ -32,13 +32,9 @@ def counters_of(x: Tensor, count: int, launch: Launcher) -> Tensor:
     A graph has its own, zeroed at each replay, for it may be replayed beside launches of the stream
     that it was captured on; so has code that is traced.
     """
-    stream = 0
-    if x.is_cuda and launch is now:
-        if torch.cuda.is_current_stream_capturing():
-            return x.new_zeros(count, dtype=torch.int32)
-        stream = torch._C._cuda_getCurrentRawStream(x.get_device())
-    elif launch is not now:
+    if launch is not now or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return x.new_zeros(count, dtype=torch.int32)
+    stream = torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else 0
     kept = _counters.get((x.device, stream))
     if kept is None or kept.numel() < count:
         kept = torch.zeros(max(count, 1024), dtype=torch.int32, device=x.device)
