@@ -115,29 +115,26 @@ PyObject* bn_lif_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   Tensor s = [&] {
     const py::gil_scoped_release no_gil;
     if (triton) {
-      auto found = bn_lif_by_triton(x, affine[0], affine[1], parameters[0], parameters[1], eps, options, running);
-      was_written(running);
-      return std::get<0>(std::move(found));
+      return std::get<0>(
+          bn_lif_by_triton(x, affine[0], affine[1], parameters[0], parameters[1], eps, options, running));
     }
 #if defined(IIRSNN_WITH_CUDA)
     if (in_kernel) {
-      auto found = bn_lif_with_gradient(x, affine[0], affine[1], parameters[0], parameters[1], options, [&] {
+      return std::get<0>(bn_lif_with_gradient(x, affine[0], affine[1], parameters[0], parameters[1], options, [&] {
         RECORD_FUNCTION("iirsnn::bn_lif_forward", (std::vector<at::IValue>{x, parameters[0], parameters[1]}));
         const at::AutoDispatchBelowADInplaceOrView below;
         return bn_lif_forward_cuda(x, affine[0], affine[1], parameters[0], parameters[1], eps, options.reset,
-                                   how.v_reset, how.detach_reset, options.surrogate, how.scale, running);
-      });
-      was_written(running);
-      return std::get<0>(std::move(found));
+                                   how.v_reset, how.detach_reset, options.surrogate, how.scale, &running);
+      }));
     }
 #endif
     auto [spikes, mean, var, rstd] =
         bn_lif_forward_op().call(x, affine[0], affine[1], parameters[0], parameters[1], eps, how.reset, how.v_reset,
                                  how.detach_reset, how.surrogate, how.scale);
     count_call(running, mean, var, double(x.numel() / channels));
-    was_written(running);
     return spikes;
   }();
+  was_written(running);
   return THPVariable_Wrap(std::move(s));
   END_HANDLE_TH_ERRORS
 }

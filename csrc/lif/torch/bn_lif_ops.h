@@ -31,13 +31,13 @@ struct Running {
 };
 
 #if defined(IIRSNN_WITH_CUDA)
-// As the op on CUDA tensors; the call is counted in `running`, without a launch more.
+// As the op on CUDA tensors; the call is counted in `running`, if any, without a launch more.
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_lif_forward_cuda(const Tensor& x, const OptionalTensor& weight,
                                                                const OptionalTensor& bias, const Tensor& threshold,
                                                                const Tensor& leak, double eps, const std::string& reset,
                                                                double v_reset, bool detach_reset,
                                                                const std::string& surrogate, double surrogate_scale,
-                                                               const Running& running);
+                                                               const Running* running);
 // totals: double [3, C] as BnLifTotals has them -> mean, rstd; the call is counted in `running`, in the same launch.
 std::tuple<Tensor, Tensor> bn_lif_totals_cuda(const Tensor& totals, double eps, const Running& running);
 #endif

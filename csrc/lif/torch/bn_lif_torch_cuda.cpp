@@ -102,24 +102,12 @@ Tensor fire(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Optio
   return s;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> counted_forward(const Tensor& x, const OptionalTensor& weight,
-                                                           const OptionalTensor& bias, const Tensor& threshold,
-                                                           const Tensor& leak, double eps, const std::string& reset,
-                                                           double v_reset, bool detach_reset,
-                                                           const std::string& surrogate, double surrogate_scale,
-                                                           const Running* running) {
-  const c10::cuda::CUDAGuard guard(x.device());
-  const auto [mean, var, rstd] = statistics(x, eps, nullptr, running);
-  return {fire(x, mean, rstd, weight, bias, threshold, leak, reset, v_reset, detach_reset, surrogate, surrogate_scale),
-          mean, var, rstd};
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight,
                                                    const OptionalTensor& bias, const Tensor& threshold,
                                                    const Tensor& leak, double eps, std::string reset, double v_reset,
                                                    bool detach_reset, std::string surrogate, double surrogate_scale) {
-  return counted_forward(x, weight, bias, threshold, leak, eps, reset, v_reset, detach_reset, surrogate,
-                         surrogate_scale, nullptr);
+  return bn_lif_forward_cuda(x, weight, bias, threshold, leak, eps, reset, v_reset, detach_reset, surrogate,
+                             surrogate_scale, nullptr);
 }
 
 // What the first pass backward returns.
@@ -219,9 +207,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_lif_forward_cuda(const Tensor& x, 
                                                                const Tensor& leak, double eps, const std::string& reset,
                                                                double v_reset, bool detach_reset,
                                                                const std::string& surrogate, double surrogate_scale,
-                                                               const Running& running) {
-  return counted_forward(x, weight, bias, threshold, leak, eps, reset, v_reset, detach_reset, surrogate,
-                         surrogate_scale, &running);
+                                                               const Running* running) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  const auto [mean, var, rstd] = statistics(x, eps, nullptr, running);
+  return {fire(x, mean, rstd, weight, bias, threshold, leak, reset, v_reset, detach_reset, surrogate, surrogate_scale),
+          mean, var, rstd};
 }
 
 std::tuple<Tensor, Tensor> bn_lif_totals_cuda(const Tensor& totals, double eps, const Running& running) {
