@@ -204,7 +204,8 @@ def normed(**options):
     return BatchNormLIF(nn.BatchNorm2d(3), FusedLIF(0.7, 0.8, backend="triton", **options))
 
 
-@pytest.mark.parametrize(("timesteps", "learned"), [(1, True), (3, False), (10, True)])
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("timesteps", [1, 3, 10])
 def test_batch_norm_gives_the_same(timesteps, learned, monkeypatch):
     x, grad = random(timesteps, 2, 3, 4, 4), random(timesteps, 2, 3, 4, 4).mul(2)
     module = normed(learn_threshold=learned, learn_leak=learned)
