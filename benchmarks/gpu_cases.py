@@ -34,7 +34,10 @@ ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: Maps of VGG16 on 32x32 images, [C, H, W], where its neurons are.
-MAPS = {"64x32x32": (64, 32, 32), "128x16x16": (128, 16, 16), "512x4x4": (512, 4, 4)}
+MAPS = {
+    f"{channels}x{size}x{size}": (channels, size, size)
+    for channels, size in ((64, 32), (128, 16), (512, 4), (256, 8), (512, 2))
+}
 BATCH = 128
 
 

@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from iirsnn.report.engine_energy import beside
 from iirsnn.train import data, recipe
 from iirsnn.train.run_folder import RunFolder
 from tests.conftest import assert_one_line
+from tests.event.networks import levels
 
 
 @pytest.fixture
@@ -54,6 +58,29 @@ def test_predict_names_the_class_of_each_file(iirsnn, finished, deployed, tmp_pa
     agree = [row[1] == name for row, name in zip(rows, expected, strict=True)]
     assert sum(agree) >= 11  # 8-bit grey levels are not exactly the data set's 17
     assert all(float(row[-1]) >= 0 for row in rows)
+
+
+@pytest.mark.parametrize("name", ["", "portable", "mmx", "avx512"])
+def test_predict_runs_on_the_instruction_set_that_is_asked_for(finished, deployed, tmp_path, name):
+    """Of the processor's own; any other name is one line, wherever it is read first."""
+    pixels, _ = digits(finished, 1)
+    Image.fromarray(pixels[0]).save(tmp_path / "0.png")
+    done = subprocess.run(
+        [sys.executable, "-m", "iirsnn", "predict", str(deployed), "0.png"],
+        env=os.environ | {"IIRSNN_CPU_CAPABILITY": name},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    if name == "mmx" or (name == "avx512" and "avx512" not in levels()):
+        assert done.returncode == 2
+        expected = "IIRSNN_CPU_CAPABILITY: expected portable, avx2 or avx512, at most "
+        assert expected in done.stderr
+        assert f"got '{name}'" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    else:
+        assert done.returncode == 0
+        assert "0.png" in done.stdout
 
 
 def test_deploy_takes_any_stage_and_precision(iirsnn, finished, tmp_path):

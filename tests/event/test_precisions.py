@@ -11,7 +11,7 @@ from tests.event.graphs import Residual
 from tests.event.networks import assert_same, engine_spikes, images, integers, spikes_of
 
 
-def test_bf16_is_the_model_with_rounded_weights():
+def test_all_weights_but_those_of_the_image_are_bf16():
     network = integers(
         nn.Conv2d(1, 40, 3), FusedLIF(), nn.Conv2d(40, 100, 3), FusedLIF(), nn.Flatten(),
         nn.Linear(400, 100), FusedLIF(), Readout(100, 4), timesteps=2,
@@ -65,11 +65,40 @@ def test_int8_weights_are_the_nearest_multiples_of_their_outputs_scale():
         assert (largest == 127).all()
 
 
-def test_int8_is_the_model_with_rounded_weights():
+def converted():
+    """A small network and its calibration images."""
     generator = torch.Generator().manual_seed(5)
     calibration = torch.randn(64, 1, 12, 12, generator=generator)
     config = ModelConfig("vgg", layers=[40, "A", 70, "A"], hidden=[90])
-    network = convert(build(config, 10, (1, 12, 12)), calibration, 80.0, timesteps=1).eval()
+    return convert(
+        build(config, 10, (1, 12, 12)), calibration, 80.0, timesteps=1
+    ).eval(), calibration
+
+
+def assert_logits_of(net, rounded, x):
+    logits = net(x)
+    with torch.no_grad():
+        expected = rounded(x)
+    same = (logits - expected).abs().amax(1) < 1e-4 * expected.abs().max()
+    assert same.float().mean() > 0.9  # the others hold a spike within rounding of its threshold
+
+
+def test_bf16_is_the_model_with_rounded_weights():
+    network, calibration = converted()
+    net = EventNetwork.from_model(network, precision="bf16")
+    _, *others = [
+        module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
+    assert len(others) == 3
+    for module in others:
+        exact = module.weight.data
+        module.weight.data = exact.bfloat16().float()
+        assert (module.weight.data != exact).float().mean() > 0.9
+    assert_logits_of(net, network, calibration)
+
+
+def test_int8_is_the_model_with_rounded_weights():
+    network, calibration = converted()
     net = EventNetwork.from_model(network, precision="int8")
     rounded = {layer.name: layer for layer in net.layers[1:] if layer.weights}
     pooled = {"layers.3": 4, "layers.7": 4}  # their weights carry the average pool's 1/4
@@ -79,8 +108,4 @@ def test_int8_is_the_model_with_rounded_weights():
             (weight,) = layer.weights
             shape = (-1, *[1] * (weight.dim() - 1))
             module.weight.data = weight.float() * layer.scale.view(shape) * pooled.get(name, 1)
-    logits = net(calibration)
-    with torch.no_grad():
-        expected = network(calibration)
-    same = (logits - expected).abs().amax(1) < 1e-4 * expected.abs().max()
-    assert same.float().mean() > 0.9  # the others hold a spike within rounding of its threshold
+    assert_logits_of(net, network, calibration)

@@ -58,7 +58,7 @@ class Network {
   Hash run(int64_t count) {
     const auto images = random_.reals<float>(count * image_.channels * image_.height * image_.width, 0, 1);
     std::vector<float> logits(count * engine.outputs());
-    const std::shared_ptr<const Call> call = engine.run(images.data(), count, logits.data(), 2);
+    const std::shared_ptr<const Call> call = engine.run(images.data(), count, logits.data(), threads());
     Hash hash;
     hash.add(logits);
     for (const int64_t source : sources_) {

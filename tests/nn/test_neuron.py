@@ -91,6 +91,14 @@ def test_prints_what_it_is():
     )
 
 
+def test_prints_without_numbers():
+    neuron = FusedLIF(channels=2, backend="reference").to("meta")
+    assert repr(neuron) == (
+        "FusedLIF(threshold=meta, leak=meta, channels=2, reset=soft, surrogate=triangle, "
+        "backend=reference)"
+    )
+
+
 def test_compiles_whole():
     neuron = FusedLIF(leak=0.9)
     x = torch.randn(3, 2, 5) + 0.4

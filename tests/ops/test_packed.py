@@ -93,3 +93,12 @@ def test_nan_is_refused(backend):
     x[1, 1999] = math.nan
     with pytest.raises(ValueError, match="packed: expected a current without NaN"):
         lif(x, packed=True, backend=backend)
+
+
+def test_compares_as_an_object():
+    """Not bit by bit: `packed.bits` is a tensor to compare."""
+    packed = lif(torch.randn(2, 70), packed=True)
+    assert packed == packed
+    assert packed != lif(torch.randn(2, 70), packed=True)
+    assert packed != "bits"
+    assert len({packed, packed}) == 1

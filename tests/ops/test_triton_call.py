@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
 import subprocess
 import sys
 
@@ -11,7 +14,7 @@ from torch.export import export
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-import iirsnn.kernels  # noqa: E402, F401  (Triton decides now whether it interprets)
+import iirsnn.kernels  # noqa: E402  (Triton decides now whether it interprets)
 from iirsnn.kernels import eager  # noqa: E402
 from iirsnn.kernels import lif as lif_kernels  # noqa: E402
 from iirsnn.kernels.launch import Launch, forget_plans, planned  # noqa: E402
@@ -58,6 +61,28 @@ def test_triton_is_asked_once():
         launch((x, None), 0.5)
     assert kernel.asked == [((3, 1, 1), (x, None, 5, 7, 0.5, 1))]
     assert kernel.launched == [((3, 1, 1), (x.data_ptr(), None, 5, 7, 0.5, 1))] * 2
+
+
+def test_another_number_asks_for_nothing():
+    """As when a surrogate is narrowed while a network trains."""
+    kernel, launch = a_launch()
+    x = torch.empty(8)
+    for scale in (0.5, 0.7, 1.0):
+        launch((x, None), scale)
+    assert len(kernel.asked) == 1
+    assert [arguments[4] for _, arguments in kernel.launched] == [0.7, 1.0]
+
+
+def test_no_kernel_is_compiled_for_a_scale_or_a_reset():
+    names = [module.name for module in pkgutil.iter_modules(iirsnn.kernels.__path__)]
+    modules = [importlib.import_module(f"iirsnn.kernels.{name}") for name in names]
+    kernels = {k.fn for m in modules for k in vars(m).values() if hasattr(k, "fn")}
+    found = [inspect.get_annotations(kernel) for kernel in kernels]
+    assert sum("constexpr" in str(every) for every in found) > 10
+    numbers = [inspect.signature(kernel).parameters for kernel in kernels]
+    numbers = [p for every in numbers for n, p in every.items() if n in ("scale", "v_reset")]
+    assert len(numbers) > 10
+    assert not any("constexpr" in str(parameter.annotation) for parameter in numbers)
 
 
 def test_triton_is_asked_for_tensors_that_are_not_aligned():

@@ -1,16 +1,21 @@
-// One engine, called by four threads at once with batches of different sizes and thread counts: every call has to give
-// what a single thread gives alone. Built with sanitizers by `make sanitize`; needs neither torch nor Python.
+// One engine, and one network behind the C interface, called by four threads at once with batches of different sizes
+// and thread counts: every call has to give what a single thread gives alone. Built with sanitizers by `make sanitize`,
+// which runs it in the root of the repository; needs neither torch nor Python.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
+#include <iterator>
 #include <new>
 #include <random>
 #include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
 #include "event/engine.h"
+#include "event/iirsnn.h"
 #include "event/thread_pool.h"
 
 using namespace iirsnn::event;
@@ -125,6 +130,53 @@ void threads_share_an_engine(const Case& network) {
   for (std::thread& caller : callers) caller.join();
 }
 
+// Logits of a call, and what it says of its layers.
+std::vector<float> call(const iirsnn_network* network, const iirsnn_facts& facts, int64_t count, int threads) {
+  const std::vector<float> images = numbers(count * facts.channels * facts.height * facts.width, 0.0f, 1.0f, 7);
+  std::vector<float> found(count * facts.classes);
+  iirsnn_call* made = nullptr;
+  expect(iirsnn_run(network, images.data(), count, threads, found.data(), &made) == IIRSNN_OK, "a call of the network");
+  for (int64_t i = 0; made && i < facts.layers; ++i) {
+    iirsnn_layer layer;
+    expect(iirsnn_layer_of(made, i, &layer) == IIRSNN_OK, "a layer of a call");
+    found.push_back(float(layer.spikes));
+    const uint64_t* bits = nullptr;
+    if (layer.neurons && iirsnn_spikes_of(made, i, &bits) == IIRSNN_OK && count)
+      found.push_back(float(bits[0] & 0xffff));
+  }
+  iirsnn_free_call(made);
+  return found;
+}
+
+// The last of those that hold it lets the network go, while others may still be running it.
+void threads_share_a_network(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  const std::string bytes(std::istreambuf_iterator<char>(file), {});
+  iirsnn_network* network = nullptr;
+  expect(iirsnn_load_memory(bytes.data(), bytes.size(), &network) == IIRSNN_OK, "a network in memory");
+  if (!network) return;
+  iirsnn_facts facts;
+  iirsnn_describe(network, &facts);
+  std::vector<std::vector<float>> alone;
+  for (int64_t count = 0; count <= kMost; ++count) alone.push_back(call(network, facts, count, 1));
+  std::vector<std::thread> callers;
+  for (int caller = 0; caller < 4; ++caller) {
+    iirsnn_retain(network);
+    callers.emplace_back([&, caller] {
+      for (int turn = 0; turn < 4; ++turn) {
+        const int64_t count = (caller * 5 + turn * 7) % (kMost + 1);
+        const bool same = call(network, facts, count, 1 + (caller + turn) % 3) == alone[count];
+        expect(same, "a call beside others gives what it gives alone, through C");
+        iirsnn_run(network, nullptr, 1, 1, nullptr, nullptr);
+        expect(*iirsnn_message(), "each thread has the message of its own failure");
+      }
+      iirsnn_release(network);
+    });
+  }
+  iirsnn_release(network);
+  for (std::thread& caller : callers) caller.join();
+}
+
 void exceptions_reach_the_caller() {
   for (int threads : {1, 2, 3}) {
     std::atomic<int> done{0};
@@ -189,6 +241,9 @@ int main(int arguments, char**) {
       if (!whole) break;
     }
     if (!whole && precision == Precision::fp32) break;
+  }
+  for (const char* name : {"fp32", "int8"}) {
+    threads_share_a_network(std::string("tests/event/files/format3-") + name + ".iirsnn");
   }
   exceptions_reach_the_caller();
   if (failures) std::fprintf(stderr, "shared_engine: %d failures\n", failures.load());
