@@ -88,7 +88,7 @@ class BatchNormLIF(nn.Module):
     def _evaluated(self, x: Tensor) -> Any:
         """By one kernel on a GPU; a CPU keeps the bits of torch's norm."""
         kernels = choose_batch_norm(self.neuron.backend, x)
-        if isinstance(kernels, str) or kernels.name == "cpu":
+        if isinstance(kernels, str) or kernels.name == "cpu" or not _keeps_its_like(self.norm, x):
             return self._composed(x)
         norm = self.norm
         x, *parameters, options = self._arguments(x)
@@ -107,6 +107,8 @@ class BatchNormLIF(nn.Module):
         kernels = choose_batch_norm(neuron.backend, x)
         if not fits:
             norm._check_input_dim(x[0])
+        if not (norm.eps > 0 and _keeps_its_like(norm, x)):
+            return self._composed(x)  # torch says what is wrong, or does without
         if x.numel() == x.shape[2] and group is None:
             raise ValueError(
                 f"x: expected more than one value per channel in training, got {tuple(x.shape)}"
@@ -255,6 +257,15 @@ class _Synchronised(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         grads = [grad if want else None for grad, want in zip(grads, wanted[:5], strict=True)]
         return *grads, None, None, None, None
+
+
+def _keeps_its_like(norm: Any, x: Tensor) -> bool:
+    """Whether a norm has running statistics, and all of its tensors are for the channels of x."""
+    mean, var, calls, _ = _kept(norm)
+    if mean is None or var is None or calls is None:
+        return False
+    tensors = mean, var, norm.weight, norm.bias
+    return all(t is None or t.shape == (x.shape[2],) for t in tensors)
 
 
 def _kept(norm: Any) -> tuple[Any, ...]:
