@@ -18,6 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..functional import SCALES, check_options, is_dense, lif, parameter_like
 from ..ops.backend import BatchNormBackend, choose_batch_norm, direct
+from .hooks import changed_by_hooks
 from .neuron import FusedLIF
 
 #: Norms that are fused, and the numbers of dimensions of x [T, B, C, ...] that they take.
@@ -322,13 +323,8 @@ def _is_plain(module: nn.Module, kinds: Container[type]) -> bool:
     """Whether the module is exactly one of these, so that its attributes say all that it does."""
     return (
         type(module) in kinds
-        and "forward" not in module.__dict__
-        and not (
-            module._forward_pre_hooks
-            or module._forward_hooks
-            or module._backward_pre_hooks
-            or module._backward_hooks
-        )
+        and not changed_by_hooks(module)
+        and not (module._backward_pre_hooks or module._backward_hooks)
     )
 
 
