@@ -174,6 +174,8 @@ def write_atomically(path: Path, write: Callable[[str], Any], previous: Path | N
     # one name for each file, so that what a kill leaves behind is overwritten, not collected
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        if path.exists() and not path.is_file():  # a device would be replaced by a file
+            raise OSError("expected a file or nothing there, got a folder or a device")
         write(str(temporary))
         _sync(temporary)
         if previous is not None and path.exists():

@@ -182,7 +182,8 @@ def parameter_like(name: str, value: float | Tensor, x: Tensor, acc: torch.dtype
         raise TypeError(f"{name}: expected a floating point tensor, got {value.dtype}")
     if value.device != x.device:
         raise ValueError(f"{name}: expected a tensor on {x.device} like x, got {value.device}")
-    if value.numel() != 1 and (x.dim() < 3 or value.numel() != x.shape[2]):
+    elements = value.numel()
+    if elements != 1 and (elements == 0 or x.dim() < 3 or elements != x.shape[2]):
         raise ValueError(
             f"{name}: expected 1 element, or C for x [T, B, C, ...], "
             f"got {tuple(value.shape)} for x {tuple(x.shape)}"

@@ -119,6 +119,15 @@ def test_a_folder_that_is_none(tmp_path):
             atomic_files.save(folder / "x.safetensors", some_tensors(), {})
 
 
+def test_a_device_is_not_replaced(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(RunError, match="expected a file or nothing there"):
+        atomic_files.write_text(path, "text")
+    assert path.is_fifo()
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_missing_file(tmp_path):
     with pytest.raises(RunError, match=r"checkpoint .*none\.safetensors: no such file"):
         atomic_files.load(tmp_path / "none.safetensors")

@@ -253,6 +253,12 @@ def test_no_membrane_sequence_is_ever_allocated(timesteps):
         ({"threshold": -1}, ValueError, "threshold: expected a finite number > 0, got -1"),
         ({"threshold": torch.zeros(1)}, ValueError, "threshold: expected finite values > 0, got 0"),
         ({"threshold": torch.ones(4)}, ValueError, r"threshold: expected 1 element, or C .*\(4,\)"),
+        ({"x": torch.ones(2, 3, 0), "threshold": torch.ones(0)}, ValueError, r"or C .* got \(0,\)"),
+        (
+            {"x": torch.ones(2, 3, 0), "threshold": torch.ones(0), "leak": torch.ones(0)},
+            ValueError,
+            r"threshold: expected 1 element, or C .* got \(0,\)",
+        ),
         ({"threshold": torch.ones(1).int()}, TypeError, "threshold: expected a floating point"),
         ({"leak": math.nan}, ValueError, "leak: expected a finite number, got nan"),
         ({"leak": torch.tensor(math.inf)}, ValueError, "leak: expected finite values, got inf"),

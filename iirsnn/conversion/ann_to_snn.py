@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..models import Network
 from ..models.graph import GraphNetwork
 from ..nn import FusedLIF, SharedDropout
+from ..nn.hooks import changed_by_hooks
 from .batch_norm_folding import fold_batch_norm
 from .graph_conversion import graph_to_spiking
 from .node_kinds import DROPOUTS, EXPECTED, LAYERS, MOVING, NORMS, SPATIAL
@@ -161,6 +162,8 @@ def to_spiking(
         return graph_to_spiking(
             ann, timesteps, neuron.build, shape, keep_batch_norm=neuron.keep_batch_norm
         )
+    if not isinstance(ann, Network):
+        _check_hooks(ann)
     snn = copy.deepcopy(ann)
     if not isinstance(snn, Network):
         assert isinstance(snn, nn.Sequential)
@@ -193,6 +196,16 @@ def _unrolled(module: nn.Module) -> list[nn.Module]:
     if type(module) is not nn.Sequential:
         return [module]
     return [inner for child in module for inner in _unrolled(child)]
+
+
+def _check_hooks(ann: nn.Module) -> None:
+    """Refuse what a Network of the same layers would leave out without a word."""
+    for name, module in ann.named_modules():
+        if changed_by_hooks(module):
+            kind = type(module).__name__
+            raise ValueError(
+                f"ann: expected no hooks (a weight norm, a pruning), got {name} ({kind})"
+            )
 
 
 def _check_linear(network: Network) -> None:

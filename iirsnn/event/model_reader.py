@@ -16,6 +16,7 @@ from ..errors import UsageError
 from ..models import MembraneBlock, Network, ResidualBlock
 from ..models.graph import TIME_FUNCTIONS, Affine, GraphNetwork, mean_over_time, split_time
 from ..nn import BatchNormLIF, FusedLIF, Readout, SharedDropout, TimeSequential, direct
+from ..nn.hooks import changed_by_hooks
 from .builder import Builder, Shape, Value, pair, unsupported
 from .layer import Layer, Window
 
@@ -61,6 +62,10 @@ class _Reader:
 
     def module(self, name: str, module: nn.Module, value: Value) -> Value:
         """What a module makes of a value."""
+        if changed_by_hooks(module):
+            raise unsupported(
+                name or "model", module, "expected no hooks and no forward of its own"
+            )
         if isinstance(module, Network) or type(module).forward in _SEQUENTIAL:
             for child, each in _children(module, name):
                 value = self.module(child, each, value)

@@ -18,6 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..functional import SCALES, check_options, is_dense, lif, parameter_like
 from ..ops.backend import BatchNormBackend, choose_batch_norm, direct
+from .hooks import changed_by_hooks
 from .neuron import FusedLIF
 
 #: Norms that are fused, and the numbers of dimensions of x [T, B, C, ...] that they take.
@@ -88,7 +89,7 @@ class BatchNormLIF(nn.Module):
     def _evaluated(self, x: Tensor) -> Any:
         """By one kernel on a GPU; a CPU keeps the bits of torch's norm."""
         kernels = choose_batch_norm(self.neuron.backend, x)
-        if isinstance(kernels, str) or kernels.name == "cpu":
+        if isinstance(kernels, str) or kernels.name == "cpu" or not _keeps_its_like(self.norm, x):
             return self._composed(x)
         norm = self.norm
         x, *parameters, options = self._arguments(x)
@@ -107,6 +108,8 @@ class BatchNormLIF(nn.Module):
         kernels = choose_batch_norm(neuron.backend, x)
         if not fits:
             norm._check_input_dim(x[0])
+        if not (norm.eps > 0 and _keeps_its_like(norm, x)):
+            return self._composed(x)  # torch says what is wrong, or does without
         if x.numel() == x.shape[2] and group is None:
             raise ValueError(
                 f"x: expected more than one value per channel in training, got {tuple(x.shape)}"
@@ -257,6 +260,15 @@ class _Synchronised(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
+def _keeps_its_like(norm: Any, x: Tensor) -> bool:
+    """Whether a norm has running statistics, and all of its tensors are for the channels of x."""
+    mean, var, calls, _ = _kept(norm)
+    if mean is None or var is None or calls is None:
+        return False
+    tensors = mean, var, norm.weight, norm.bias
+    return all(t is None or t.shape == (x.shape[2],) for t in tensors)
+
+
 def _kept(norm: Any) -> tuple[Any, ...]:
     """What a norm keeps of its calls, and its momentum, which is None for a mean of all."""
     return norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum
@@ -311,13 +323,8 @@ def _is_plain(module: nn.Module, kinds: Container[type]) -> bool:
     """Whether the module is exactly one of these, so that its attributes say all that it does."""
     return (
         type(module) in kinds
-        and "forward" not in module.__dict__
-        and not (
-            module._forward_pre_hooks
-            or module._forward_hooks
-            or module._backward_pre_hooks
-            or module._backward_hooks
-        )
+        and not changed_by_hooks(module)
+        and not (module._backward_pre_hooks or module._backward_hooks)
     )
 
 

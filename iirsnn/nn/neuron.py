@@ -163,7 +163,12 @@ class FusedLIF(nn.Module):
                 "reset_state() before another batch"
             )
         self.state = state.to(dtype)
-        return self.state.clone() if torch.is_grad_enabled() else self.state
+        if not torch.is_grad_enabled():
+            return self.state
+        copied: Tensor = (
+            torch.ops.iirsnn.copy_of_state(self.state) if compiling else self.state.clone()
+        )
+        return copied
 
     def reset_state(self) -> None:
         """Forget the membrane: the next call starts from 0, and may be of another shape."""

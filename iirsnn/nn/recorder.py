@@ -80,8 +80,9 @@ def record(model: nn.Module) -> Iterator[Recorder]:
         return hook
 
     def end(name: str) -> Any:
-        def hook(neuron: FusedLIF, args: tuple[Tensor, ...], result: Any) -> None:
-            recorder._add(name, neuron, args[0], before.pop(name), result)
+        def hook(neuron: FusedLIF, args: tuple[Tensor, ...], named: Any, result: Any) -> None:
+            x = args[0] if args else named["x"]
+            recorder._add(name, neuron, x, before.pop(name), result)
 
         return hook
 
@@ -92,7 +93,7 @@ def record(model: nn.Module) -> Iterator[Recorder]:
             if isinstance(module, FusedLIF):
                 for handle in (
                     module.register_forward_pre_hook(start(name)),
-                    module.register_forward_hook(end(name)),
+                    module.register_forward_hook(end(name), with_kwargs=True),
                 ):
                     stack.callback(handle.remove)
         yield recorder

@@ -3,7 +3,7 @@
 A program that torch.export wrote needs that before it can be loaded.
 """
 
-from . import backend, batch_norm, lif, spike
+from . import backend, batch_norm, lif, spike, state
 from .packed import PackedSpikes
 
-__all__ = ["PackedSpikes", "backend", "batch_norm", "lif", "spike"]
+__all__ = ["PackedSpikes", "backend", "batch_norm", "lif", "spike", "state"]

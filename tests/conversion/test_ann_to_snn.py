@@ -249,6 +249,16 @@ def test_one_relu_in_many_places_becomes_as_many_neurons():
     assert not any(isinstance(module, nn.ReLU) for module in snn.modules())
 
 
+@pytest.mark.parametrize("index", range(5))
+def test_a_plain_sequential_with_hooks_is_refused(index):
+    """A Network of the same layers would leave them out."""
+    modules = [nn.Flatten(), nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)]
+    modules[index].register_forward_hook(lambda module, inputs, output: output * 3)
+    kind = type(modules[index]).__name__
+    with pytest.raises(ValueError, match=rf"ann: expected no hooks .* got {index} \({kind}\)"):
+        convert(nn.Sequential(*modules).eval(), torch.rand(8, 1, 2, 2))
+
+
 def test_dropout_of_a_plain_sequential_gets_one_mask_for_all_timesteps():
     ann = nn.Sequential(nn.Flatten(), nn.Linear(4, 9), nn.ReLU(), nn.Dropout(0.3), nn.Linear(9, 2))
     snn = convert(ann, torch.randn(4, 1, 2, 2))

@@ -239,3 +239,11 @@ def test_time_sequential_and_a_first_linear_layer():
 def test_empty_batch():
     network = integers(nn.Conv2d(1, 4, 3), FusedLIF(), nn.Flatten(), Readout(16, 3))
     assert EventNetwork.from_model(network)(torch.zeros(0, 1, 4, 4)).shape == (0, 3)
+
+
+def test_logits_are_on_the_cpu_whatever_the_default_device():
+    network = integers(nn.Conv2d(1, 4, 3), FusedLIF(), nn.Flatten(), Readout(16, 3))
+    engine, images = EventNetwork.from_model(network), torch.ones(2, 1, 4, 4)
+    wanted = engine(images)
+    with torch.device("meta"):
+        assert torch.equal(engine(images), wanted)

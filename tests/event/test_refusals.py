@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from iirsnn import FusedLIF
+from iirsnn import BatchNormLIF, FusedLIF
 from iirsnn.errors import RunError, UsageError
 from iirsnn.event.network import EventNetwork
 
@@ -50,6 +50,29 @@ def test_modules_after_a_convolution(module, match):
 )
 def test_modules_after_neurons(module, match):
     refused(nn.Conv2d(1, 4, 3), FusedLIF(), module, nn.Flatten(), nn.Linear(16, 2), match=match)
+
+
+def tripled(module, kind):
+    """The module, which gives three times what its class would."""
+    if kind == "hook":
+        module.register_forward_hook(lambda module, inputs, output: output * 3)
+    elif kind == "hook before":
+        module.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 3,))
+    else:
+        module.forward = lambda x: type(module).forward(module, x) * 3
+    return module
+
+
+@pytest.mark.parametrize("kind", ["hook", "hook before", "forward"])
+def test_modules_that_do_something_else(kind):
+    message = "expected no hooks and no forward of its own"
+    end = nn.Flatten(), nn.Linear(16, 2)
+    refused(tripled(nn.Conv2d(1, 4, 3), kind), FusedLIF(), *end, match=rf"0 \(Conv2d\): {message}")
+    both = BatchNormLIF(nn.BatchNorm2d(4), tripled(FusedLIF(), kind))
+    refused(nn.Conv2d(1, 4, 3), both, *end, match=rf"\(FusedLIF\): {message}")
+    model = tripled(nn.Sequential(nn.Conv2d(1, 4, 3), FusedLIF(), *end), kind)
+    with pytest.raises(UsageError, match=rf"model \(Sequential\): {message}"):
+        EventNetwork.from_model(model)
 
 
 def test_other_models():

@@ -185,6 +185,49 @@ def test_the_norm_checks_the_number_of_dimensions_in_training_too():
         fused(torch.randn(3, 4, 6))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("channels", [1, 5, 4096])
+def test_the_norm_checks_the_number_of_channels(dtype, affine, channels):
+    norm = nn.BatchNorm2d(6, affine=affine, dtype=dtype).requires_grad_(False)
+    fused = BatchNormLIF(norm, FusedLIF(learn_threshold=False).to(dtype))
+    with pytest.raises(RuntimeError, match=f"should contain {channels} elements not 6"):
+        fused(torch.randn(2, 2, channels, 3, 3, dtype=dtype))
+
+
+@pytest.mark.parametrize("eps", [0, -1.0])
+def test_the_norm_checks_its_eps(eps):
+    fused, composed = (
+        kind(nn.BatchNorm2d(6, eps=eps), FusedLIF()) for kind in (BatchNormLIF, Composed)
+    )
+    x, found = torch.randn(SHAPE), []
+    for module in (fused, composed):  # torch's versions differ
+        try:
+            found.append(module(x))
+        except ValueError as error:
+            found.append(str(error))
+    assert torch.equal(*found) if torch.is_tensor(found[1]) else found[0] == found[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    "names",
+    [("running_mean", "running_var"), ("num_batches_tracked",)],
+    ids=["no statistics", "no count"],
+)
+def test_a_norm_that_was_told_to_keep_nothing(dtype, names):
+    norm, neuron = pair(dtype)
+    for name in names:
+        setattr(norm, name, None)
+    fused, composed = BatchNormLIF(norm, neuron), Composed(*copy.deepcopy((norm, neuron)))
+    x, grad_s = torch.randn(2, *SHAPE, dtype=dtype)
+    s, grad_x, grads = run(fused, x, grad_s)
+    wanted_s, wanted_x, wanted = run(composed, x, grad_s)
+    assert torch.equal(s, wanted_s)
+    torch.testing.assert_close((grad_x, grads), (wanted_x, wanted))
+    torch.testing.assert_close(dict(norm.named_buffers()), dict(composed.norm.named_buffers()))
+
+
 def test_the_gradient_of_the_threshold_is_as_exact_as_the_two_modules():
     """The root of the mean square error of many runs: of one, the two modules' may be 0 by luck."""
     errors = torch.zeros(2, 16, dtype=torch.float64)

@@ -68,6 +68,13 @@ def test_rates_are_of_all_calls_and_can_be_cleared():
         assert found.spikes == found.membranes == found.rates == {}
 
 
+def test_the_current_may_be_named():
+    neuron, x = FusedLIF(0.5), torch.randn(3, 4)
+    with iirsnn.record(neuron) as found:
+        s = neuron(x=x)
+    assert torch.equal(found.spikes[""], s)
+
+
 def test_packed_spikes_and_membranes_returned():
     x = torch.randn(3, 2, 70) + 0.5
     for options in ({"packed": True}, {"return_v": True}, {"packed": True, "return_v": True}):

@@ -105,7 +105,7 @@ PyObject* bn_lif_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
                         number(arguments[kMomentum])};
   const double eps = number(arguments[kEps]);
   if (!running.mean.defined() || !running.var.defined() || !running.calls.defined()) return leave();
-  if (!std::isfinite(eps)) return leave();
+  if (!(eps > 0) || !std::isfinite(eps)) return leave();
 
   const bool by_op = for_the_ops(x, or_undefined(affine[0]), or_undefined(affine[1]), parameters[0], parameters[1]);
   const bool in_kernel = triton || (x.is_cuda() && !by_op);  // the running statistics

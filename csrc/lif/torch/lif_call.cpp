@@ -67,7 +67,7 @@ PyObject* lif_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const Tensor threshold = parameter(arguments[kThreshold], x, true), leak = parameter(arguments[kLeak], x, false);
   if (!threshold.defined() || !leak.defined() || threshold.numel() != leak.numel()) return leave();
   for (const Tensor* value : {&threshold, &leak}) {
-    const bool channels = x.dim() >= 3 && value->numel() == x.size(2);
+    const bool channels = value->numel() > 0 && x.dim() >= 3 && value->numel() == x.size(2);
     if (value->device() != x.device() || (value->numel() != 1 && !channels)) return leave();
   }
   OptionalTensor v0;

@@ -160,7 +160,7 @@ inline void check_parameter(const char* name, const Tensor& value, const Tensor&
   TORCH_CHECK_VALUE(value.device() == x.device(), name, ": expected device ", x.device(), ", got ", value.device());
   TORCH_CHECK_TYPE(value.scalar_type() == acc_type(x), name, ": expected ", acc_type(x), " for x of ", x.scalar_type(),
                    ", got ", value.scalar_type());
-  const bool per_channel = value.dim() == 1 && x.dim() >= 3 && value.numel() == x.size(2);
+  const bool per_channel = value.numel() > 0 && x.dim() >= 3 && value.numel() == x.size(2);
   TORCH_CHECK_VALUE(value.dim() == 1 && (value.numel() == 1 || per_channel), name,
                     ": expected 1-D with 1 element, or C for x [T, B, C, ...], got ", value.sizes(), " for x ",
                     x.sizes());
