@@ -19,6 +19,10 @@ class RunError(IirsnnError, RuntimeError):
     """What was asked for failed: a missing file, a damaged checkpoint, a loss not finite."""
 
 
+class Lost(RunError):
+    """Another process of this run is gone, so this one cannot go on either."""
+
+
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Raises UsageError, naming the argument or key, unless `value` is one of `choices`."""
     if value not in choices:

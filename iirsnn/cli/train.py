@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from ..errors import RunError, UsageError
+from ..errors import Lost, RunError, UsageError
 from .console import console
 from .results import write_comparison, write_report
 
@@ -46,7 +46,6 @@ def train(
     torchrun --nproc-per-node N -m iirsnn train ...
     """
     from ..train.pipeline import Pipeline
-    from ..train.processes import Lost
 
     settings = [*(overrides or []), *(["runtime.tensorboard=true"] if tensorboard else [])]
     with _open_for_training(name, settings, out, resume) as (folder, splits, processes):

@@ -20,6 +20,12 @@ from ..functional import SCALES, check_options, is_dense, lif, parameter_like
 from ..ops.backend import BatchNormBackend, choose_batch_norm, direct
 from .hooks import changed_by_hooks
 from .neuron import FusedLIF
+from .synced_batch_norm import (
+    SyncedBatchNorm,
+    all_reduce,
+    next_momentum,
+    update_running_statistics,
+)
 
 #: Norms that are fused, and the numbers of dimensions of x [T, B, C, ...] that they take.
 _BATCH_NORMS = {
@@ -27,6 +33,7 @@ _BATCH_NORMS = {
     nn.BatchNorm2d: (5,),
     nn.BatchNorm3d: (6,),
     nn.SyncBatchNorm: range(3, 64),
+    SyncedBatchNorm: range(3, 64),
 }
 _NEURONS = (FusedLIF,)
 
@@ -200,9 +207,9 @@ class BatchNormLIF(nn.Module):
 
 def _processes(norm: Any) -> Any:
     """The group of processes that a norm in training takes its statistics over, or None."""
-    if not isinstance(norm, nn.SyncBatchNorm) or not dist.is_initialized():
+    if not isinstance(norm, nn.SyncBatchNorm | SyncedBatchNorm) or not dist.is_initialized():
         return None
-    group = norm.process_group or dist.group.WORLD
+    group = getattr(norm, "process_group", None) or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
 
 
@@ -226,7 +233,7 @@ class _Synchronised(torch.autograd.Function):
     ) -> Tensor:
         sums, *_ = kernels.moments(x, norm.eps)
         total = torch.cat([sums, sums.new_full((1, sums.shape[1]), x.numel() // x.shape[2])])
-        dist.all_reduce(total, group=group)
+        all_reduce(total, group)
         mean, rstd = _count_totals(norm, total, kernels)
         ctx.save_for_backward(x, mean, rstd, weight, bias, threshold, leak, total[2])
         ctx.options, ctx.kernels, ctx.group = options, kernels, group
@@ -240,7 +247,7 @@ class _Synchronised(torch.autograd.Function):
         _, _, rstd, _, _, threshold, leak = saved
         grad_x, sums, workspace = ctx.kernels.gradient_sums(grad_s, *saved, *ctx.options)
         total = sums[2:].clone()  # of all processes; the parameters have gradients of their own
-        dist.all_reduce(total, group=ctx.group)
+        all_reduce(total, ctx.group)
         wide = rstd.double()
         grad_mean, slope = (total[0] / count).float(), (total[1] / count * wide * wide).float()
         ctx.kernels.grad_x(grad_x, workspace, grad_mean, slope, grad_s, *saved, *ctx.options)
@@ -290,20 +297,6 @@ def _count_totals(norm: Any, total: Tensor, kernels: BatchNormBackend) -> tuple[
     rstd = (var + norm.eps).rsqrt().float()
     update_running_statistics(norm, mean.float(), (var * (count / (count - 1))).float())
     return mean.float(), rstd
-
-
-def next_momentum(norm: Any) -> float:
-    """Of a BatchNorm's call, which is counted: a running mean where the norm has no momentum."""
-    norm.num_batches_tracked.add_(1)
-    return 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-
-
-@torch.no_grad()
-def update_running_statistics(norm: Any, mean: Tensor, variance: Tensor) -> None:
-    """Count a call of a BatchNorm that saw this mean and unbiased variance, each [C]."""
-    momentum = next_momentum(norm)
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-    norm.running_var.lerp_(variance.to(norm.running_var.dtype), momentum)
 
 
 def spiking_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

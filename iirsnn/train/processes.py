@@ -9,23 +9,16 @@ other bits.) What is decided together goes through gloo, on GPUs too: it must no
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
-from ..errors import RunError
-from ..nn.batch_norm import update_running_statistics
+from ..nn.synced_batch_norm import SyncedBatchNorm, losses
 
 T = TypeVar("T")
-
-
-class Lost(RunError):
-    """Another process of this run is gone, so this one cannot go on either."""
 
 
 class Processes:
@@ -45,7 +38,7 @@ class Processes:
             dist.init_process_group(dist.get_default_backend_for_device(device))
             self.rank, self.count = dist.get_rank(), dist.get_world_size()
             self._first_of_node = int(os.environ["LOCAL_RANK"]) == 0
-            with _losses():
+            with losses():
                 self._group: Any = dist.new_group(backend="gloo")
 
     @property
@@ -63,7 +56,7 @@ class Processes:
         if self.count == 1:
             return work()
         box = [work() if self.main else None]
-        with _losses():
+        with losses():
             dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]  # type: ignore[return-value]
 
@@ -84,7 +77,7 @@ class Processes:
         if self.count == 1:
             return list(flags)
         raised = torch.tensor(flags, dtype=torch.uint8)
-        with _losses():
+        with losses():
             dist.all_reduce(raised, dist.ReduceOp.MAX, group=self._group)
         return [bool(flag) for flag in raised]
 
@@ -93,7 +86,7 @@ class Processes:
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
-        with _losses():
+        with losses():
             dist.all_gather_object(values, value, group=self._group)
         return values
 
@@ -103,7 +96,7 @@ class Processes:
         if self.count == 1 or not gradients:
             return
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        with _losses():
+        with losses():
             dist.all_reduce(flat)
         means = (flat / self.count).split([gradient.numel() for gradient in gradients])
         for gradient, mean in zip(gradients, means, strict=True):
@@ -118,7 +111,7 @@ class Processes:
             return
         for tensor in network.state_dict().values():
             contiguous = tensor.contiguous()
-            with _losses():
+            with losses():
                 dist.broadcast(contiguous, src=0)
             tensor.copy_(contiguous)
         if next(network.parameters()).is_cuda:
@@ -127,61 +120,3 @@ class Processes:
         for module in network.modules():
             if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
                 module.__class__ = SyncedBatchNorm  # parameters, buffers and hooks stay
-
-
-class SyncedBatchNorm(_BatchNorm):
-    """BatchNorm over the batch of all processes, on any device; torch's own needs a GPU.
-
-    Equals one process's BatchNorm over the whole batch, up to rounding.
-    """
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass  # any [B, C, ...]
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        x = input.float()
-        others = [0, *range(2, x.dim())]
-        shape = [1, -1, *[1] * (x.dim() - 2)]
-        elements = x.new_tensor([x.numel() / x.shape[1]])
-        total = _AllReduce.apply(torch.cat([x.sum(others), elements]))
-        count = total[-1].detach()
-        mean = total[:-1] / count
-        centred = x - mean.view(shape)
-        variance = _AllReduce.apply(centred.square().sum(others)) / count
-        if self.track_running_stats:
-            unbiased = variance.detach() * count / (count - 1)
-            update_running_statistics(self, mean.detach(), unbiased)
-        scale = (variance + self.eps).rsqrt()
-        if not self.affine:
-            return (centred * scale.view(shape)).to(input.dtype)
-        scale = scale * self.weight
-        return (centred * scale.view(shape) + self.bias.view(shape)).to(input.dtype)
-
-
-class _AllReduce(torch.autograd.Function):
-    """The sum over all processes; so is its gradient, for each process uses the sum."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        with _losses():
-            total = x.clone()
-            dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        with _losses():
-            total = grad.contiguous().clone()
-            dist.all_reduce(total)
-        return total
-
-
-@contextmanager
-def _losses() -> Iterator[None]:
-    """A collective operation fails when another process is gone."""
-    try:
-        yield
-    except RuntimeError as error:  # of gloo, NCCL or the store
-        raise Lost("another process of this run ended before its time") from error

@@ -230,7 +230,7 @@ def batch_norm():
 
 
 def exchanged_norms(processes):
-    """A BatchNormLIF whose norm is synchronised takes the statistics of all processes."""
+    """A BatchNormLIF whose norm is synchronised takes the statistics of all processes, in its kernels."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 4, 6, 5, 5, generator=generator) * 3 + 7
     for affine in (True, False):
@@ -238,8 +238,12 @@ def exchanged_norms(processes):
         whole, here = BatchNormLIF(*copy.deepcopy(parts)), BatchNormLIF(*parts)
         processes.synchronise(here)
         mine = slice(2 * processes.rank, 2 * processes.rank + 2)
-        assert torch.equal(here(x[:, mine]), whole(x)[:, mine])
+        leaf = x[:, mine].clone().requires_grad_()
+        s = here(leaf)
+        assert torch.equal(s, whole(x)[:, mine])
         torch.testing.assert_close(dict(here.named_buffers()), dict(whole.named_buffers()))
+        if has_kernels("cpu"):
+            assert type(s.grad_fn).__name__ == "_SynchronisedBackward"
 
 
 def test_synchronised_batch_norm_is_that_of_the_whole_batch(tmp_path):
