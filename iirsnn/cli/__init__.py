@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from importlib.metadata import version
@@ -29,6 +30,10 @@ def main() -> None:
     """Run the command line; an error the user can mend is one line, without a traceback."""
     if not os.path.isabs(os.environ.get("XDG_CACHE_HOME", "/")):
         del os.environ["XDG_CACHE_HOME"]  # to be ignored, which matplotlib does not know
+    # names of files may be bytes of no encoding, or of characters that the terminal's has not
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
     try:
         _run(sys.argv[1:])
     except Stopped as stopped:

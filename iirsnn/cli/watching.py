@@ -66,9 +66,11 @@ def appearing(
             yield path, given
 
 
-def named(stream: TextIO, read: Callable[[Path], T]) -> Iterator[tuple[Path, T | IirsnnError]]:
-    """The files whose paths are the lines of a stream, as `read` reads them."""
-    for line in stream:
+def named(
+    stream: TextIO | None, read: Callable[[Path], T]
+) -> Iterator[tuple[Path, T | IirsnnError]]:
+    """The files whose paths are the lines of a stream (None: closed), as `read` reads them."""
+    for line in stream or ():
         path = Path(line.rstrip("\r\n"))
         if not line.strip():
             continue

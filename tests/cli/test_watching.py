@@ -1,5 +1,6 @@
 """predict --watch and predict -: the network stays loaded, images come one by one."""
 
+import os
 import re
 import signal
 import subprocess
@@ -137,6 +138,25 @@ def test_paths_on_stdin(tmp_path, net):
     assert [row[:2] for row in rows] == [[str(p), class_of(net, p)] for p in (first, second)]
     assert predicting.lines[-1].startswith("2 images: p50 ")
     assert predicting.errors == [f"error: image {tmp_path}/none.png: no such file\n"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_that_no_encoding_has(tmp_path, net, encoding):
+    name = b"caf\xe9 \xe2\x98\x83.png"  # Latin-1, and a snowman in UTF-8
+    image(tmp_path / "a.png").rename(tmp_path / os.fsdecode(name))
+    done = subprocess.run(
+        [sys.executable, "-m", "iirsnn", "predict", str(net), "-"],
+        input=bytes(tmp_path) + b"/" + name + b"\n",
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"caf\\udce9" in done.stdout
+    assert b"\n1 image: " in done.stdout
+
+
+def test_a_closed_stdin_names_nothing():
+    assert list(named(None, str)) == []
 
 
 def test_what_is_asked_for_is_one_thing(iirsnn, net, tmp_path):
