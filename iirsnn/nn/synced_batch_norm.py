@@ -68,10 +68,12 @@ class SyncedBatchNorm(_BatchNorm):
             unbiased = variance.detach() * count / (count - 1)
             update_running_statistics(self, mean.detach(), unbiased)
         scale = (variance + self.eps).rsqrt()
-        if not self.affine:
-            return (centred * scale.view(shape)).to(input.dtype)
-        scale = scale * self.weight
-        return (centred * scale.view(shape) + self.bias.view(shape)).to(input.dtype)
+        if self.affine:
+            scale = scale * self.weight
+        y: Tensor = centred * scale.view(shape)
+        if self.affine:
+            y = y + self.bias.view(shape)
+        return y.to(input.dtype)
 
 
 class _AllReduce(torch.autograd.Function):

@@ -13,6 +13,7 @@ from torch import nn
 
 from iirsnn import BatchNormLIF, FusedLIF, atomic_files, cli
 from iirsnn.errors import RunError
+from iirsnn.ops.backend import has_kernels
 from iirsnn.train import data, device, pipeline
 from iirsnn.train.data import DataConfig
 from iirsnn.train.processes import Processes
@@ -230,7 +231,7 @@ def batch_norm():
 
 
 def exchanged_norms(processes):
-    """A BatchNormLIF whose norm is synchronised takes the statistics of all processes, in its kernels."""
+    """A BatchNormLIF takes the statistics of all processes, in its kernels."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 4, 6, 5, 5, generator=generator) * 3 + 7
     for affine in (True, False):
