@@ -1,9 +1,9 @@
 """How the programs of a launch add up their sums, without a second launch.
 
-A program stores its sums, float64 from there on, as a row of [programs, C]. Of CLUSTER programs
-that share channels the last to be done adds up their rows, and the last of the clusters those:
-always in one order, whichever comes last. Who comes last is counted: the counters are 0 before a
-launch and after it.
+A program stores its sums, float64 from there on, as a row of [programs, C]. The last to be done of
+those that share channels adds up their rows; of more than CLUSTER the last of each CLUSTER does,
+and the last of the clusters adds up theirs: always in one order, whichever comes last. Who comes
+last is counted: the counters are 0 before a launch and after it.
 
 What the others stored is seen by the last: a barrier brings all threads' stores before the count,
 which releases them and acquires those of others, on the whole GPU, and another one brings the
@@ -94,9 +94,10 @@ def channels_of(plane, cols, INDEX: tl.constexpr):
 @triton.jit
 def over_neurons(total, INDEX: tl.constexpr):
     """[ROWS, COLS] -> its sums for the channels of a program [1, n]."""
-    found = tl.sum(total, 0, keep_dims=True)
-    if INDEX != COLUMN:
-        found = tl.sum(found, 1, keep_dims=True)
+    if INDEX == COLUMN:
+        found = tl.sum(total, 0, keep_dims=True)
+    else:
+        found = tl.full([1, 1], tl.sum(total), total.dtype)
     return found
 
 
