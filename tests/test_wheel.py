@@ -15,12 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 EXTENSION = next((ROOT / "iirsnn").glob("_C.*.so"), None)
 LIBRARY = ROOT / "iirsnn" / "runtime" / "libiirsnn.so"
 
-pytestmark = [
-    pytest.mark.slow,  # builds what it installs
-    pytest.mark.skipif(
-        EXTENSION is None, reason="needs the compiled extension in the checkout: make test"
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    EXTENSION is None, reason="needs the compiled extension in the checkout: make test"
+)
 
 #: What an installation runs, in a folder of its own: kernels, and what ships beside the modules.
 RUN = """
@@ -65,27 +62,17 @@ def sources():
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
-    """sdist and wheel of a copy of the checkout, with the extension that it has compiled."""
-    copy = tmp_path_factory.mktemp("copy")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy2(ROOT / name, copy / name)
-    for name in ("iirsnn", "csrc", "kernels", "recipes"):
-        skip = shutil.ignore_patterns("__pycache__", "*.so")
-        shutil.copytree(ROOT / name, copy / name, ignore=skip)
-    # newer than the sources, so setuptools takes it as it is (with ninja, torch asks that instead)
-    tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-    library = copy / "build" / f"lib.{tag}" / "iirsnn"
-    library.mkdir(parents=True)
-    shutil.copy(EXTENSION, library)
-    code = (
-        "from setuptools import build_meta as b\n"
-        "from torch.utils import cpp_extension\n"
-        "cpp_extension.is_ninja_available = lambda: False\n"
-        "print(b.build_sdist('dist'), b.build_wheel('dist'), sep='\\n')"
+    """What `make wheel` writes: sdist and wheel, made with this environment."""
+    folder = tmp_path_factory.mktemp("dist")
+    settings = [f"DIST={folder}", f"VENV={sys.prefix}", f"--old-file={sys.prefix}/.torch"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    done = subprocess.run(
+        ["make", "wheel", *settings], cwd=ROOT, env=environment, capture_output=True, text=True
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return [copy / "dist" / name for name in done.stdout.splitlines()[-2:]]
+    made = [Path(name) for name in done.stdout.splitlines()[-2:]]
+    assert sorted(made) == sorted(folder.iterdir())
+    return made
 
 
 def installed(package, folder):

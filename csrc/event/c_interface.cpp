@@ -210,7 +210,7 @@ iirsnn_status iirsnn_memory_of(const iirsnn_call* call, int64_t* bytes) {
   const Call& done = *call->call;
   *bytes = done.sums.size();
   for (const std::vector<uint64_t>& bits : done.bits) *bytes += int64_t(bits.capacity() * sizeof(uint64_t));
-  for (const Memory& values : done.values) *bytes += values.size();
+  for (const auto& values : done.values) *bytes += values.size();
   return IIRSNN_OK;
 }
 

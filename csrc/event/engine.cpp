@@ -274,7 +274,7 @@ Connection Engine::connect(const Synapses& s, Precision precision, bool rows) {
     place(made);
     for (int64_t tap = 0; tap < filters.taps; ++tap) {
       for (int64_t k = 0; k < s.outputs; ++k) {
-        store_weight(Precision::fp32, made.weights->data() + made.start, tap * padded, k, filters.at(k, 0, tap));
+        store_weight(Precision::fp32, made.weights->get() + made.start, tap * padded, k, filters.at(k, 0, tap));
       }
     }
     return made;
@@ -292,7 +292,7 @@ Connection Engine::connect(const Synapses& s, Precision precision, bool rows) {
   made.bytes = size * weight_bytes(precision);
   if (!s.weight.data) return made;
   place(made);
-  char* const weights = made.weights->data() + made.start;
+  char* const weights = made.weights->get() + made.start;
   if (is_integer(precision)) {  // where no weight is stored
     for (int64_t i = 0; i < made.bytes; i += 2) weights[i] = char(kExcess);
   }
@@ -319,10 +319,10 @@ Connection Engine::connect(const Synapses& s, Precision precision, bool rows) {
 // Memory for its weights: a place among all of them, where it is known how much they need.
 void Engine::place(Connection& made) {
   if (loading_.bytes == 0) {
-    made.weights = std::make_shared<Memory>(made.bytes);
+    made.weights = std::make_shared<Buffer<char>>(Buffer<char>::zeros(made.bytes));
     return;
   }
-  if (!weights_) weights_ = std::make_shared<Memory>(loading_.bytes);
+  if (!weights_) weights_ = std::make_shared<Buffer<char>>(Buffer<char>::zeros(loading_.bytes));
   made.weights = weights_;
   made.start = placed_;
   placed_ += round_up(made.bytes, kCacheLine);
@@ -417,13 +417,13 @@ void Engine::finish() {
       size += round_up(c.bytes, kCacheLine);
     }
   }
-  const auto weights = std::make_shared<Memory>(size);
+  const auto weights = std::make_shared<Buffer<char>>(Buffer<char>::zeros(size));
   for (Step& step : network_->steps) {
     for (Connection& c : step.connections) {
       constexpr int64_t kPart = 4 << 20;  // so that no layer is in memory twice
       for (int64_t at = 0; at < c.bytes; at += kPart) {
         const int64_t size = std::min(kPart, c.bytes - at);
-        std::memcpy(weights->data() + c.start + at, c.weights->data() + at, size);
+        std::memcpy(weights->get() + c.start + at, c.weights->get() + at, size);
         c.weights->forget(at, size);
       }
       c.weights = weights;

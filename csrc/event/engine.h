@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "event/kernels.h"
-#include "event/memory.h"
 #include "event/shape.h"
 #include "event/stored_weights.h"
 
@@ -78,8 +77,8 @@ struct Call {
   std::vector<std::vector<uint64_t>> bits;  // of source i at i - 1:
                                             // [digit of the count][image][timestep][row][column][word of 64 channels];
                                             // none where it gives real values
-  std::vector<Memory> values;               // by slot: float [image][timestep][row][column][channel]
-  Memory sums;
+  std::vector<Buffer<char>> values;         // by slot: float [image][timestep][row][column][channel]
+  Buffer<char> sums;
 };
 
 // How weights are taken over, where all that an engine will hold is known beforehand: no copy of a layer is made on the
@@ -138,8 +137,8 @@ class Engine {
 
   std::unique_ptr<Network> network_;
   Loading loading_;
-  std::shared_ptr<Memory> weights_;  // all of them, where their bytes are known
-  int64_t placed_ = 0;               // bytes of it
+  std::shared_ptr<Buffer<char>> weights_;  // all of them, where their bytes are known
+  int64_t placed_ = 0;                     // bytes of it
   std::shared_ptr<Shelf> shelf_;
 };
 

@@ -6,7 +6,6 @@
 
 #include "event/engine.h"
 #include "event/kernels.h"
-#include "event/memory.h"
 #include "event/plan.h"
 
 namespace iirsnn::event {
@@ -30,7 +29,7 @@ struct Connection {
   Shape in;
   Window window;
   std::vector<std::vector<Piece>> tiles;  // a single one when the layer has whole rows
-  std::shared_ptr<Memory> weights;
+  std::shared_ptr<Buffer<char>> weights;
   int64_t bytes, start = 0;  // start: of its weights in theirs
   bool each = false;         // of real values, an output for each channel: weights [tap][output, padded]
 };

@@ -165,7 +165,7 @@ void run_network(const Network& network, const float* images, float* logits, int
   call.values.resize(network.slots.size());
   for (size_t i = 0; i < network.slots.size(); ++i) {
     const int64_t size = network.slots[i] * call.images * network.timesteps * int64_t(sizeof(float));
-    if (call.values[i].size() < size) call.values[i] = Memory(size);
+    if (call.values[i].size() < size) call.values[i] = Buffer<char>::zeros(size);
   }
   Running running(network, images, logits, threads, call);
   for (size_t i = 0; i < network.steps.size(); ++i) {

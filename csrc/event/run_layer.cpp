@@ -14,10 +14,10 @@ void Running::layer(const Step& step, LayerReport& report) {
   if (is_integer(step.precision)) size += size / 2;  // 16-bit sums beside the totals
   size = round_up(size, 64);
   const int workers = int(std::min<int64_t>(threads_, int64_t(strips.size())));
-  if (call_.sums.size() < size * workers) call_.sums = Memory(size * workers);
+  if (call_.sums.size() < size * workers) call_.sums = Buffer<char>::zeros(size * workers);
   std::vector<Counts> parts(workers);
   parallel_for(int64_t(strips.size()), workers, [&](int64_t i, int worker) {
-    char* mine = call_.sums.data() + worker * size;
+    char* mine = call_.sums.get() + worker * size;
     add_up(step, strips[i], mine, parts[worker]);
     finish(step, strips[i], mine, parts[worker]);
   });
@@ -111,7 +111,7 @@ void Running::add_products(const Step& step, const Connection& c, const Piece& p
   work.tap_count = int(taps.size());
   work.first_channel = int(piece.first);
   work.channels = int(piece.channels);
-  work.weights = reinterpret_cast<const float*>(c.weights->data() + c.start) + piece.offset;
+  work.weights = reinterpret_cast<const float*>(c.weights->get() + c.start) + piece.offset;
   work.pitch = strip.width;
   work.sums = static_cast<float*>(sums);
   work.width = int(strip.width);
@@ -146,7 +146,7 @@ Work Running::add_events(const Step& step, const Connection& c, const Piece& pie
   work.channels = int(piece.channels);
   work.whole = piece.channels == c.in.channels;
   work.weights =
-      c.weights->data() + c.start + (piece.offset + (step.rows ? strip.output : 0)) * weight_bytes(step.precision);
+      c.weights->get() + c.start + (piece.offset + (step.rows ? strip.output : 0)) * weight_bytes(step.precision);
   work.pitch = step.rows ? row_pitch(step.precision, step.padded()) : strip.width;
   work.sums = sums;
   work.width = int(strip.width);

@@ -43,9 +43,7 @@ class Running {
     const Source& to = net_.source(source);
     return {call_.bits[source - 1].data(), to.planes, plane(to), to.words()};
   }
-  float* values(int64_t source) const {
-    return reinterpret_cast<float*>(call_.values[net_.source(source).slot].data());
-  }
+  float* values(int64_t source) const { return reinterpret_cast<float*>(call_.values[net_.source(source).slot].get()); }
   int64_t value_bytes(int64_t source) const {
     const Source& from = net_.source(source);
     return from.real() ? frames() * from.values() * int64_t(sizeof(float)) : 0;
