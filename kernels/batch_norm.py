@@ -23,8 +23,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from iirsnn.ops.reference import empty_spikes
-
 from .bn_lif import backward_kernel, fire_kernel
 from .launch import (
     Launch,
@@ -55,6 +53,7 @@ class Plan(NamedTuple):
     programs: int
     #: Programs that share the tiles of a group, a plane or a block of columns; channels; groups.
     shared: tuple[int, int, int]
+    strides: tuple[int, ...]  # of spikes, or of grad_x
     arguments: dict[str, int]
 
 
@@ -84,7 +83,8 @@ def plan(
         "INDEX": tiling.index,
         "VEC": tiling.vector(dtype, *between),
     }
-    return Plan(groups * splits, (splits, shape[2], groups), arguments)
+    strides_of_all = (tiling.N, *strides[1:])
+    return Plan(groups * splits, (splits, shape[2], groups), strides_of_all, arguments)
 
 
 def _together(timesteps: int) -> int:
@@ -171,7 +171,8 @@ def _plan_fire(
     thresholds: int,
     leaks: int,
     reset: str,
-) -> Launch:
+) -> tuple[Launch, tuple[int, ...]]:
+    """A launch, and the strides of the spikes."""
     p = plan(shape, strides, dtype, _together(shape[0]), strides[0])
     first, segments = segmented(shape[0])
     arguments = {
@@ -185,7 +186,7 @@ def _plan_fire(
         "THRESHOLDS": thresholds > 1,
         "LEAKS": leaks > 1,
     }
-    return Launch(fire_kernel, p.programs, arguments)
+    return Launch(fire_kernel, p.programs, arguments), p.strides
 
 
 def fire(
@@ -202,18 +203,19 @@ def fire(
 ) -> Tensor:
     """x [T, B, C, ...] -> s like x; mean, rstd, weight, bias [C]; threshold, leak [1] or [C]."""
     check_input(x)
-    s = empty_spikes(x)
     how = x.dtype, threshold.numel(), leak.numel(), reset
-    over_tiles = _plan_fire(x.shape, x.stride(), *how)
+    over_tiles, strides = _plan_fire(x.shape, x.stride(), *how)
+    s = x.new_empty_strided(x.shape, strides)
     launch(over_tiles, (x, mean, rstd, weight, bias, threshold, leak, s), v_reset)
     return s
 
 
 class BackwardPlan(NamedTuple):
-    """The launch of either pass, what its programs share, segments after the first."""
+    """The launch of either pass, what its programs share, strides of grad_x, later segments."""
 
     over_tiles: Launch
     shared: tuple[int, int, int]
+    strides: tuple[int, ...]
     segments: int
 
 
@@ -250,7 +252,8 @@ def _plan_backward(
         "LEAKS": leaks > 1,
         "count": math.prod(shape) // shape[2],
     }
-    return BackwardPlan(Launch(backward_kernel, p.programs, arguments), p.shared, segments)
+    launch = Launch(backward_kernel, p.programs, arguments)
+    return BackwardPlan(launch, p.shared, p.strides, segments)
 
 
 Parameters = Sequence[Tensor | None]  # mean, rstd, weight, bias, threshold, leak
@@ -303,12 +306,13 @@ def gradient_sums(
     found = [x.new_empty(channels, dtype=torch.float32) for _ in range(4)]
     of_neuron: list[Tensor | None] = [None, None]
     if learned:
-        of_neuron = [p.new_empty(p.shape) for p in parameters[4:] if p is not None]
+        of_neuron = [t.new_empty(t.shape) for t in parameters[4:] if t is not None]
     rows_and_counters = workspace_of(x, *p.shared, 4, launch, learned)
     kept = workspace if p.segments else None
     written = *found[:2], kept, None, *rows_and_counters, sums, *found[2:], *of_neuron
     launch(p.over_tiles, (grad_s, x, *parameters, *written), how[1], how[4])
-    return Sums(empty_spikes(x), sums, workspace, *found, *of_neuron)
+    grad_x = x.new_empty_strided(x.shape, p.strides)
+    return Sums(grad_x, sums, workspace, *found, *of_neuron)
 
 
 def finish_grad_x(

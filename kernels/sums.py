@@ -62,7 +62,7 @@ def workspace_of(
     has something to do, for which there is a counter too.
     """
     alone = isinstance(programs, int) and programs == 1
-    clusters = triton.cdiv(programs, CLUSTER.value)
+    clusters = (programs + CLUSTER.value - 1) // CLUSTER.value
     rows = counters = None
     if not alone:
         rows = x.new_empty(values * (programs + clusters), channels, dtype=torch.float64)
