@@ -1,6 +1,7 @@
 """BatchNorm, with the statistics of its input, and LIF in one.
 
-Bytes of global memory per neuron and timestep, b = bytes of one element of x:
+Two launches forward and two backward. Bytes of global memory per neuron and timestep, b = bytes of
+one element of x:
   moments    reads b
   fire       reads b, writes b
   sums       reads 2 b (x and grad_s)
@@ -10,24 +11,19 @@ An input or gradient that is the same at every timestep (stride 0) is read once 
 
 The normalised current is computed in registers, from x, whenever it is needed, and rounded to the
 dtype of x, as it would be if it were written. Programs of a group of channels share its tiles;
-partial sums are float32 in a program and float64 over programs, in a fixed order. Statistics are
-those of x - centre, centre the channel's first value, so that a variance far below the mean is as
-exact as one at 0.
+sums are float32 in a thread and float64 over threads and programs, in a fixed order (sums.py).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from iirsnn.ops.reference import empty_spikes
-
-from .bn_lif import backward_kernel, finish_sums_kernel, fire_kernel
+from .bn_lif import backward_kernel, fire_kernel
 from .launch import (
     Launch,
     Launcher,
@@ -39,15 +35,15 @@ from .launch import (
     planned_in_order,
 )
 from .lif import segmented
-from .moments import finish_moments_kernel, moments_kernel, totals_kernel
+from .moments import moments_kernel, totals_kernel
 from .step import RESETS, SURROGATES
+from .sums import workspace_of
 from .tiles import COLUMN, tile
 
 # Of x that a program asks for before it needs the first: with 4 warps, 16 bytes a thread are 2 KiB.
 _LOADS_BYTES = 8192
 _BLOCK_BYTES = 2048  # the least of a timestep
 _PROGRAMS = 1024  # enough for every device of today; a constant, so that sums have the same bits
-_FINISH = {"CHANNELS": 8, "SPLITS": 128}  # a tile of partial sums
 _CHANNELS = 128  # of the sums of several processes
 
 
@@ -55,7 +51,9 @@ class Plan(NamedTuple):
     """How the tiles of a timestep are shared out to programs."""
 
     programs: int
-    splits: int  # programs that share the tiles of a group of channels: a plane, a block of columns
+    #: Programs that share the tiles of a group, a plane or a block of columns; channels; groups.
+    shared: tuple[int, int, int]
+    strides: tuple[int, ...]  # of spikes, or of grad_x
     arguments: dict[str, int]
 
 
@@ -85,16 +83,12 @@ def plan(
         "INDEX": tiling.index,
         "VEC": tiling.vector(dtype, *between),
     }
-    return Plan(groups * splits, splits, arguments)
+    strides_of_all = (tiling.N, *strides[1:])
+    return Plan(groups * splits, (splits, shape[2], groups), strides_of_all, arguments)
 
 
 def _together(timesteps: int) -> int:
     return 1 if timesteps == 1 else 2 if timesteps == 2 else 4
-
-
-def _finish(kernel: Any, channels: int, **arguments: int) -> Launch:
-    programs = triton.cdiv(channels, _FINISH["CHANNELS"])
-    return Launch(kernel, programs, {"channels": channels, **arguments, **_FINISH})
 
 
 def check_input(x: Tensor) -> None:
@@ -107,20 +101,17 @@ def check_input(x: Tensor) -> None:
 @planned
 def _plan_moments(
     shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype
-) -> tuple[Launch, Launch, int]:
-    """Both launches, and the number of partial sums of a channel."""
-    p, channels = plan(shape, strides, dtype, 1, strides[0]), shape[2]
+) -> tuple[Launch, tuple[int, int, int]]:
+    """A launch, and what its programs share."""
+    p = plan(shape, strides, dtype, 1, strides[0])
     timesteps = shape[0] if strides[0] != 0 else 1
-    partial = Launch(moments_kernel, p.programs, {**p.arguments, "timesteps": timesteps})
-    finish = _finish(
-        finish_moments_kernel,
-        channels,
-        inner_stride=strides[2],
-        splits=p.splits,
-        count=timesteps * (math.prod(shape) // shape[0] // channels),
-        repeated=shape[0] // timesteps,
-    )
-    return partial, finish, p.splits
+    arguments = {
+        **p.arguments,
+        "timesteps": timesteps,
+        "count": timesteps * (math.prod(shape) // shape[0] // shape[2]),
+        "repeated": shape[0] // timesteps,
+    }
+    return Launch(moments_kernel, p.programs, arguments), p.shared
 
 
 class Running(NamedTuple):
@@ -135,20 +126,28 @@ class Running(NamedTuple):
 NOTHING = Running(None, None, None, 0.0)
 
 
-def moments(
-    x: Tensor, eps: float, launch: Launcher = now, running: Running = NOTHING
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x [T, B, C, ...] -> sums float64 [2, C] of x and its square; mean, var, rstd float32 [C]."""
+def statistics(
+    x: Tensor,
+    eps: float,
+    launch: Launcher = now,
+    running: Running = NOTHING,
+    sums: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, B, C, ...] -> mean, var, rstd float32 [C]. Fills sums, float64 [2, C]: of x, of x^2."""
     check_input(x)
-    over_tiles, finish, splits = _plan_moments(x.shape, x.stride(), x.dtype)
-    channels = x.shape[2]
-    partial = x.new_empty(splits, 2, channels, dtype=torch.float64)
-    launch(over_tiles, (x, partial, running.calls))
-    sums = x.new_empty(2, channels, dtype=torch.float64)
-    mean, var, rstd = (x.new_empty(channels, dtype=torch.float32) for _ in range(3))
-    written = sums, mean, var, rstd, *running[:3]
-    launch(finish, (x, partial, *written), eps, running.momentum)
-    return sums, mean, var, rstd
+    over_tiles, shared = _plan_moments(x.shape, x.stride(), x.dtype)
+    workspace = workspace_of(x, *shared, 2, launch, running.calls is not None)
+    mean, var, rstd = (x.new_empty(x.shape[2], dtype=torch.float32) for _ in range(3))
+    tensors = x, *workspace, sums, mean, var, rstd, *running[:3]
+    launch(over_tiles, tensors, eps, running.momentum)
+    return mean, var, rstd
+
+
+def moments(x: Tensor, eps: float, launch: Launcher = now) -> tuple[Tensor, ...]:
+    """x [T, B, C, ...] -> sums float64 [2, C] of x, of its square; mean, var, rstd float32 [C]."""
+    check_input(x)
+    sums = x.new_empty(2, x.shape[2], dtype=torch.float64)
+    return sums, *statistics(x, eps, launch, sums=sums)
 
 
 @planned
@@ -172,7 +171,8 @@ def _plan_fire(
     thresholds: int,
     leaks: int,
     reset: str,
-) -> Launch:
+) -> tuple[Launch, tuple[int, ...]]:
+    """A launch, and the strides of the spikes."""
     p = plan(shape, strides, dtype, _together(shape[0]), strides[0])
     first, segments = segmented(shape[0])
     arguments = {
@@ -186,7 +186,7 @@ def _plan_fire(
         "THRESHOLDS": thresholds > 1,
         "LEAKS": leaks > 1,
     }
-    return Launch(fire_kernel, p.programs, arguments)
+    return Launch(fire_kernel, p.programs, arguments), p.strides
 
 
 def fire(
@@ -203,19 +203,19 @@ def fire(
 ) -> Tensor:
     """x [T, B, C, ...] -> s like x; mean, rstd, weight, bias [C]; threshold, leak [1] or [C]."""
     check_input(x)
-    s = empty_spikes(x)
     how = x.dtype, threshold.numel(), leak.numel(), reset
-    over_tiles = _plan_fire(x.shape, x.stride(), *how)
+    over_tiles, strides = _plan_fire(x.shape, x.stride(), *how)
+    s = x.new_empty_strided(x.shape, strides)
     launch(over_tiles, (x, mean, rstd, weight, bias, threshold, leak, s), v_reset)
     return s
 
 
 class BackwardPlan(NamedTuple):
-    """The launch of either pass and of the sums between; partial sums of a channel; segments."""
+    """The launch of either pass, what its programs share, strides of grad_x, later segments."""
 
     over_tiles: Launch
-    finish: Launch
-    splits: int
+    shared: tuple[int, int, int]
+    strides: tuple[int, ...]
     segments: int
 
 
@@ -250,10 +250,10 @@ def _plan_backward(
         "G_MOVES": grad_strides[0] != 0,
         "THRESHOLDS": thresholds > 1,
         "LEAKS": leaks > 1,
+        "count": math.prod(shape) // shape[2],
     }
-    count = math.prod(shape) // shape[2]
-    finish = _finish(finish_sums_kernel, shape[2], splits=p.splits, count=count)
-    return BackwardPlan(Launch(backward_kernel, p.programs, arguments), finish, p.splits, segments)
+    launch = Launch(backward_kernel, p.programs, arguments)
+    return BackwardPlan(launch, p.shared, p.strides, segments)
 
 
 Parameters = Sequence[Tensor | None]  # mean, rstd, weight, bias, threshold, leak
@@ -278,28 +278,41 @@ class Sums(NamedTuple):
     grad_x: Tensor  # empty
     sums: Tensor  # [4, C]
     workspace: Tensor
-    grad_weight: Tensor  # [C] each
-    grad_bias: Tensor
-    grad_mean: Tensor
+    grad_mean: Tensor  # [C] each
     slope: Tensor
+    grad_weight: Tensor
+    grad_bias: Tensor
+    grad_threshold: Tensor | None  # None where not learned
+    grad_leak: Tensor | None
 
 
 def gradient_sums(
-    grad_s: Tensor, x: Tensor, parameters: Parameters, how: Options, launch: Launcher = now
+    grad_s: Tensor,
+    x: Tensor,
+    parameters: Parameters,
+    how: Options,
+    learned: bool,
+    launch: Launcher = now,
 ) -> Sums:
-    """parameters: mean, rstd, weight, bias, threshold, leak; how: the options of the op."""
+    """parameters: mean, rstd, weight, bias, threshold, leak; how: the options of the op.
+
+    learned: whether threshold and leak are.
+    """
     check_input(x)
     grad_s, p = _planned_backward(grad_s, x, parameters, how)
     channels = x.shape[2]
-    partial = x.new_empty(p.splits, 4, channels, dtype=torch.float64)
     workspace = x.new_empty(p.segments, x.numel() // x.shape[0], dtype=torch.float32)
-    grad_x = empty_spikes(x)
-    written = grad_x, partial, workspace if p.segments else None
-    launch(p.over_tiles, (grad_s, x, *parameters, None, None, *written), how[1], how[4])
     sums = x.new_empty(4, channels, dtype=torch.float64)
     found = [x.new_empty(channels, dtype=torch.float32) for _ in range(4)]
-    launch(p.finish, (partial, parameters[1], sums, *found))
-    return Sums(grad_x, sums, workspace, *found)
+    of_neuron: list[Tensor | None] = [None, None]
+    if learned:
+        of_neuron = [t.new_empty(t.shape) for t in parameters[4:] if t is not None]
+    rows_and_counters = workspace_of(x, *p.shared, 4, launch, learned)
+    kept = workspace if p.segments else None
+    written = *found[:2], kept, None, *rows_and_counters, sums, *found[2:], *of_neuron
+    launch(p.over_tiles, (grad_s, x, *parameters, *written), how[1], how[4])
+    grad_x = x.new_empty_strided(x.shape, p.strides)
+    return Sums(grad_x, sums, workspace, *found, *of_neuron)
 
 
 def finish_grad_x(
@@ -315,10 +328,6 @@ def finish_grad_x(
 ) -> None:
     """Fill grad_x, after `gradient_sums` with the same arguments."""
     grad_s, p = _planned_backward(grad_s, x, parameters, how)
-    written = grad_x, None, workspace if p.segments else None
-    launch(p.over_tiles, (grad_s, x, *parameters, grad_mean, slope, *written), how[1], how[4])
-
-
-def gradient_of(total: Tensor, parameter: Tensor) -> Tensor:
-    """total float64 [C] -> the gradient of threshold or leak, which may act on every channel."""
-    return (total if parameter.numel() > 1 else total.sum(0, True)).float()
+    second = grad_mean, slope, workspace if p.segments else None, grad_x
+    tensors = grad_s, x, *parameters, *second, *[None] * 7
+    launch(p.over_tiles, tensors, how[1], how[4])

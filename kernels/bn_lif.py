@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from .lif import SEGMENT, advance, load_same, load_steps
-from .moments import sum_partials
 from .normalised import (
     SIZES,
     channel_value,
@@ -18,9 +17,17 @@ from .normalised import (
     normalised,
     normalised_steps,
     place,
-    store_sum,
 )
 from .step import backward_step, charge, discharge, discharge_again, number
+from .sums import (
+    all_brought,
+    channels_of,
+    is_last,
+    over_neurons,
+    over_programs,
+    store_over_channels,
+    store_row,
+)
 from .tiles import columns, multiple, rows_of
 
 
@@ -166,11 +173,17 @@ def backward_kernel(
     bias_ptr,  # or None
     threshold_ptr,
     leak_ptr,
-    grad_mean_ptr,  # None for the pass over the sums
+    grad_mean_ptr,  # [C] each: the pass over the sums writes them, that over grad_x reads them
     slope_ptr,
-    grad_x_ptr,
-    partial_ptr,  # [splits, 4, C] float64, None for the pass over grad_x
     membrane_ptr,  # [segments, N], None if not LONG; the pass over the sums writes them
+    grad_x_ptr,  # None for the pass over the sums
+    partial_ptr,  # see all_brought; None from here on for the pass over grad_x
+    counters_ptr,
+    sums_ptr,  # [4, C] float64
+    grad_weight_ptr,  # [C] each
+    grad_bias_ptr,
+    grad_threshold_ptr,  # [1] or [C], or None
+    grad_leak_ptr,
     N,
     x_stride_t,
     grad_stride_t,
@@ -184,6 +197,7 @@ def backward_kernel(
     groups,
     tiles,
     splits,
+    count,  # of the values of a channel
     v_reset,
     scale,
     RESET: tl.constexpr,
@@ -216,7 +230,7 @@ def backward_kernel(
     leak = channel_value(leak_ptr, plane, cols, inside, INDEX, LEAKS)
     grad_mean = 0.0
     slope = 0.0
-    if grad_mean_ptr is not None:
+    if grad_x_ptr is not None:
         grad_mean = channel_value(grad_mean_ptr, plane, cols, inside, INDEX)
         slope = channel_value(slope_ptr, plane, cols, inside, INDEX)
     inverse = 1.0 / threshold
@@ -235,10 +249,10 @@ def backward_kernel(
         same_g = load_same(g_ptrs, mask, G_MOVES)
         g_v, g_h = zero, zero
         grad_x_ptrs = None
-        if grad_mean_ptr is not None:
+        if grad_x_ptr is not None:
             grad_x_ptrs = grad_x_ptr + n
         if LONG:
-            if grad_mean_ptr is None:
+            if grad_x_ptr is None:
                 xs_0 = load_steps(x_ptrs, x_stride, mask, same_x, FIRST)
                 currents_0 = normalised_steps(xs_0, gain, shift, FIRST)
                 v = advance(None, currents_0, None, N, mask, threshold, leak, v_reset, RESET, FIRST)
@@ -256,7 +270,7 @@ def backward_kernel(
                 k = tl.cast(segments - 1 - i, tl.int64)
                 t = FIRST + SEGMENT * k
                 grad_x_k = None
-                if grad_mean_ptr is not None:
+                if grad_x_ptr is not None:
                     grad_x_k = grad_x_ptr + n + t * N
                 sum_threshold, sum_leak, sum_grad, sum_dot, g_v, g_h = unwind(
                     sum_threshold,
@@ -314,43 +328,33 @@ def backward_kernel(
             SURROGATE,
             FIRST,
         )
-    if partial_ptr is not None:
-        inside = cols < width
-        sums = (sum_threshold, sum_leak, sum_grad, sum_dot)
+    if grad_x_ptr is None:
+        c = channels_of(plane, cols, INDEX)
+        totals = (sum_threshold, sum_leak, sum_grad, sum_dot)
+        sums = ()
         for value in tl.static_range(4):
-            store_sum(
-                partial_ptr, sums[value], first, value, plane, cols, channels, inside, 4, INDEX
-            )
-
-
-@triton.jit(do_not_specialize=["channels", "splits", "count"])
-def finish_sums_kernel(
-    partial_ptr,
-    rstd_ptr,
-    sums_ptr,  # [4, C] float64
-    grad_weight_ptr,  # [C] each
-    grad_bias_ptr,
-    grad_mean_ptr,
-    slope_ptr,
-    channels,
-    splits,
-    count,  # of the values of a channel
-    CHANNELS: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    mask = c < channels
-    n = tl.cast(count, tl.float64)
-    rstd = tl.load(rstd_ptr + c, mask=mask, other=0.0).to(tl.float64)
-    for value in tl.static_range(4):
-        total = sum_partials(partial_ptr, value, c, channels, splits, 4, CHANNELS, SPLITS)
-        tl.store(sums_ptr + value * channels + c, total, mask=mask)
-        if value == 2:
-            tl.store(grad_bias_ptr + c, total.to(tl.float32), mask=mask)
-            tl.store(grad_mean_ptr + c, (total / n).to(tl.float32), mask=mask)
-        if value == 3:
-            tl.store(grad_weight_ptr + c, (total * rstd).to(tl.float32), mask=mask)
-            tl.store(slope_ptr + c, (total / n * rstd * rstd).to(tl.float32), mask=mask)
-
-
-# ---- launchers
+            sums += (over_neurons(totals[value].to(tl.float64), INDEX),)
+        if all_brought(sums, partial_ptr, counters_ptr, c, channels, first, splits, group, 4):
+            n = tl.cast(count, tl.float64)
+            rstd = tl.load(rstd_ptr + c, mask=c < channels, other=0.0).to(tl.float64)
+            found = ()
+            for value in tl.static_range(4):
+                found += (over_programs(sums, value, partial_ptr, c, channels, splits),)
+                store_row(sums_ptr + value * channels, found[value], c, channels)
+            store_row(grad_bias_ptr, found[2], c, channels)
+            store_row(grad_mean_ptr, found[2] / n, c, channels)
+            store_row(grad_weight_ptr, found[3] * rstd, c, channels)
+            store_row(slope_ptr, found[3] / n * rstd * rstd, c, channels)
+            if grad_threshold_ptr is not None:
+                if THRESHOLDS:
+                    store_row(grad_threshold_ptr, found[0], c, channels)
+                if LEAKS:
+                    store_row(grad_leak_ptr, found[1], c, channels)
+                last = False
+                if not (THRESHOLDS and LEAKS):
+                    last = is_last(counters_ptr, groups)
+                if last:
+                    if not THRESHOLDS:
+                        store_over_channels(grad_threshold_ptr, sums_ptr, channels)
+                    if not LEAKS:
+                        store_over_channels(grad_leak_ptr, sums_ptr + channels, channels)

@@ -28,7 +28,7 @@ def forward(
     running: Running = NOTHING,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As the op bn_lif_forward: s, mean, var, rstd. Counts the call in `running`."""
-    _, mean, var, rstd = batch_norm.moments(x, eps, launch, running)
+    mean, var, rstd = batch_norm.statistics(x, eps, launch, running)
     s = batch_norm.fire(x, mean, rstd, weight, bias, threshold, leak, reset, v_reset, launch)
     return s, mean, var, rstd
 
@@ -58,14 +58,11 @@ def backward(
     """As the op bn_lif_backward; None for threshold and leak where they are not learned."""
     parameters = mean, rstd, weight, bias, threshold, leak
     how = reset, v_reset, detach_reset, surrogate, surrogate_scale
-    found = batch_norm.gradient_sums(grad_s, x, parameters, how, launch)
+    found = batch_norm.gradient_sums(grad_s, x, parameters, how, learned, launch)
     second = found.workspace, found.grad_mean, found.slope
     batch_norm.finish_grad_x(found.grad_x, *second, grad_s, x, parameters, how, launch)
     grads = found.grad_x, found.grad_weight, found.grad_bias
-    if not learned:
-        return *grads, None, None
-    of_threshold = batch_norm.gradient_of(found.sums[0], threshold)
-    return *grads, of_threshold, batch_norm.gradient_of(found.sums[1], leak)
+    return *grads, found.grad_threshold, found.grad_leak
 
 
 class BnLifGradient(torch.autograd.Function):

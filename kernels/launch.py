@@ -38,29 +38,27 @@ class Launch:
         self.kernel, self.grid = kernel, (programs, 1, 1)
         self.sizes = tuple(arguments[name] for name in sizes)
         self.constants = tuple(arguments[name] for name in constants)
-        self._compiled: dict[tuple[int, ...], Callable[..., None]] = {}
+        self._compiled: dict[tuple[int | None, ...], Callable[..., None]] = {}
 
     def __call__(self, tensors: Sequence[Tensor | None], *floats: float) -> None:
         """Launch on the device of the first tensor, in its current stream.
 
         Triton looks up what it has compiled by every argument of every call, which takes longer
         than all else. Beside this object, what specialises a kernel is which tensors are None,
-        their alignment, and their dtypes, which it was planned for: what Triton found for aligned
-        ones is kept.
+        their alignment, and their dtypes, which it was planned for: what Triton found is kept.
         """
         device = tensors[0].get_device()  # type: ignore[union-attr]
         if device >= 0 and device != torch.cuda.current_device():
             with torch.cuda.device(device):  # Triton launches on the current one
                 return self(tensors, *floats)
         pointers = [None if t is None else t.data_ptr() for t in tensors]
-        aligned = not any(p is not None and p & 15 for p in pointers)
-        which = device, *[p is None for p in pointers]
-        compiled = self._compiled.get(which) if aligned else None
+        which = device, *[p if p is None else p & 15 for p in pointers]
+        compiled = self._compiled.get(which)
         if compiled is not None:
             compiled(*pointers, *self.sizes, *floats, *self.constants)
             return None
         kernel = self.kernel[self.grid](*tensors, *self.sizes, *floats, *self.constants)
-        if aligned and kernel is not None:  # None where it was interpreted
+        if kernel is not None:  # None where it was interpreted
             self._compiled[which] = kernel[self.grid]
         return None
 

@@ -34,7 +34,7 @@ from .step import (
     number,
     surrogate,
 )
-from .sums import empty_sums, fitted, sum_over_programs, workspace_of
+from .sums import empty_sums, fitted, store_over_programs, workspace_of
 from .tiles import (
     columns,
     multiple,
@@ -111,7 +111,7 @@ def lif_backward_kernel(
     grad_v0_ptr,  # None if v0_ptr is
     grad_threshold_ptr,  # [planes or columns] float32, or None
     grad_leak_ptr,
-    partial_ptr,  # see sum_over_programs
+    partial_ptr,  # see all_brought
     counters_ptr,
     checkpoint_ptr,  # membranes [segments, N], None if not LONG
     N,
@@ -236,7 +236,7 @@ def lif_backward_kernel(
             tl.store(grad_v0_ptr + n, g_v, mask=mask)
 
     if grad_threshold_ptr is not None:
-        sum_over_programs(
+        store_over_programs(
             (sum_threshold, sum_leak),
             (grad_threshold_ptr, grad_leak_ptr),
             partial_ptr,
@@ -251,7 +251,6 @@ def lif_backward_kernel(
             col_blocks,
             2,
             INDEX,
-            COLS,
         )
 
 

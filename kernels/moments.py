@@ -1,6 +1,6 @@
-"""Kernels of BatchNorm's statistics: sums over tiles, then mean, variance and 1 / deviation.
+"""BatchNorm's statistics in one launch: sums over tiles, then mean, variance and 1 / deviation.
 
-The running statistics are written with the bits of torch's ops.
+The running statistics are written with them, with the bits of torch's ops.
 
 Statistics are those of x - centre, centre the channel's first value, so that a variance far below
 the mean is as exact as one at 0.
@@ -13,18 +13,12 @@ import os
 import triton
 import triton.language as tl
 
-from .normalised import SIZES, channel_value, place, store_sum
+from .normalised import SIZES, channel_value, place
+from .sums import all_brought, channels_of, is_last, over_neurons, over_programs, store_row
 from .tiles import columns, multiple, rows_of
 
 # The interpreter rounds a fused multiply-add twice.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-
-@triton.jit
-def count_call(calls_ptr):
-    """One more call of a norm, by the first program: who reads their number is launched later."""
-    if tl.program_id(0) == 0:
-        tl.store(calls_ptr, tl.load(calls_ptr) + 1)
 
 
 @triton.jit
@@ -42,7 +36,7 @@ def towards(old, new, weight):
 
 @triton.jit
 def update(mean_ptr, var_ptr, calls, momentum, c, mask, mean, unbiased):
-    """Running statistics of channels c, from those of a call, float32; calls: how many there are.
+    """Running statistics of channels c, from those of a call, float32; calls: with this one.
 
     momentum: NaN where they are means over all calls.
     """
@@ -58,8 +52,15 @@ def update(mean_ptr, var_ptr, calls, momentum, c, mask, mean, unbiased):
 @triton.jit(do_not_specialize=SIZES)
 def moments_kernel(
     x_ptr,
-    partial_ptr,  # [splits, 2, C] float64
-    calls_ptr,  # int64 [1], or None: not counted
+    partial_ptr,  # see all_brought
+    counters_ptr,
+    sums_ptr,  # [2, C] float64, or None
+    mean_ptr,
+    var_ptr,
+    rstd_ptr,
+    running_mean_ptr,  # [C], or None: not updated
+    running_var_ptr,
+    calls_ptr,  # int64 [1], without this one
     x_stride_t,
     timesteps,
     channels,
@@ -71,6 +72,10 @@ def moments_kernel(
     groups,
     tiles,
     splits,
+    count,  # of the values of a channel that are read
+    repeated,  # how often x has each of them
+    eps,
+    momentum,
     INDEX: tl.constexpr,
     VEC: tl.constexpr,
     ROWS: tl.constexpr,
@@ -85,8 +90,8 @@ def moments_kernel(
         x_ptr, plane * multiple(plane_stride, VEC), cols, cols < width, INDEX
     ).to(tl.float32)
     centre = tl.where(centre - centre == 0.0, centre, 0.0)
-    total = tl.zeros([ROWS, COLS], tl.float32)
-    square = total
+    apart_sum = tl.zeros([ROWS, COLS], tl.float32)
+    square_sum = apart_sum
     for j in range(first, tiles, splits):
         plane_j, row_block, col_block = place(j, group, col_blocks, INDEX)
         cols, r = columns(col_block, COLS), rows_of(row_block, ROWS)
@@ -95,79 +100,38 @@ def moments_kernel(
         for t in range(timesteps):
             x = tl.load(x_ptr + tl.cast(t, tl.int64) * stride_t + n, mask=mask, other=0.0)
             apart = tl.where(mask, x.to(tl.float32) - centre, 0.0)
-            total += apart
-            square += apart * apart
-    if calls_ptr is not None:
-        count_call(calls_ptr)
-    mask = cols < width
-    store_sum(partial_ptr, total, first, 0, plane, cols, channels, mask, 2, INDEX)
-    store_sum(partial_ptr, square, first, 1, plane, cols, channels, mask, 2, INDEX)
-
-
-@triton.jit
-def sum_partials(
-    ptr,
-    value,
-    c,  # [CHANNELS]
-    channels,
-    splits,
-    VALUES: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    """[splits, VALUES, C] -> the sum over splits of one value, for channels c"""
-    total = tl.zeros([SPLITS, CHANNELS], tl.float64)
-    for first in range(0, splits, SPLITS):
-        k = (first + tl.arange(0, SPLITS))[:, None]
-        slots = (tl.cast(k, tl.int64) * VALUES + value) * channels + c[None, :]
-        total += tl.load(ptr + slots, mask=(k < splits) & (c[None, :] < channels), other=0.0)
-    return tl.sum(total, 0)
-
-
-@triton.jit(do_not_specialize=["inner_stride", "channels", "splits", "count", "repeated"])
-def finish_moments_kernel(
-    x_ptr,
-    partial_ptr,
-    sums_ptr,  # [2, C] float64
-    mean_ptr,
-    var_ptr,
-    rstd_ptr,
-    running_mean_ptr,  # [C], or None: not updated
-    running_var_ptr,
-    calls_ptr,  # with this one
-    inner_stride,  # from one channel of x to the next
-    channels,
-    splits,
-    count,  # of the values of a channel that were read
-    repeated,  # how often x has each of them
-    eps,
-    momentum,
-    CHANNELS: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    mask = c < channels
-    n = tl.cast(count, tl.float64)
-    total = sum_partials(partial_ptr, 0, c, channels, splits, 2, CHANNELS, SPLITS)
-    square = sum_partials(partial_ptr, 1, c, channels, splits, 2, CHANNELS, SPLITS)
-    centre = tl.load(x_ptr + c * tl.cast(inner_stride, tl.int64), mask=mask, other=0.0)
-    centre = centre.to(tl.float32)
-    centre = tl.where(centre - centre == 0.0, centre, 0.0).to(tl.float64)
-    offset = total / n
-    spread = square / n - offset * offset
-    variance = tl.where(spread < 0.0, 0.0, spread)  # below 0 by rounding; NaN stays
-    rstd = 1.0 / tl.sqrt(variance + tl.cast(eps, tl.float64))
-    tl.store(mean_ptr + c, (centre + offset).to(tl.float32), mask=mask)
-    tl.store(var_ptr + c, variance.to(tl.float32), mask=mask)
-    tl.store(rstd_ptr + c, rstd.to(tl.float32), mask=mask)
-    tl.store(sums_ptr + c, (total + n * centre) * repeated, mask=mask)
-    squares = square + 2.0 * centre * total + n * centre * centre
-    tl.store(sums_ptr + channels + c, squares * repeated, mask=mask)
-    if running_mean_ptr is not None:
-        values = n * repeated
-        unbiased = tl.fma(variance.to(tl.float32), (values / (values - 1.0)).to(tl.float32), 0.0)
-        calls, mean = tl.load(calls_ptr), (centre + offset).to(tl.float32)
-        update(running_mean_ptr, running_var_ptr, calls, momentum, c, mask, mean, unbiased)
+            apart_sum += apart
+            square_sum += apart * apart
+    c = channels_of(plane, cols, INDEX)
+    sums = (
+        over_neurons(apart_sum.to(tl.float64), INDEX),
+        over_neurons(square_sum.to(tl.float64), INDEX),
+    )
+    if all_brought(sums, partial_ptr, counters_ptr, c, channels, first, splits, group, 2):
+        n = tl.cast(count, tl.float64)
+        total = over_programs(sums, 0, partial_ptr, c, channels, splits)
+        square = over_programs(sums, 1, partial_ptr, c, channels, splits)
+        start = centre.to(tl.float64)
+        offset = total / n
+        spread = square / n - offset * offset
+        variance = tl.where(spread < 0.0, 0.0, spread)  # below 0 by rounding; NaN stays
+        mean = (start + offset).to(tl.float32)
+        store_row(mean_ptr, mean, c, channels)
+        store_row(var_ptr, variance, c, channels)
+        store_row(rstd_ptr, 1.0 / tl.sqrt(variance + tl.cast(eps, tl.float64)), c, channels)
+        if sums_ptr is not None:
+            squares = square + 2.0 * start * total + n * start * start
+            store_row(sums_ptr, (total + n * start) * repeated, c, channels)
+            store_row(sums_ptr + channels, squares * repeated, c, channels)
+        if running_mean_ptr is not None:
+            values = n * repeated
+            more = (values / (values - 1.0)).to(tl.float32)
+            unbiased = tl.fma(variance.to(tl.float32), more, 0.0)
+            calls = tl.load(calls_ptr) + 1
+            inside = c < channels
+            update(running_mean_ptr, running_var_ptr, calls, momentum, c, inside, mean, unbiased)
+            if is_last(counters_ptr, groups):  # all have read it
+                tl.store(calls_ptr, calls)
 
 
 @triton.jit(do_not_specialize=["channels"])

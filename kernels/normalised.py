@@ -10,6 +10,7 @@ from .tiles import COLUMN
 SIZES = [
     *("N", "x_stride_t", "grad_stride_t", "timesteps", "segments", "channels"),
     *("rows", "width", "row_stride", "plane_stride", "col_blocks", "groups", "tiles", "splits"),
+    *("count", "repeated"),
 ]
 
 
@@ -66,25 +67,3 @@ def place(tile_number, group, col_blocks, INDEX: tl.constexpr):
         row_block = tile_number
         col_block = group
     return plane, row_block, col_block
-
-
-@triton.jit
-def store_sum(
-    ptr,
-    total,
-    split,
-    value,
-    plane,
-    cols,
-    channels,
-    mask,
-    VALUES: tl.constexpr,
-    INDEX: tl.constexpr,
-):
-    """total [ROWS, COLS] float32, summed per channel, into [splits, VALUES, C] float64."""
-    slot = ptr + (tl.cast(split, tl.int64) * VALUES + value) * channels
-    wide = total.to(tl.float64)
-    if INDEX == COLUMN:
-        tl.store(slot + cols, tl.sum(wide, 0, keep_dims=True), mask=mask)
-    else:
-        tl.store(slot + plane, tl.sum(wide))

@@ -163,7 +163,7 @@ def triton_bn_lif_gradient_sums(
 ) -> tuple[Tensor, Tensor, Tensor]:
     parameters = mean, rstd, weight, bias, threshold, leak
     how = reset, v_reset, detach_reset, surrogate, surrogate_scale
-    return batch_norm.gradient_sums(grad_s, x, parameters, how, traced)[:3]
+    return batch_norm.gradient_sums(grad_s, x, parameters, how, False, traced)[:3]
 
 
 @_twin

@@ -29,7 +29,7 @@ from .launch import (
     planned_in_order,
 )
 from .step import SURROGATES, number, spike, surrogate
-from .sums import empty_sums, fitted, sum_over_programs, workspace_of
+from .sums import empty_sums, fitted, store_over_programs, workspace_of
 from .tiles import (
     columns,
     is_whole,
@@ -106,7 +106,7 @@ def single_step_backward_kernel(
     threshold_ptr,
     grad_x_ptr,
     grad_threshold_ptr,  # [planes or columns] float32, or None
-    partial_ptr,  # see sum_over_programs
+    partial_ptr,  # see all_brought
     counters_ptr,
     planes,
     rows,
@@ -142,7 +142,7 @@ def single_step_backward_kernel(
                 total, g_ptrs, x_ptrs, out_ptrs, threshold, mask, scale, SURROGATE
             )
     if grad_threshold_ptr is not None:
-        sum_over_programs(
+        store_over_programs(
             (total,),
             (grad_threshold_ptr,),
             partial_ptr,
@@ -157,7 +157,6 @@ def single_step_backward_kernel(
             col_blocks,
             1,
             THRESHOLD_INDEX,
-            COLS,
         )
 
 

@@ -1,9 +1,9 @@
-"""How the programs of a launch add up their sums: gradients of parameters, without a second launch.
+"""How the programs of a launch add up their sums, without a second launch.
 
-A program stores its sums, float32 in itself and float64 from there on, as row p of [programs, C].
-Of CLUSTER programs that share channels the last to be done adds up their rows, and the last of the
-clusters those: always in one order, whichever comes last. Who comes last is counted: the counters
-are 0 before a launch and after it.
+A program stores its sums, float64 from there on, as a row of [programs, C]. The last to be done of
+those that share channels adds up their rows; of more than CLUSTER the last of each CLUSTER does,
+and the last of the clusters adds up theirs: always in one order, whichever comes last. Who comes
+last is counted: the counters are 0 before a launch and after it.
 
 What the others stored is seen by the last: a barrier brings all threads' stores before the count,
 which releases them and acquires those of others, on the whole GPU, and another one brings the
@@ -43,22 +43,32 @@ def counters_of(x: Tensor, count: int, launch: Launcher) -> Tensor:
 
 
 def empty_sums(x: Tensor, shared: tuple[int, int, int]) -> Tensor:
-    """What sum_over_programs writes: one a channel."""
+    """What store_over_programs writes: one a channel."""
     return x.new_empty(shared[1], dtype=torch.float32)
 
 
 def workspace_of(
-    x: Tensor, programs: int, channels: int, groups: int, values: int, launch: Launcher
-) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Rows and counters for `programs` that share each channel; None where that is one program.
+    x: Tensor,
+    programs: int,
+    channels: int,
+    groups: int,
+    values: int,
+    launch: Launcher,
+    over_groups: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Rows and counters for `programs` that share each channel; no rows where that is one program.
 
-    groups: of programs that share channels with each other.
+    groups: of programs that share channels with each other; over_groups: whether the last of those
+    has something to do, for which there is a counter too.
     """
-    if isinstance(programs, int) and programs == 1:
-        return None, None
-    clusters = triton.cdiv(programs, CLUSTER.value)
-    rows = x.new_empty(values * (programs + clusters), channels, dtype=torch.float64)
-    return rows, counters_of(x, groups * (1 + clusters), launch)
+    alone = isinstance(programs, int) and programs == 1
+    clusters = (programs + CLUSTER.value - 1) // CLUSTER.value
+    rows = counters = None
+    if not alone:
+        rows = x.new_empty(values * (programs + clusters), channels, dtype=torch.float64)
+    if over_groups or not alone:
+        counters = counters_of(x, 1 + groups * (1 + clusters), launch)
+    return rows, counters
 
 
 @triton.jit
@@ -73,43 +83,110 @@ def is_last(counter_ptr, count):
 
 
 @triton.jit
-def store_row(ptr, total, plane, cols, width, INDEX: tl.constexpr):
-    """total per column [1, COLS], or a number, into [C]."""
-    if INDEX == COLUMN:
-        tl.store(ptr + cols, total.to(ptr.dtype.element_ty), mask=cols < width)
-    else:
-        tl.store(ptr + plane, total.to(ptr.dtype.element_ty))
+def channels_of(plane, cols, INDEX: tl.constexpr):
+    """The channels of a program [1, n]."""
+    at = cols
+    if INDEX != COLUMN:
+        at = tl.full([1, 1], plane, tl.int64)
+    return at
 
 
 @triton.jit
-def add_rows(
-    ptr, first, count, channels, plane, cols, width, COLS: tl.constexpr, INDEX: tl.constexpr
-):
-    """Rows [first, first + count) of [rows, C], as store_row takes them."""
+def over_neurons(total, INDEX: tl.constexpr):
+    """[ROWS, COLS] -> its sums for the channels of a program [1, n]."""
     if INDEX == COLUMN:
-        total = tl.zeros([CLUSTER, COLS], tl.float64)
-        for start in range(0, count, CLUSTER):
-            k = (start + tl.arange(0, CLUSTER))[:, None]
-            at = (first + tl.cast(k, tl.int64)) * channels + cols
-            mask = (k < count) & (cols < width)
-            total += tl.load(ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
         found = tl.sum(total, 0, keep_dims=True)
     else:
-        total = tl.zeros([_ROWS], tl.float64)
-        for start in range(0, count, _ROWS):
-            k = start + tl.arange(0, _ROWS)
-            at = (first + tl.cast(k, tl.int64)) * channels + plane
-            total += tl.load(ptr + at, mask=k < count, other=0.0, cache_modifier=".cg")
-        found = tl.sum(total)
+        found = tl.full([1, 1], tl.sum(total), total.dtype)
     return found
 
 
 @triton.jit
-def sum_over_programs(
+def store_row(ptr, sums, at, channels):
+    """sums [1, n] of the channels `at`, into [C]."""
+    tl.store(ptr + at, sums.to(ptr.dtype.element_ty), mask=at < channels)
+
+
+@triton.jit
+def add_rows(ptr, first, count, at, channels):
+    """Rows [first, first + count) of [rows, C] float64 -> their sums [1, n] for channels `at`."""
+    ROWS: tl.constexpr = CLUSTER if at.shape[1] > 1 else _ROWS
+    total = tl.zeros([1, at.shape[1]], tl.float64)
+    for start in range(0, count, ROWS):
+        k = (start + tl.arange(0, ROWS))[:, None]
+        row = ptr + (first + tl.cast(k, tl.int64)) * channels
+        mask = (k < count) & (at < channels)
+        several = tl.load(row + at, mask=mask, other=0.0, cache_modifier=".cg")
+        total += tl.sum(several, 0, keep_dims=True)
+    return total
+
+
+@triton.jit
+def all_brought(
+    sums,  # of this program: VALUES times [1, n]
+    partial_ptr,  # [VALUES, programs + clusters, C] float64, or None: one program has them all
+    counters_ptr,  # [1 + groups * (1 + clusters)], the first for is_last of groups; or None
+    at,  # channels_of this program
+    channels,
+    program,  # of those of its group
+    programs,
+    group,
+    VALUES: tl.constexpr,
+):
+    """Whether the sums of all programs of the group are there: in the last, which over_programs."""
+    last = True
+    if partial_ptr is not None:
+        width = tl.cast(channels, tl.int64)
+        clusters = tl.cdiv(programs, CLUSTER)
+        rows = (programs + clusters) * width
+        for value in tl.static_range(VALUES):
+            row = partial_ptr + value * rows + program * width
+            store_row(row, sums[value], at, channels)
+        counter = counters_ptr + 1 + tl.cast(group, tl.int64) * (1 + clusters)
+        last = clusters == 1
+        if clusters > 1:
+            cluster = program // CLUSTER
+            first = cluster * CLUSTER
+            count = tl.minimum(CLUSTER, programs - first)
+            last = is_last(counter + 1 + cluster, count)
+            if last:
+                for value in tl.static_range(VALUES):
+                    several = partial_ptr + value * rows
+                    found = add_rows(several, first, count, at, width)
+                    store_row(several + (programs + cluster) * width, found, at, channels)
+        if last:
+            last = is_last(counter, tl.where(clusters > 1, clusters, programs))
+    return last
+
+
+@triton.jit
+def over_programs(sums, value: tl.constexpr, partial_ptr, at, channels, programs):
+    """One of the sums of all programs [1, n] float64, where they are all_brought."""
+    if partial_ptr is None:
+        found = sums[value].to(tl.float64)
+    else:
+        width = tl.cast(channels, tl.int64)
+        clusters = tl.cdiv(programs, CLUSTER)
+        first = tl.where(clusters > 1, programs, 0)
+        count = tl.where(clusters > 1, clusters, programs)
+        rows = partial_ptr + value * (programs + clusters) * width
+        found = add_rows(rows, first, count, at, width)
+    return found
+
+
+@triton.jit
+def store_over_channels(ptr, sums_ptr, channels):
+    """The sum of [C] float64, as one number."""
+    first = tl.zeros([1, 1], tl.int64)
+    store_row(ptr, add_rows(sums_ptr, 0, channels, first, 1), first, 1)
+
+
+@triton.jit
+def store_over_programs(
     totals,  # [ROWS, COLS] of this program, one for each of grad_ptrs
     grad_ptrs,  # [C] each
-    partial_ptr,  # [values, programs + clusters, C] float64, or None: one program has them all
-    counters_ptr,  # [groups, 1 + clusters], or None
+    partial_ptr,  # see all_brought
+    counters_ptr,
     plane,
     row_program,
     col_block,
@@ -120,44 +197,20 @@ def sum_over_programs(
     col_blocks,
     VALUES: tl.constexpr,
     INDEX: tl.constexpr,
-    COLS: tl.constexpr,
 ):
-    by_column = ()
+    """The sums of each channel, by the last program that has some."""
+    program, programs, group, channels = row_program, row_programs, col_block, width
+    if INDEX != COLUMN:
+        program, programs = row_program * col_blocks + col_block, row_programs * col_blocks
+        group, channels = plane, planes
+    at = channels_of(plane, cols, INDEX)
+    sums = ()
     for value in tl.static_range(VALUES):
-        own = tl.sum(totals[value], 0, keep_dims=True)
-        if INDEX != COLUMN:
-            own = tl.sum(own)
-        by_column += (own,)
-    if partial_ptr is None:
+        sums += (over_neurons(totals[value], INDEX),)
+    if all_brought(sums, partial_ptr, counters_ptr, at, channels, program, programs, group, VALUES):
         for value in tl.static_range(VALUES):
-            store_row(grad_ptrs[value], by_column[value], plane, cols, width, INDEX)
-    else:
-        p, programs, group, channels = row_program, row_programs, col_block, width
-        if INDEX != COLUMN:
-            p, programs = row_program * col_blocks + col_block, row_programs * col_blocks
-            group, channels = plane, planes
-        channels = tl.cast(channels, tl.int64)
-        clusters = tl.cdiv(programs, CLUSTER)
-        cluster = p // CLUSTER
-        for value in tl.static_range(VALUES):
-            rows = partial_ptr + value * (programs + clusters) * channels
-            store_row(rows + p * channels, by_column[value], plane, cols, width, INDEX)
-        counter = counters_ptr + tl.cast(group, tl.int64) * (1 + clusters)
-        first = cluster * CLUSTER
-        count = tl.minimum(CLUSTER, programs - first)
-        if is_last(counter + 1 + cluster, count):
-            for value in tl.static_range(VALUES):
-                rows = partial_ptr + value * (programs + clusters) * channels
-                several = add_rows(rows, first, count, channels, plane, cols, width, COLS, INDEX)
-                to = rows + (programs + cluster) * channels
-                store_row(to, several, plane, cols, width, INDEX)
-            if is_last(counter, clusters):
-                for value in tl.static_range(VALUES):
-                    rows = partial_ptr + value * (programs + clusters) * channels
-                    every = add_rows(
-                        rows, programs, clusters, channels, plane, cols, width, COLS, INDEX
-                    )
-                    store_row(grad_ptrs[value], every, plane, cols, width, INDEX)
+            found = over_programs(sums, value, partial_ptr, at, channels, programs)
+            store_row(grad_ptrs[value], found, at, channels)
 
 
 def fitted(grad: Tensor | None, elements: int) -> Tensor | None:

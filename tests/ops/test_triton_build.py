@@ -143,9 +143,9 @@ def test_nothing_spills_and_accesses_are_wide(monkeypatch, tmp_path, arch, case,
         parks = timesteps >= 8 or case.name == "attached hard"
         stack = 16 if name == "lif_backward_kernel" and parks else 0
         loads, stores = global_accesses(kernel, tmp_path, stack)
-        if sums and "backward" in name:  # then two gradients and two counters are stored
+        if sums and "backward" in name:  # two gradients, one by two ways, and two counters
             loads, stores = ([bits for bits in moved if bits != 64] for moved in (loads, stores))
-            assert sum(bits != 128 for bits in stores) <= 4
+            assert sum(bits != 128 for bits in stores) <= 5
         else:
             assert set(stores) == {128}
         assert sum(bits != 128 for bits in loads) <= 2

@@ -1,10 +1,13 @@
 """BatchNorm and LIF in one, in CUDA and in Triton, executed from PTX on the CPU; bytes counted."""
 
 import functools
+import math
 
-import iirsnn.kernels  # noqa: F401  (registers the ops)
 import pytest
 import torch
+from iirsnn.kernels import batch_norm, sums
+from iirsnn.kernels import eager_batch_norm as eager
+from iirsnn.kernels.launch import forget_plans
 
 from iirsnn.ops.backend import why_not
 from tests import bn_lif_cases
@@ -13,11 +16,14 @@ from tests.bn_lif_cases import (
     BN_FEW,
     DTYPES,
     EPS,
+    TOLERANCE,
+    V_RESET,
     BnCase,
     BnImplementation,
     bn_inputs,
     bn_options,
     most_are_slow,
+    wide_gradients,
 )
 from tests.ptx.bn_launchers import BnLaunchers
 from tests.ptx.conftest import EVERY, KERNELS
@@ -215,14 +221,11 @@ def test_triton_bytes(cudarun, timesteps, dtype, layout):
     with cudarun.emulate(arch=90) as launches:
         run(TRITON, a, case)
     names = [name for name, _, _ in launches]
-    assert names == [
-        *("moments_kernel", "finish_moments_kernel", "fire_kernel"),
-        *("backward_kernel", "finish_sums_kernel", "backward_kernel"),
-    ]
-    moments, _, fire, sums, _, grad_x = (stats.by_array for _, _, stats in launches)
+    assert names == ["moments_kernel", "fire_kernel", "backward_kernel", "backward_kernel"]
+    moments, fire, sums, grad_x = (stats.by_array for _, _, stats in launches)
     whole = a.x.nbytes
-    # every thread reads the first value of its channels, from cache
-    centre = 128 * 16 * launches[0][2].blocks
+    # every thread reads the first value of its channels, from cache; those of the last twice
+    centre = 128 * 16 * (launches[0][2].blocks + 1)
     assert whole < moments["arg0"]["ld_bytes"] <= whole + centre
     assert (fire["arg0"]["ld_bytes"], fire["arg7"]["st_bytes"]) == (whole, whole)
     assert sums["arg0"]["ld_bytes"] == sums["arg1"]["ld_bytes"] == whole
@@ -230,3 +233,38 @@ def test_triton_bytes(cudarun, timesteps, dtype, layout):
     assert sum(n["st_bytes"] for n in grad_x.values()) == whole
     for n in (fire["arg0"], sums["arg0"], sums["arg1"], grad_x["arg1"]):
         assert n["ld_bytes"] == 16 * n["ld_threads"]
+
+
+MANY = {  # of so many tiles of 512 bytes that 36 programs share a channel: two clusters
+    "planes": BnCase("planes", (2, 9, 2, 20, 20)),
+    "columns": BnCase("columns", (2, 2, 70, 6, 6), "channels_last", channels=True),
+    "one program each": BnCase("alone", (2, 3, 6, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_triton_in_any_order_of_programs_and_warps(cudarun, name, monkeypatch):
+    """The same bits, counters left at 0, a call counted once: a missing barrier would show."""
+    case = MANY[name]
+    monkeypatch.setattr(sums, "_counters", {})
+    monkeypatch.setattr(batch_norm, "_LOADS_BYTES", 512)
+    monkeypatch.setattr(batch_norm, "_BLOCK_BYTES", 512)
+    forget_plans()
+    a, channels, found = bn_inputs(case), case.shape[2], []
+    for order in ({}, {"order": "random", "sched": "warp", "seed": 0}):
+        running = torch.zeros(channels), torch.ones(channels), torch.tensor([7])
+        kept = batch_norm.Running(*running, math.nan)
+        with cudarun.emulate(arch=90, **order) as launches:
+            s, *of_x = eager.forward(a.x, *a.parameters, EPS, case.reset, V_RESET, running=kept)
+            mean, _, rstd = of_x
+            call = a.x, mean, rstd, *a.parameters, *bn_options(case)
+            found.append([s, *of_x, *running, *eager.backward(a.grad_s, *call)])
+        assert len(launches) == 4
+        assert running[2] == 8
+    forget_plans()
+    (counters,) = sums._counters.values()
+    assert not counters.any()
+    assert all(torch.equal(got, wanted) for got, wanted in zip(*found, strict=True))
+    for got, wanted in zip(found[0][7:], wide_gradients(case, a), strict=True):
+        tolerance = TOLERANCE * max(1.0, wanted.abs().max().item())
+        torch.testing.assert_close(got.double(), wanted, rtol=TOLERANCE, atol=tolerance)

@@ -211,7 +211,7 @@ __device__ __forceinline__ float through_statistics(float grad, float x, const C
 
 template <typename scalar_t, int kSize, bool kColumns, Pass kPass>
 __global__ void __launch_bounds__(kWalkThreads, !kColumns || kPass != Pass::grad_x || sizeof(scalar_t) != 2 ? 1
-                                                : std::is_same_v<scalar_t, __half>                          ? 7
+                                                : std::is_same_v<scalar_t, __half> || kArchitecture >= 1000 ? 7
                                                                                                             : 8)
     single_backward_kernel(const scalar_t* __restrict__ grad_s, const scalar_t* __restrict__ x,
                            scalar_t* __restrict__ grad_x, const __grid_constant__ BackwardOptions<float> options,
@@ -265,9 +265,11 @@ __global__ void __launch_bounds__(kWalkThreads, !kColumns || kPass != Pass::grad
 // Blocks of a multiprocessor: the most for which nothing spills.
 template <typename scalar_t, int kSize, bool kColumns, Reset kReset, Pass kPass>
 constexpr int kBlocks =
-    kPass == Pass::sums && kSize > 4 && (std::is_same_v<scalar_t, __half> || kReset == Reset::soft_delayed) ? 3
-    : kSize > 4 || (kPass == Pass::sums && kColumns)                                                        ? 4
-                                                                                                            : 5;
+    kPass == Pass::sums && kSize > 4 &&
+            (std::is_same_v<scalar_t, __half> || kReset == Reset::soft_delayed || kArchitecture >= 1000)
+        ? 3
+    : kSize > 4 || (kPass == Pass::sums && kColumns) ? 4
+                                                     : 5;
 
 // membranes: [segments - 1, N], those that each segment but the first starts from; the pass over the sums writes them.
 template <typename scalar_t, int kSize, bool kColumns, Reset kReset, Pass kPass>

@@ -106,12 +106,16 @@ __global__ void __launch_bounds__(kWalkThreads, sizeof(scalar_t) == 8 || (kSumme
   }
 }
 
+// Blocks of a multiprocessor: the most for which nothing spills.
+template <typename scalar_t, int kSize, Reset kReset, bool kSummed>
+constexpr int kBlocks = sizeof(scalar_t) == 8 || kSize > 4                                   ? 4
+                        : kReset == Reset::soft_delayed || (kSummed && kArchitecture != 900) ? 5
+                                                                                             : 6;
+
 // Any number of timesteps, in segments of kSegment. checkpoints: [segments - 2, N], the membranes that the segments
 // between the first and the last start from.
 template <typename scalar_t, int kSize, bool kColumns, Reset kReset, bool kSummed>
-__global__ void __launch_bounds__(kWalkThreads, sizeof(scalar_t) == 8 || kSize > 4 ? 4
-                                                : kReset == Reset::soft_delayed    ? 5
-                                                                                   : 6)
+__global__ void __launch_bounds__(kWalkThreads, kBlocks<scalar_t, kSize, kReset, kSummed>)
     backward_kernel(const scalar_t* __restrict__ grad_s, int64_t grad_s_stride_t, const scalar_t* __restrict__ x,
                     int64_t x_stride_t, const __grid_constant__ Inputs<acc_of<scalar_t>> inputs,
                     scalar_t* __restrict__ grad_x, acc_of<scalar_t>* __restrict__ grad_v0,

@@ -8,7 +8,13 @@
 namespace iirsnn::cuda {
 
 constexpr int kWalkThreads = 128, kWalkWarps = kWalkThreads / 32;
-// Kernels name the blocks that must fit on a multiprocessor, if only 1: ptxas spills a few bytes to fit one more.
+// Kernels name the blocks that must fit on a multiprocessor, if only 1: ptxas spills a few bytes to fit one more. How
+// many fit without that is the architecture's, of which the host knows nothing.
+#if defined(__CUDA_ARCH__)
+constexpr int kArchitecture = __CUDA_ARCH__;
+#else
+constexpr int kArchitecture = 0;
+#endif
 constexpr int64_t kWalkBlocks = 2048;  // enough for every device of today; a constant, so that sums have the same bits
 constexpr int64_t kLine = 128;         // bytes that threads side by side should read
 constexpr int64_t kCluster = 32;       // blocks whose sums one of them adds up, before one adds up those of clusters
