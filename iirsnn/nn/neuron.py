@@ -79,17 +79,21 @@ class FusedLIF(nn.Module):
         self.packed = packed
         self.return_v = return_v
         self.backend = backend
-        self._hold("threshold", threshold, learn_threshold)
-        self._hold("leak", leak, learn_leak)
+        self._initial = {"threshold": float(threshold), "leak": float(leak)}
+        for name, learn in (("threshold", learn_threshold), ("leak", learn_leak)):
+            tensor = torch.full((channels or 1,), self._initial[name])
+            if learn:
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
         self.state = None
         self._fresh = False  # state is 0, and any other shape may take its place
 
-    def _hold(self, name: str, value: float, learn: bool) -> None:
-        tensor = torch.full((self.channels or 1,), float(value))
-        if learn:
-            self.register_parameter(name, nn.Parameter(tensor))
-        else:
-            self.register_buffer(name, tensor)
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Give threshold and leak the numbers of the constructor again, as after `to_empty`."""
+        for name, value in self._initial.items():
+            getattr(self, name).fill_(value)
 
     def forward(self, x: Tensor) -> Any:
         held: Any = self._parameters.get  # self.threshold takes a failed look-up first

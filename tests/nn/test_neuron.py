@@ -99,6 +99,20 @@ def test_prints_without_numbers():
     )
 
 
+@pytest.mark.parametrize("learn", [True, False])
+def test_starts_anew_from_the_numbers_of_the_constructor(learn):
+    """As modules do that were made on "meta" and given memory."""
+    with torch.device("meta"):
+        neuron = FusedLIF(0.7, 0.9, channels=3, learn_threshold=learn, learn_leak=learn)
+    neuron = neuron.to_empty(device="cpu")
+    with torch.no_grad():
+        neuron.threshold.fill_(math.nan)
+    neuron.reset_parameters()
+    assert torch.equal(neuron.threshold, torch.full((3,), 0.7))
+    assert torch.equal(neuron.leak, torch.full((3,), 0.9))
+    assert neuron.threshold.requires_grad == neuron.leak.requires_grad == learn
+
+
 def test_compiles_whole():
     neuron = FusedLIF(leak=0.9)
     x = torch.randn(3, 2, 5) + 0.4
