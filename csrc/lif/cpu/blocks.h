@@ -54,18 +54,6 @@ inline bool large(const LifShape& shape) {
   return shape.timesteps * shape.neurons * bytes >= int64_t(32) << 20;
 }
 
-// Of many channels some passes over all of them, after which their sums are added up, where 32 chunks remain.
-inline int64_t chunk_neurons(const LifShape& shape) {
-  const int64_t passes = shape.channels == 1 ? 0 : std::min(16 * shape.channels * shape.inner, shape.neurons / 32);
-  const int64_t least = std::max({16 * shape.channels, (shape.neurons + kMaxChunks - 1) / kMaxChunks, passes});
-  return std::max(kChunk, (least + kBlock - 1) / kBlock * kBlock);
-}
-
-inline int64_t chunks_of(const LifShape& shape) {
-  const int64_t chunk = chunk_neurons(shape);
-  return (shape.neurons + chunk - 1) / chunk;
-}
-
 // Neurons of a block: whole vectors, and whole passes over all channels where one fits. Half as many where membranes of
 // all timesteps, or parameters of each neuron, would leave no room in the L1 cache; but memory wants long rows.
 inline int block_neurons(const LifShape& shape) {
@@ -76,20 +64,52 @@ inline int block_neurons(const LifShape& shape) {
   return passes > most ? most : int(most / passes * passes);
 }
 
-// Neurons [begin, begin + n) of a chunk.
+// Of many channels some passes over all of them, after which their sums are added up, where 16 chunks remain.
+inline int64_t least_chunk(const LifShape& shape) {
+  const int64_t passes = shape.channels == 1 ? 0 : std::min(16 * shape.channels * shape.inner, shape.neurons / 16);
+  return std::max({kChunk, 16 * shape.channels, ceil_div(shape.neurons, kMaxChunks), passes});
+}
+
+// Whether chunks are of whole passes, which are longer than blocks: then no block has a part of two.
+inline bool whole_passes(const LifShape& shape) {
+  const int64_t pass = shape.channels * shape.inner;
+  return shape.channels > 1 && pass > block_neurons(shape) && pass % kWord == 0 && pass <= least_chunk(shape);
+}
+
+inline int64_t chunk_neurons(const LifShape& shape) {
+  return round_up(least_chunk(shape), whole_passes(shape) ? shape.channels * shape.inner : kBlock);
+}
+
+inline int64_t chunks_of(const LifShape& shape) { return ceil_div(shape.neurons, chunk_neurons(shape)); }
+
+// Neurons [begin, begin + n) of a chunk, and the same ones of the passes that follow, where it is of several.
 struct Range {
   int64_t begin;
   int n;
+  int passes;
   bool last;  // of its chunk
 };
 
+// most_passes: that a block may be of.
+template <typename F>
+void for_each_block(const LifShape& shape, int64_t chunk, int most_passes, F f) {
+  const int64_t block = block_neurons(shape), size = chunk_neurons(shape);
+  const int64_t first = chunk * size, end = std::min(first + size, shape.neurons);
+  const bool whole = whole_passes(shape);
+  const int64_t pass = whole ? shape.channels * shape.inner : size;
+  for (int64_t start = first, after; start < end; start = after) {
+    const int64_t passes = whole ? std::min<int64_t>(most_passes, (end - start) / pass) : 1;
+    after = start + passes * pass;
+    const int64_t stop = std::min(start + pass, end);
+    for (int64_t begin = start; begin < stop; begin += block) {
+      const int n = int(std::min(block, stop - begin));
+      f(Range{begin, n, int(passes), begin + block >= stop && after >= end});
+    }
+  }
+}
 template <typename F>
 void for_each_block(const LifShape& shape, int64_t chunk, F f) {
-  const int block = block_neurons(shape);
-  const int64_t first = chunk * chunk_neurons(shape), end = std::min(first + chunk_neurons(shape), shape.neurons);
-  for (int64_t begin = first; begin < end; begin += block) {
-    f(Range{begin, int(std::min<int64_t>(block, end - begin)), begin + block >= end});
-  }
+  for_each_block(shape, chunk, 1, f);
 }
 
 inline int64_t channel_of(const LifShape& shape, int64_t neuron) { return neuron / shape.inner % shape.channels; }

@@ -44,6 +44,8 @@ class Channels {
 
   // Those of a block, until the next call.
   const Parameters<acc_t>& of(const Range& range);
+  // Whether no block has a piece of one channel: then kernels may take blocks of several passes.
+  bool several() const { return !wide_; }
 
  private:
   void cut(const Range& range);
