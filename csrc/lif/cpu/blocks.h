@@ -18,6 +18,10 @@ constexpr int kBlock = 1024;             // neurons of a block at most; a multip
 constexpr int kSegment = 16;             // timesteps between checkpoints
 constexpr int64_t kChunk = 16 * kBlock;  // neurons a thread takes at least
 constexpr int64_t kMaxChunks = 256;
+constexpr int64_t kLongRow =
+    64 * kBlock;                // neurons of all channels that have rows filled once, or summed into, at most
+constexpr int kHeldTerms = 16;  // of a neuron, that rows sum as acc_t, at most, where blocks are no longer
+constexpr int kSmallMap = 16;   // neurons of a channel, below which rows are added up neuron by neuron first
 
 // Numbers that go together in a kernel.
 template <typename acc_t>
@@ -64,10 +68,17 @@ inline int block_neurons(const LifShape& shape) {
   return passes > most ? most : int(most / passes * passes);
 }
 
-// Of many channels some passes over all of them, after which their sums are added up, where 16 chunks remain.
+inline int64_t held_passes(const LifShape& shape) { return std::max<int64_t>(1, kHeldTerms / shape.timesteps); }
+
+// Of many channels some passes over all of them, after which their sums are added up, where 16 chunks remain: as many
+// as rows hold or a multiple; of small maps, whose sums cost the most, more.
 inline int64_t least_chunk(const LifShape& shape) {
-  const int64_t passes = shape.channels == 1 ? 0 : std::min(16 * shape.channels * shape.inner, shape.neurons / 16);
-  return std::max({kChunk, 16 * shape.channels, ceil_div(shape.neurons, kMaxChunks), passes});
+  const int64_t pass = shape.channels * shape.inner, held = held_passes(shape);
+  const int64_t least = std::max({kChunk, 16 * shape.channels, ceil_div(shape.neurons, kMaxChunks)});
+  if (shape.channels == 1) return least;
+  if (pass > kLongRow) return std::max(least, shape.neurons / 32);
+  const int64_t passes = std::min<int64_t>(shape.inner < kSmallMap ? 64 : 16, ceil_div(shape.neurons, 16 * pass));
+  return std::max(least, pass * (passes > held ? round_up(passes, held) : passes));
 }
 
 // Whether chunks are of whole passes, which are longer than blocks: then no block has a part of two.

@@ -7,9 +7,6 @@
 namespace iirsnn {
 namespace {
 
-// Neurons of all channels that have rows filled once, or summed into, at most.
-constexpr int64_t kLongRow = 64 * kBlock;
-
 bool in_one_row(const LifShape& shape, int64_t passes, int64_t neurons) {
   const int64_t period = shape.channels * shape.inner;
   return period <= kLongRow && neurons >= passes * period;
@@ -108,6 +105,18 @@ struct SumRow {  // one a neuron -> added to totals of channels; reads up to a v
         add_up(result, split.first(load<V>(row + i), last - i));
         totals[channel] += sum(result);
       });
+    }
+  }
+};
+
+template <typename acc_t>
+struct FoldRow {  // one a neuron -> added to sums of neurons; leaves zeros
+  template <int kBytes>
+  static IIRSNN_INLINE void run(acc_t* row, int n, double* sums) {
+    IIRSNN_VECTORIZE
+    for (int i = 0; i < n; ++i) {
+      sums[i] += double(row[i]);
+      row[i] = acc_t(0);
     }
   }
 };
@@ -226,10 +235,12 @@ ChannelSums<acc_t>::ChannelSums(const LifShape& shape, int count, bool charged)
       stride_(2 * kLanes<acc_t> + (shape.channels == 1 ? 0
                                    : once_             ? long_row(shape)
                                                        : int64_t(row_neurons(shape)))),
-      most_(std::max<int64_t>(1, kHeldTerms / shape.timesteps) *
-            std::max<int64_t>(shape.channels * shape.inner, block_neurons(shape))),
-      rows_(count * stride_) {
+      most_(held_passes(shape) * std::max<int64_t>(shape.channels * shape.inner, block_neurons(shape))),
+      rows_(count * stride_),
+      folds_(once_ && shape.inner > 1 && shape.inner < kSmallMap),
+      sums_(folds_ ? count * stride_ : 0) {
   std::fill_n(rows_.get(), count * stride_, acc_t(0));
+  if (folds_) std::fill_n(sums_.get(), count * stride_, 0.0);
 }
 
 template <typename acc_t>
@@ -250,8 +261,16 @@ void ChannelSums<acc_t>::add(const Range& range, const Parameters<acc_t>& parame
       run<SumPieces<acc_t>>(&shape_, row, &range, parameters.pieces, total);
     } else {
       const int width = once_ ? int(long_row(shape_)) : range.n;
-      run<SumRow<acc_t>>(&shape_, row, once_ ? 0 : range.begin, width, total);
-      std::fill_n(row, width, acc_t(0));
+      if (folds_) {
+        double* sums = sums_.get() + k * stride_;
+        run<FoldRow<acc_t>>(row, width, sums);
+        if (!range.last) continue;
+        run<SumRow<double>>(&shape_, sums, 0, width, total);
+        std::fill_n(sums, width, 0.0);
+      } else {
+        run<SumRow<acc_t>>(&shape_, row, once_ ? 0 : range.begin, width, total);
+        std::fill_n(row, width, acc_t(0));
+      }
     }
   }
 }
