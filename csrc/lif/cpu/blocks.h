@@ -70,28 +70,34 @@ inline int block_neurons(const LifShape& shape) {
 
 inline int64_t held_passes(const LifShape& shape) { return std::max<int64_t>(1, kHeldTerms / shape.timesteps); }
 
-// Of many channels some passes over all of them, after which their sums are added up, where 16 chunks remain: as many
-// as rows hold or a multiple; of small maps, whose sums cost the most, more.
-inline int64_t least_chunk(const LifShape& shape) {
-  const int64_t pass = shape.channels * shape.inner, held = held_passes(shape);
-  const int64_t least = std::max({kChunk, 16 * shape.channels, ceil_div(shape.neurons, kMaxChunks)});
-  if (shape.channels == 1) return least;
-  if (pass > kLongRow) return std::max(least, shape.neurons / 32);
-  const int64_t passes = std::min<int64_t>(shape.inner < kSmallMap ? 64 : 16, ceil_div(shape.neurons, 16 * pass));
-  return std::max(least, pass * (passes > held ? round_up(passes, held) : passes));
-}
+// How neurons are divided into chunks: into whole passes over all channels where these are longer than blocks, and rows
+// are kept for one, so that no block has parts of two; else into so many neurons each. Sums are added up after each
+// chunk: it has some passes, of small maps, whose sums cost the most, more, where enough chunks remain.
+struct Chunks {
+  explicit Chunks(const LifShape& shape) : pass(shape.channels * shape.inner), neurons(shape.neurons) {
+    const int64_t least = std::max({kChunk, 16 * shape.channels, ceil_div(neurons, kMaxChunks)});
+    const int64_t passes = shape.inner < kSmallMap ? 64 : 16, enough = shape.timesteps == 1 ? 16 : 8;
+    whole = shape.channels > 1 && pass > block_neurons(shape) && pass % kWord == 0 && pass <= kLongRow &&
+            neurons >= 8 * pass;
+    if (whole) {
+      const int64_t wanted = std::max(enough, round_up(neurons / (passes * pass), enough));
+      count = std::max<int64_t>(1, std::min({wanted, neurons / pass, neurons / least}));
+    } else {
+      const int64_t some = shape.channels == 1 ? 0 : std::min(passes * pass, neurons / 32);
+      size = round_up(std::max(least, some), kBlock);
+      count = ceil_div(neurons, size);
+    }
+  }
+  int64_t begin(int64_t chunk) const {
+    return whole ? chunk * (neurons / pass) / count * pass : std::min(chunk * size, neurons);
+  }
 
-// Whether chunks are of whole passes, which are longer than blocks: then no block has a part of two.
-inline bool whole_passes(const LifShape& shape) {
-  const int64_t pass = shape.channels * shape.inner;
-  return shape.channels > 1 && pass > block_neurons(shape) && pass % kWord == 0 && pass <= least_chunk(shape);
-}
+  int64_t pass, neurons;  // of a pass, and of all
+  int64_t count, size = 0;
+  bool whole;
+};
 
-inline int64_t chunk_neurons(const LifShape& shape) {
-  return round_up(least_chunk(shape), whole_passes(shape) ? shape.channels * shape.inner : kBlock);
-}
-
-inline int64_t chunks_of(const LifShape& shape) { return ceil_div(shape.neurons, chunk_neurons(shape)); }
+inline int64_t chunks_of(const LifShape& shape) { return Chunks(shape).count; }
 
 // Neurons [begin, begin + n) of a chunk, and the same ones of the passes that follow, where it is of several.
 struct Range {
@@ -104,12 +110,11 @@ struct Range {
 // most_passes: that a block may be of.
 template <typename F>
 void for_each_block(const LifShape& shape, int64_t chunk, int most_passes, F f) {
-  const int64_t block = block_neurons(shape), size = chunk_neurons(shape);
-  const int64_t first = chunk * size, end = std::min(first + size, shape.neurons);
-  const bool whole = whole_passes(shape);
-  const int64_t pass = whole ? shape.channels * shape.inner : size;
+  const Chunks chunks(shape);
+  const int64_t block = block_neurons(shape), first = chunks.begin(chunk), end = chunks.begin(chunk + 1);
+  const int64_t pass = chunks.whole ? chunks.pass : end - first;
   for (int64_t start = first, after; start < end; start = after) {
-    const int64_t passes = whole ? std::min<int64_t>(most_passes, (end - start) / pass) : 1;
+    const int64_t passes = chunks.whole ? std::min<int64_t>(most_passes, (end - start) / pass) : 1;
     after = start + passes * pass;
     const int64_t stop = std::min(start + pass, end);
     for (int64_t begin = start; begin < stop; begin += block) {

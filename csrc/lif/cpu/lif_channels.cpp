@@ -14,7 +14,7 @@ bool in_one_row(const LifShape& shape, int64_t passes, int64_t neurons) {
 bool filled_once(const LifShape& shape) { return in_one_row(shape, 4, shape.neurons); }
 // Of such a row: a block that begins in the last neurons of a pass ends in the next one.
 int64_t long_row(const LifShape& shape) {
-  return shape.channels * shape.inner + (whole_passes(shape) ? 0 : row_neurons(shape));
+  return shape.channels * shape.inner + (Chunks(shape).whole ? 0 : row_neurons(shape));
 }
 
 // Where channels are too narrow to be pieces of their own, rows are filled: once, if that is not too long.
@@ -231,7 +231,7 @@ ChannelSums<acc_t>::ChannelSums(const LifShape& shape, int count, bool charged)
       count_(count),
       charged_(charged),
       wide_(wide<acc_t>(shape)),
-      once_(!wide_ && in_one_row(shape, 1, chunk_neurons(shape))),
+      once_(!wide_ && in_one_row(shape, 1, Chunks(shape).begin(1))),
       stride_(2 * kLanes<acc_t> + (shape.channels == 1 ? 0
                                    : once_             ? long_row(shape)
                                                        : int64_t(row_neurons(shape)))),
