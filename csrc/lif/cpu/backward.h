@@ -164,7 +164,7 @@ struct BackwardBlock {
   scalar_t* grad_x;
   int64_t x_stride, grad_s_stride, grad_x_stride;
   const scalar_t* next;  // x of the block after
-  int passes;            // that the block is of: 1, or several of one timestep, where rows hold all parameters
+  int passes;            // that the block is of: 1, or several of one timestep that rows of sums are for
   int64_t pass;          // neurons of one
   const acc_t* v0;       // or null
   const acc_t* grad_v;   // or null
@@ -302,7 +302,8 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
   BackwardBlock<x_t> block{};
   block.timesteps = steps;
   block.pass = shape.channels * shape.inner;
-  const int most_passes = steps == 1 && fast && channels.several() && !std::is_same_v<scalar_t, Half> ? 2 : 1;
+  const bool summed = sums && kPass != Pass::grad_x && channels.several();
+  const int most_passes = summed && fast && steps == 1 && !std::is_same_v<scalar_t, Half> ? 2 : 1;
   for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
     const int64_t totals = kCount * shape.channels;
     if (sums) std::fill_n(sums + chunk * totals, totals, 0.0);

@@ -18,8 +18,6 @@ constexpr int kBlock = 1024;             // neurons of a block at most; a multip
 constexpr int kSegment = 16;             // timesteps between checkpoints
 constexpr int64_t kChunk = 16 * kBlock;  // neurons a thread takes at least
 constexpr int64_t kMaxChunks = 256;
-constexpr int64_t kLongRow =
-    64 * kBlock;                // neurons of all channels that have rows filled once, or summed into, at most
 constexpr int kHeldTerms = 16;  // of a neuron, that rows sum as acc_t, at most, where blocks are no longer
 constexpr int kSmallMap = 16;   // neurons of a channel, below which rows are added up neuron by neuron first
 
@@ -68,6 +66,8 @@ inline int block_neurons(const LifShape& shape) {
   return passes > most ? most : int(most / passes * passes);
 }
 
+// Neurons of all channels that have rows filled once, or summed into, at most; of more timesteps there are more rows.
+inline int64_t longest_row(const LifShape& shape) { return (shape.timesteps == 1 ? 64 : 32) * kBlock; }
 inline int64_t held_passes(const LifShape& shape) { return std::max<int64_t>(1, kHeldTerms / shape.timesteps); }
 
 // How neurons are divided into chunks: into whole passes over all channels where these are longer than blocks, and rows
@@ -77,7 +77,7 @@ struct Chunks {
   explicit Chunks(const LifShape& shape) : pass(shape.channels * shape.inner), neurons(shape.neurons) {
     const int64_t least = std::max({kChunk, 16 * shape.channels, ceil_div(neurons, kMaxChunks)});
     const int64_t passes = shape.inner < kSmallMap ? 64 : 16, enough = shape.timesteps == 1 ? 16 : 8;
-    whole = shape.channels > 1 && pass > block_neurons(shape) && pass % kWord == 0 && pass <= kLongRow &&
+    whole = shape.channels > 1 && pass > block_neurons(shape) && pass % kWord == 0 && pass <= longest_row(shape) &&
             neurons >= 8 * pass;
     if (whole) {
       const int64_t wanted = std::max(enough, round_up(neurons / (passes * pass), enough));

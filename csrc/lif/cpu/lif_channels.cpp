@@ -9,7 +9,7 @@ namespace {
 
 bool in_one_row(const LifShape& shape, int64_t passes, int64_t neurons) {
   const int64_t period = shape.channels * shape.inner;
-  return period <= kLongRow && neurons >= passes * period;
+  return period <= longest_row(shape) && neurons >= passes * period;
 }
 bool filled_once(const LifShape& shape) { return in_one_row(shape, 4, shape.neurons); }
 // Of such a row: a block that begins in the last neurons of a pass ends in the next one.
