@@ -153,19 +153,26 @@ def test_lif(race, timesteps, dtype, size, threads, what):
     race(case.calls[what], facts, case.rows[what], seconds, rounds)
 
 
-@pytest.mark.telling
+def maps():
+    """Channels and side: of 64 channels; with --full, of as many as later layers have."""
+    for side in (7, 14, 28, 149):
+        yield pytest.param(CHANNELS, side, id=str(side), marks=pytest.mark.telling)
+    for channels, side in ((128, 28), (256, 14), (512, 7), (512, 4), (512, 2)):
+        yield pytest.param(channels, side, id=f"{channels}x{side}")
+
+
 @pytest.mark.parametrize("what", ["forward", "backward", "backward with parameters"])
 @pytest.mark.parametrize("timesteps", [1, 5])
-@pytest.mark.parametrize("side", [7, 14, 28, 149])
-def test_channels(race, side, timesteps, what):
+@pytest.mark.parametrize(("channels", "side"), list(maps()))
+def test_channels(race, channels, side, timesteps, what):
     torch.manual_seed(0)
-    batch = max(1, round(IN_CACHE / 4 / (timesteps * CHANNELS * side * side)))
-    x = current((timesteps, batch, CHANNELS, side, side)).requires_grad_()
+    batch = max(1, round(IN_CACHE / 4 / (timesteps * channels * side * side)))
+    x = current((timesteps, batch, channels, side, side)).requires_grad_()
     g = torch.randn(x.shape)
     learnt = what.endswith("parameters")
     calls = {}
-    for name, channels in (("scalar", None), ("per channel", CHANNELS)):
-        neuron = iirsnn_lif(channels=channels, learn_threshold=learnt, learn_leak=learnt)
+    for name, count in (("scalar", None), ("per channel", channels)):
+        neuron = iirsnn_lif(channels=count, learn_threshold=learnt, learn_leak=learnt)
         s, leaves = neuron(x), [x, *neuron.parameters()]
         calls[name] = partial(forward_of, neuron, x.detach())
         if what != "forward":
@@ -174,6 +181,7 @@ def test_channels(race, side, timesteps, what):
         "subject": "lif_channels",
         "what": what,
         "timesteps": timesteps,
+        "channels": channels,
         "side": side,
         "threads": torch.get_num_threads(),
         "elements": x.numel(),

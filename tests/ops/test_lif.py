@@ -256,8 +256,17 @@ MAPS = [
     ((3, 100, 14, 14), True),
     ((5, 64, 20, 20), True),
 ]
-# In chunks of some passes over all channels, not of one or two.
-MANY = [((180, 64, 7, 7), False), ((12, 256, 14, 14), False)]
+# In chunks of some passes over all channels, not of one or two: two of them at once past a row, and
+# the third of three; passes that are no whole words; maps below a vector; rows too long to be kept.
+MANY = [
+    ((180, 64, 7, 7), False),
+    ((12, 256, 14, 14), False),
+    ((35, 512, 7, 7), False),
+    ((33, 512, 4, 4), False),
+    ((200, 512, 2, 2), False),
+    ((45, 100, 7, 7), False),
+    ((3, 1400, 7, 7), False),
+]
 
 
 def on_map(shape, last, timesteps):
@@ -277,9 +286,15 @@ def on_map(shape, last, timesteps):
 
 
 # Neurons go through three timesteps in registers where the reset is detached, else row by row.
-@pytest.mark.parametrize(("timesteps", "detach"), [(1, True), (3, True), (3, False)])
-@pytest.mark.parametrize(("shape", "last"), MAPS, ids=str)
-def test_parameters_of_channels_on_maps_of_any_size(level, shape, last, timesteps, detach):
+ANY_SIZE = [
+    *itertools.product(MAPS, [(1, True), (3, True), (3, False)]),
+    *((many, (1, True)) for many in MANY),
+]
+
+
+@pytest.mark.parametrize(("map_", "time"), ANY_SIZE, ids=str)
+def test_parameters_of_channels_on_maps_of_any_size(level, map_, time):
+    (shape, last), (timesteps, detach) = map_, time
     *arguments, grad_s = on_map(shape, last, timesteps)
     x, threshold, leak, _ = arguments
     how = ("soft", 0.0, detach, "triangle", 1.0)

@@ -164,6 +164,8 @@ struct BackwardBlock {
   scalar_t* grad_x;
   int64_t x_stride, grad_s_stride, grad_x_stride;
   const scalar_t* next;  // x of the block after
+  int passes;            // that the block is of: 1, or several of one timestep that rows of sums are for
+  int64_t pass;          // neurons of one
   const acc_t* v0;       // or null
   const acc_t* grad_v;   // or null
   acc_t* grad_v0;        // or null
@@ -299,10 +301,13 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
   row.sums_stride = channel_sums.stride();
   BackwardBlock<x_t> block{};
   block.timesteps = steps;
+  block.pass = shape.channels * shape.inner;
+  const bool summed = sums && kPass != Pass::grad_x && channels.several();
+  const int most_passes = summed && fast && steps == 1 && !std::is_same_v<scalar_t, Half> ? 2 : 1;
   for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
     const int64_t totals = kCount * shape.channels;
     if (sums) std::fill_n(sums + chunk * totals, totals, 0.0);
-    for_each_block(shape, chunk, [&](const Range& range) {
+    for_each_block(shape, chunk, most_passes, [&](const Range& range) {
       const int n = range.n;
       const bool copied = staged<scalar_t>(n);
       const auto at = [&](auto* type, const void* tensor) {
@@ -315,6 +320,7 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
       row.n = whole_vectors<scalar_t>(n);
       row.parameters = channels.of(range);
       row.sums = sums ? channel_sums.rows(range) : nullptr;
+      block.passes = range.passes;
       block.v0 = v0;
       block.grad_v = grad_v;
       block.grad_v0 = grad_v0;

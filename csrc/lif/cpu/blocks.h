@@ -18,6 +18,8 @@ constexpr int kBlock = 1024;             // neurons of a block at most; a multip
 constexpr int kSegment = 16;             // timesteps between checkpoints
 constexpr int64_t kChunk = 16 * kBlock;  // neurons a thread takes at least
 constexpr int64_t kMaxChunks = 256;
+constexpr int kHeldTerms = 16;  // of a neuron, that rows sum as acc_t, at most, where blocks are no longer
+constexpr int kSmallMap = 16;   // neurons of a channel, below which rows are added up neuron by neuron first
 
 // Numbers that go together in a kernel.
 template <typename acc_t>
@@ -54,18 +56,6 @@ inline bool large(const LifShape& shape) {
   return shape.timesteps * shape.neurons * bytes >= int64_t(32) << 20;
 }
 
-// Of many channels some passes over all of them, after which their sums are added up, where 32 chunks remain.
-inline int64_t chunk_neurons(const LifShape& shape) {
-  const int64_t passes = shape.channels == 1 ? 0 : std::min(16 * shape.channels * shape.inner, shape.neurons / 32);
-  const int64_t least = std::max({16 * shape.channels, (shape.neurons + kMaxChunks - 1) / kMaxChunks, passes});
-  return std::max(kChunk, (least + kBlock - 1) / kBlock * kBlock);
-}
-
-inline int64_t chunks_of(const LifShape& shape) {
-  const int64_t chunk = chunk_neurons(shape);
-  return (shape.neurons + chunk - 1) / chunk;
-}
-
 // Neurons of a block: whole vectors, and whole passes over all channels where one fits. Half as many where membranes of
 // all timesteps, or parameters of each neuron, would leave no room in the L1 cache; but memory wants long rows.
 inline int block_neurons(const LifShape& shape) {
@@ -76,20 +66,66 @@ inline int block_neurons(const LifShape& shape) {
   return passes > most ? most : int(most / passes * passes);
 }
 
-// Neurons [begin, begin + n) of a chunk.
+// Neurons of all channels that have rows filled once, or summed into, at most; of more timesteps there are more rows.
+inline int64_t longest_row(const LifShape& shape) { return (shape.timesteps == 1 ? 64 : 32) * kBlock; }
+inline int64_t held_passes(const LifShape& shape) { return std::max<int64_t>(1, kHeldTerms / shape.timesteps); }
+
+// How neurons are divided into chunks: into whole passes over all channels where these are longer than blocks, and rows
+// are kept for one, so that no block has parts of two; else into so many neurons each. Sums are added up after each
+// chunk: it has some passes, of small maps, whose sums cost the most, more, where enough chunks remain.
+struct Chunks {
+  explicit Chunks(const LifShape& shape) : pass(shape.channels * shape.inner), neurons(shape.neurons) {
+    const int64_t least = std::max({kChunk, 16 * shape.channels, ceil_div(neurons, kMaxChunks)});
+    const int64_t passes = shape.inner < kSmallMap ? 64 : 16, enough = shape.timesteps == 1 ? 16 : 8;
+    whole = shape.channels > 1 && pass > block_neurons(shape) && pass % kWord == 0 && pass <= longest_row(shape) &&
+            neurons >= 8 * pass;
+    if (whole) {
+      const int64_t wanted = std::max(enough, round_up(neurons / (passes * pass), enough));
+      count = std::max<int64_t>(1, std::min({wanted, neurons / pass, neurons / least}));
+    } else {
+      const int64_t some = shape.channels == 1 ? 0 : std::min(passes * pass, neurons / 32);
+      size = round_up(std::max(least, some), kBlock);
+      count = ceil_div(neurons, size);
+    }
+  }
+  int64_t begin(int64_t chunk) const {
+    return whole ? chunk * (neurons / pass) / count * pass : std::min(chunk * size, neurons);
+  }
+
+  int64_t pass, neurons;  // of a pass, and of all
+  int64_t count, size = 0;
+  bool whole;
+};
+
+inline int64_t chunks_of(const LifShape& shape) { return Chunks(shape).count; }
+
+// Neurons [begin, begin + n) of a chunk, and the same ones of the passes that follow, where it is of several.
 struct Range {
   int64_t begin;
   int n;
+  int passes;
   bool last;  // of its chunk
 };
 
+// most_passes: that a block may be of.
+template <typename F>
+void for_each_block(const LifShape& shape, int64_t chunk, int most_passes, F f) {
+  const Chunks chunks(shape);
+  const int64_t block = block_neurons(shape), first = chunks.begin(chunk), end = chunks.begin(chunk + 1);
+  const int64_t pass = chunks.whole ? chunks.pass : end - first;
+  for (int64_t start = first, after; start < end; start = after) {
+    const int64_t passes = chunks.whole ? std::min<int64_t>(most_passes, (end - start) / pass) : 1;
+    after = start + passes * pass;
+    const int64_t stop = std::min(start + pass, end);
+    for (int64_t begin = start; begin < stop; begin += block) {
+      const int n = int(std::min(block, stop - begin));
+      f(Range{begin, n, int(passes), begin + block >= stop && after >= end});
+    }
+  }
+}
 template <typename F>
 void for_each_block(const LifShape& shape, int64_t chunk, F f) {
-  const int block = block_neurons(shape);
-  const int64_t first = chunk * chunk_neurons(shape), end = std::min(first + chunk_neurons(shape), shape.neurons);
-  for (int64_t begin = first; begin < end; begin += block) {
-    f(Range{begin, int(std::min<int64_t>(block, end - begin)), begin + block >= end});
-  }
+  for_each_block(shape, chunk, 1, f);
 }
 
 inline int64_t channel_of(const LifShape& shape, int64_t neuron) { return neuron / shape.inner % shape.channels; }

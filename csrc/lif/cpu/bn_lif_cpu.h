@@ -43,8 +43,6 @@ constexpr int kBnLifSums = kSums<true>;
 // x and its square, summed over neurons and time, in double, where the square is exact: sums [chunks, kMoments, C].
 constexpr int kMoments = 2;
 void moments_cpu(const LifShape& shape, const void* x, double* sums, int64_t first_chunk, int64_t last_chunk);
-// sums, of all chunks, into those of the first.
-void add_chunks_cpu(const LifShape& shape, int count, double* sums);
 void bn_lif_forward_cpu(const BnLif& args, int64_t first_chunk, int64_t last_chunk);
 void bn_lif_backward_cpu(const BnLif& args, int64_t first_chunk, int64_t last_chunk);
 // Reads grad_mean and slope, and what the first pass left in grad_x.

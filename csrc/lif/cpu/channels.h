@@ -16,8 +16,7 @@ namespace iirsnn {
 
 // What kernels read of a channel: all from kGain on of a current that is normalised.
 enum { kThreshold, kLeak, kInverse, kGain, kShift, kMean, kGradMean, kSlope, kParameters };
-constexpr int kWide = 4;        // vectors of a channel, in memory, from which on it can be pieces of a block
-constexpr int kHeldTerms = 16;  // of a neuron, that rows sum as acc_t, at most, where blocks are no longer
+constexpr int kWide = 4;  // vectors of a channel, in memory, from which on it can be pieces of a block
 
 template <typename acc_t>
 struct Piece {
@@ -44,6 +43,8 @@ class Channels {
 
   // Those of a block, until the next call.
   const Parameters<acc_t>& of(const Range& range);
+  // Whether no block has a piece of one channel: then kernels may take blocks of several passes.
+  bool several() const { return !wide_; }
 
  private:
   void cut(const Range& range);
@@ -82,6 +83,8 @@ class ChannelSums {
   const bool charged_, wide_, once_;
   const int64_t stride_, most_;  // neurons that rows_ hold before they are added up
   Buffer<acc_t> rows_;
+  const bool folds_;
+  Buffer<double> sums_;  // like rows, where those are added up neuron by neuron first
   int64_t held_ = 0;
 };
 

@@ -30,23 +30,22 @@ void lif_backward_cpu(const LifBackward& args, int64_t first_chunk, int64_t last
   with_scalar(args.shape.dtype, [&](auto scalar) { backward<decltype(scalar)>(args, first_chunk, last_chunk); });
 }
 
-void lif_backward_finish_cpu(const LifBackward& args) {
-  const int64_t channels = args.shape.channels, chunks = chunks_of(args.shape);
-  const auto* partial = static_cast<const double*>(args.workspace);
-  for (int64_t c = 0; c < channels; ++c) {
-    double threshold = 0, leak = 0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      threshold += partial[(chunk * kParameterSums + kThresholdSum) * channels + c];
-      leak += partial[(chunk * kParameterSums + kLeakSum) * channels + c];
-    }
-    if (args.shape.dtype == DType::float64) {
-      static_cast<double*>(args.grad_threshold)[c] = threshold;
-      static_cast<double*>(args.grad_leak)[c] = leak;
-    } else {
-      static_cast<float*>(args.grad_threshold)[c] = float(threshold);
-      static_cast<float*>(args.grad_leak)[c] = float(leak);
-    }
+void add_chunks_cpu(const LifShape& shape, int count, double* sums) {
+  const int64_t size = count * shape.channels, chunks = chunks_of(shape);
+  for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+    for (int64_t i = 0; i < size; ++i) sums[i] += sums[chunk * size + i];
   }
+}
+
+void lif_backward_finish_cpu(const LifBackward& args) {
+  const int64_t channels = args.shape.channels;
+  auto* sums = static_cast<double*>(args.workspace);
+  add_chunks_cpu(args.shape, kParameterSums, sums);
+  with_scalar(args.shape.dtype, [&](auto scalar) {
+    using acc_t = typename Convert<decltype(scalar)>::acc_t;
+    std::copy_n(sums + kThresholdSum * channels, channels, static_cast<acc_t*>(args.grad_threshold));
+    std::copy_n(sums + kLeakSum * channels, channels, static_cast<acc_t*>(args.grad_leak));
+  });
 }
 
 }  // namespace iirsnn

@@ -7,14 +7,15 @@
 namespace iirsnn {
 namespace {
 
-// Neurons of all channels that have rows filled once, or summed into, at most.
-constexpr int64_t kLongRow = 32 * kBlock;
-
 bool in_one_row(const LifShape& shape, int64_t passes, int64_t neurons) {
   const int64_t period = shape.channels * shape.inner;
-  return period <= kLongRow && neurons >= passes * period;
+  return period <= longest_row(shape) && neurons >= passes * period;
 }
 bool filled_once(const LifShape& shape) { return in_one_row(shape, 4, shape.neurons); }
+// Of such a row: a block that begins in the last neurons of a pass ends in the next one.
+int64_t long_row(const LifShape& shape) {
+  return shape.channels * shape.inner + (Chunks(shape).whole ? 0 : row_neurons(shape));
+}
 
 // Where channels are too narrow to be pieces of their own, rows are filled: once, if that is not too long.
 template <typename acc_t>
@@ -91,6 +92,7 @@ struct SumRow {  // one a neuron -> added to totals of channels; reads up to a v
     } else if (shape->inner < V::kSize) {
       for_each_channel(*shape, begin, n, [&](int first, int last, int64_t channel) IIRSNN_INLINE_LAMBDA {
         double result = row[first];
+        IIRSNN_ROLLED
         for (int i = first + 1; i < last; ++i) result += double(row[i]);
         totals[channel] += result;
       });
@@ -103,6 +105,18 @@ struct SumRow {  // one a neuron -> added to totals of channels; reads up to a v
         add_up(result, split.first(load<V>(row + i), last - i));
         totals[channel] += sum(result);
       });
+    }
+  }
+};
+
+template <typename acc_t>
+struct FoldRow {  // one a neuron -> added to sums of neurons; leaves zeros
+  template <int kBytes>
+  static IIRSNN_INLINE void run(acc_t* row, int n, double* sums) {
+    IIRSNN_VECTORIZE
+    for (int i = 0; i < n; ++i) {
+      sums[i] += double(row[i]);
+      row[i] = acc_t(0);
     }
   }
 };
@@ -139,9 +153,7 @@ Channels<acc_t>::Channels(const LifShape& shape, const Values& values)
       values_(values),
       wide_(wide<acc_t>(shape)),
       once_(!wide_ && filled_once(shape)),
-      stride_(shape.channels == 1
-                  ? 0
-                  : (once_ ? shape.channels * shape.inner : 0) + row_stride<acc_t>(shape) + kLanes<acc_t>),
+      stride_(shape.channels == 1 ? 0 : (once_ ? long_row(shape) : row_neurons(shape)) + 2 * kLanes<acc_t>),
       rows_([&] {
         for (int k = 0; k < kParameters; ++k) {
           if (!values[k]) continue;
@@ -195,7 +207,7 @@ void Channels<acc_t>::fill(const Range& range) {
   const int n = (range.n + kLanes<acc_t> - 1) / kLanes<acc_t> * kLanes<acc_t>;
   if (phase < first_ || phase + n > first_ + filled_) {
     first_ = once_ ? 0 : phase;
-    filled_ = once_ ? period + row_neurons(shape_) : n;
+    filled_ = once_ ? long_row(shape_) : n;
     for (int i = 0; i < count_; ++i) {
       run<SpreadRow<acc_t>>(&shape_, values_[used_[i]], first_, int(filled_), row(used_[i]));
     }
@@ -219,13 +231,16 @@ ChannelSums<acc_t>::ChannelSums(const LifShape& shape, int count, bool charged)
       count_(count),
       charged_(charged),
       wide_(wide<acc_t>(shape)),
-      once_(!wide_ && in_one_row(shape, 1, chunk_neurons(shape))),
-      stride_(kLanes<acc_t> +
-              (shape.channels == 1 ? 0 : (once_ ? shape.channels * shape.inner : 0) + row_stride<acc_t>(shape))),
-      most_(std::max<int64_t>(1, kHeldTerms / shape.timesteps) *
-            std::max<int64_t>(shape.channels * shape.inner, block_neurons(shape))),
-      rows_(count * stride_) {
+      once_(!wide_ && in_one_row(shape, 1, Chunks(shape).begin(1))),
+      stride_(2 * kLanes<acc_t> + (shape.channels == 1 ? 0
+                                   : once_             ? long_row(shape)
+                                                       : int64_t(row_neurons(shape)))),
+      most_(held_passes(shape) * std::max<int64_t>(shape.channels * shape.inner, block_neurons(shape))),
+      rows_(count * stride_),
+      folds_(once_ && shape.inner > 1 && shape.inner < kSmallMap),
+      sums_(folds_ ? count * stride_ : 0) {
   std::fill_n(rows_.get(), count * stride_, acc_t(0));
+  if (folds_) std::fill_n(sums_.get(), count * stride_, 0.0);
 }
 
 template <typename acc_t>
@@ -235,7 +250,7 @@ acc_t* ChannelSums<acc_t>::rows(const Range& range) {
 
 template <typename acc_t>
 void ChannelSums<acc_t>::add(const Range& range, const Parameters<acc_t>& parameters, double* totals) {
-  held_ += range.n;
+  held_ += range.passes * range.n;
   if (once_ && !range.last && held_ < most_) return;
   held_ = 0;
   for (int k = 0; k < count_; ++k) {
@@ -245,9 +260,17 @@ void ChannelSums<acc_t>::add(const Range& range, const Parameters<acc_t>& parame
     if (wide_) {
       run<SumPieces<acc_t>>(&shape_, row, &range, parameters.pieces, total);
     } else {
-      const int width = once_ ? int(shape_.channels * shape_.inner) + row_neurons(shape_) : range.n;
-      run<SumRow<acc_t>>(&shape_, row, once_ ? 0 : range.begin, width, total);
-      std::fill_n(row, width, acc_t(0));
+      const int width = once_ ? int(long_row(shape_)) : range.n;
+      if (folds_) {
+        double* sums = sums_.get() + k * stride_;
+        run<FoldRow<acc_t>>(row, width, sums);
+        if (!range.last) continue;
+        run<SumRow<double>>(&shape_, sums, 0, width, total);
+        std::fill_n(sums, width, 0.0);
+      } else {
+        run<SumRow<acc_t>>(&shape_, row, once_ ? 0 : range.begin, width, total);
+        std::fill_n(row, width, acc_t(0));
+      }
     }
   }
 }
