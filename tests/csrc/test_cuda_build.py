@@ -23,7 +23,7 @@ EVERY = os.environ.get("IIRSNN_TEST_EVERY_KERNEL") == "1"
 RESETS = "soft", "hard", "none", "soft_delayed"
 
 
-@dataclass
+@dataclass(eq=False)
 class Kernel:
     """name: without _kernel. packet: neurons a thread moves at once, 1 or 16 bytes.
 
@@ -155,6 +155,19 @@ def test_registers_leave_enough_loads_in_flight(kernels):
                 fewer = kernel.dtype == "__half" or kernel.arch >= 100
                 least = 20 if kernel.sums_only else 28 if fewer else 32
             assert kernel.access // 8 * loads(kernel) * threads >= least * 1024, (kernel, threads)
+
+
+def test_backward_of_16_bits_takes_few_registers(kernels):
+    """All but the first pass of a BatchNorm, which keeps two sums more."""
+    registers = {
+        kernel: int(re.search(r"Used (\d+) registers", kernel.usage)[1])
+        for kernel in kernels
+        if kernel.name in ("backward", "single_backward")
+        and kernel.dtype in ("__half", "__nv_bfloat16")
+        and not kernel.sums_only
+    }
+    assert registers
+    assert max(registers.values()) < 128, max(registers, key=registers.get)
 
 
 def loads(kernel: Kernel) -> int:
