@@ -302,7 +302,7 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
   BackwardBlock<x_t> block{};
   block.timesteps = steps;
   block.pass = shape.channels * shape.inner;
-  const bool summed = sums && kPass != Pass::grad_x && channels.several();
+  const bool summed = sums && kPass == Pass::all && channels.several();
   const int most_passes = summed && fast && steps == 1 && !std::is_same_v<scalar_t, Half> ? 2 : 1;
   for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
     const int64_t totals = kCount * shape.channels;

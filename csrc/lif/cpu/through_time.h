@@ -38,7 +38,8 @@ struct ThroughTime {
     const P zero = P(acc_t(0)), scale = P(r.scale);
     const auto ahead = [](int) {};
     for_each_part<kCount, P, kBytes>(r, ahead, [&](int j, const auto& parameters, auto& sums) IIRSNN_INLINE_LAMBDA {
-      constexpr bool kPasses = kTimesteps == 1 && kCount > 0 && std::decay_t<decltype(parameters)>::kSeveral;
+      constexpr bool kPasses =
+          kPass == Pass::all && kCount > 0 && kTimesteps == 1 && std::decay_t<decltype(parameters)>::kSeveral;
       const Neuron<P> neuron = parameters.neuron(j, r.v_reset);
       P totals[kCount > 0 ? kCount : 1];
       const auto through = [&](int64_t i) IIRSNN_INLINE_LAMBDA {
