@@ -29,8 +29,9 @@ QUICK = [
 
 
 def pytest_collection_modifyitems(items):
-    """Folders whose files take longest come first, so that several processes end together."""
-    items.sort(key=lambda item: item.path.parent.name not in ("kernels", "ptx", "train"))
+    """Files that take longest come first, so that several processes end together."""
+    first = "kernels", "ptx", "train", "test_wheel.py"
+    items.sort(key=lambda item: not {item.path.parent.name, item.path.name}.intersection(first))
 
 
 @pytest.fixture(autouse=True)

@@ -43,7 +43,8 @@ def test_names_of_cases_are_unique_and_the_tests_come_first(gpu_check):
     "name",
     [
         *("limit", "lif T=1 fp32", "bn_lif T=5 bf16", "call T=5"),
-        *("network vgg16 T=1", "network vgg16 bits"),
+        pytest.param("network vgg16 T=1", marks=pytest.mark.slow),
+        "network vgg16 bits",
     ],
 )
 def test_a_case_in_a_process_of_its_own(gpu_check, name):
