@@ -80,7 +80,7 @@ test-slow: $(VENV)/.neurons
 
 # Cases drawn anew in each run; what `make test` runs of them is the same few each time.
 FUZZ_CASES ?= 10000
-FUZZ := tests/fuzz tests/kernels/test_fuzzed.py
+FUZZ := tests/fuzz tests/kernels/test_fuzzed.py tests/ptx/test_fuzzed.py
 fuzz: $(VENV)/.installed
 	FUZZ_CASES=$(FUZZ_CASES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FUZZ) $(FUZZ_FLAGS)
 
