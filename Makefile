@@ -118,8 +118,8 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "make: build/site/index.html"
 
-# build/lib may hold modules that are gone
 DIST ?= dist
+# build/lib may hold modules that are gone
 wheel: $(VENV)/.torch
 	@rm -rf build/lib build/lib.* && mkdir -p build $(DIST)
 	@$(BIN)/python -c "from setuptools import build_meta as b; d = '$(DIST)'; print(d + '/' + b.build_sdist(d), d + '/' + b.build_wheel(d), sep='\n')" > build/wheel.log

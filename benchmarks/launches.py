@@ -20,12 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from kept import CONTENDERS
 from networks import batch_of, networks
 
-CONTENDERS = (
-    *("SpikingJelly", "snnTorch", "iirsnn", "iirsnn, spike layers"),
-    "iirsnn, spike layers, BatchNormLIF",
-)
 aten = torch.ops.aten
 FREE = {
     *(aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided),

@@ -161,9 +161,8 @@ class EventNetwork:
             raise UsageError(f"images: expected [B, {expected}], got {list(images.shape)}")
         images = images.detach().to("cpu", torch.float32).contiguous()
         assert self._engine is not None
-        logits = images.new_empty(
-            len(images), self._engine.facts.classes
-        )  # not elsewhere by default
+        # beside the images, whatever torch's default device is
+        logits = images.new_empty(len(images), self._engine.facts.classes)
         self._last.call = None  # its memory is for this call
         self._last.call = self._engine.run(
             images.data_ptr(), len(images), logits.data_ptr(), torch.get_num_threads()

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..nn.synced_batch_norm import SyncedBatchNorm, losses
+from ..nn.synced_batch_norm import SyncedBatchNorm, all_reduce, losses
 
 T = TypeVar("T")
 
@@ -96,8 +96,7 @@ class Processes:
         if self.count == 1 or not gradients:
             return
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        with losses():
-            dist.all_reduce(flat)
+        all_reduce(flat)
         means = (flat / self.count).split([gradient.numel() for gradient in gradients])
         for gradient, mean in zip(gradients, means, strict=True):
             gradient.copy_(mean.view(gradient.shape))

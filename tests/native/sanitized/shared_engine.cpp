@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "event/engine.h"
@@ -113,68 +114,73 @@ class Case {
   Engine engine;
 };
 
-void threads_share_an_engine(const Case& network) {
-  const std::vector<float> images = numbers(kMost * 2 * 13 * 11, -1.0f, 2.0f, 7);
+// Four threads make calls of any size beside each other, each on a copy of `made`: (images, threads) -> what a call
+// gives.
+template <typename Callable>
+void threads_share(Callable made) {
   std::vector<std::vector<float>> alone;
-  for (int64_t count = 0; count <= kMost; ++count) alone.push_back(network.call(images, count, 1));
+  for (int64_t count = 0; count <= kMost; ++count) alone.push_back(made(count, 1));
   std::vector<std::thread> callers;
   for (int caller = 0; caller < 4; ++caller) {
-    callers.emplace_back([&, caller] {
+    callers.emplace_back([&alone, caller, made] {
       for (int turn = 0; turn < 4; ++turn) {
         const int64_t count = (caller * 5 + turn * 7) % (kMost + 1);
-        const std::vector<float> together = network.call(images, count, 1 + (caller + turn) % 3);
-        expect(together == alone[count], "a call beside others gives what it gives alone");
+        expect(made(count, 1 + (caller + turn) % 3) == alone[count], "a call beside others gives what it gives alone");
       }
     });
   }
+  {
+    const Callable gone = std::move(made);
+  }  // while others may still be running it
   for (std::thread& caller : callers) caller.join();
 }
 
-// Logits of a call, and what it says of its layers.
-std::vector<float> call(const iirsnn_network* network, const iirsnn_facts& facts, int64_t count, int threads) {
-  const std::vector<float> images = numbers(count * facts.channels * facts.height * facts.width, 0.0f, 1.0f, 7);
-  std::vector<float> found(count * facts.classes);
-  iirsnn_call* made = nullptr;
-  expect(iirsnn_run(network, images.data(), count, threads, found.data(), &made) == IIRSNN_OK, "a call of the network");
-  for (int64_t i = 0; made && i < facts.layers; ++i) {
-    iirsnn_layer layer;
-    expect(iirsnn_layer_of(made, i, &layer) == IIRSNN_OK, "a layer of a call");
-    found.push_back(float(layer.spikes));
-    const uint64_t* bits = nullptr;
-    if (layer.neurons && iirsnn_spikes_of(made, i, &bits) == IIRSNN_OK && count)
-      found.push_back(float(bits[0] & 0xffff));
-  }
-  iirsnn_free_call(made);
-  return found;
+void threads_share_an_engine(const Case& network) {
+  const std::vector<float> images = numbers(kMost * 2 * 13 * 11, -1.0f, 2.0f, 7);
+  threads_share([&](int64_t count, int threads) { return network.call(images, count, threads); });
 }
 
-// The last of those that hold it lets the network go, while others may still be running it.
+// One of those that hold a network behind the C interface.
+class Holder {
+ public:
+  explicit Holder(iirsnn_network* network) : network_(network) { iirsnn_describe(network, &facts_); }
+  Holder(const Holder& other) : network_(other.network_), facts_(other.facts_) { iirsnn_retain(network_); }
+  Holder(Holder&& other) noexcept : network_(std::exchange(other.network_, nullptr)), facts_(other.facts_) {}
+  Holder& operator=(const Holder&) = delete;
+  ~Holder() { iirsnn_release(network_); }
+
+  // Logits of a call, and what it says of its layers.
+  std::vector<float> operator()(int64_t count, int threads) const {
+    const std::vector<float> images = numbers(count * facts_.channels * facts_.height * facts_.width, 0.0f, 1.0f, 7);
+    std::vector<float> found(count * facts_.classes);
+    iirsnn_call* made = nullptr;
+    expect(iirsnn_run(network_, images.data(), count, threads, found.data(), &made) == IIRSNN_OK, "a call through C");
+    for (int64_t i = 0; made && i < facts_.layers; ++i) {
+      iirsnn_layer layer;
+      expect(iirsnn_layer_of(made, i, &layer) == IIRSNN_OK, "a layer of a call");
+      found.push_back(float(layer.spikes));
+      const uint64_t* bits = nullptr;
+      if (layer.neurons && iirsnn_spikes_of(made, i, &bits) == IIRSNN_OK && count) {
+        found.push_back(float(bits[0] & 0xffff));
+      }
+    }
+    iirsnn_free_call(made);
+    iirsnn_run(network_, nullptr, 1, 1, nullptr, nullptr);
+    expect(*iirsnn_message(), "each thread has the message of its own failure");
+    return found;
+  }
+
+ private:
+  iirsnn_network* network_;
+  iirsnn_facts facts_;
+};
+
 void threads_share_a_network(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   const std::string bytes(std::istreambuf_iterator<char>(file), {});
   iirsnn_network* network = nullptr;
   expect(iirsnn_load_memory(bytes.data(), bytes.size(), &network) == IIRSNN_OK, "a network in memory");
-  if (!network) return;
-  iirsnn_facts facts;
-  iirsnn_describe(network, &facts);
-  std::vector<std::vector<float>> alone;
-  for (int64_t count = 0; count <= kMost; ++count) alone.push_back(call(network, facts, count, 1));
-  std::vector<std::thread> callers;
-  for (int caller = 0; caller < 4; ++caller) {
-    iirsnn_retain(network);
-    callers.emplace_back([&, caller] {
-      for (int turn = 0; turn < 4; ++turn) {
-        const int64_t count = (caller * 5 + turn * 7) % (kMost + 1);
-        const bool same = call(network, facts, count, 1 + (caller + turn) % 3) == alone[count];
-        expect(same, "a call beside others gives what it gives alone, through C");
-        iirsnn_run(network, nullptr, 1, 1, nullptr, nullptr);
-        expect(*iirsnn_message(), "each thread has the message of its own failure");
-      }
-      iirsnn_release(network);
-    });
-  }
-  iirsnn_release(network);
-  for (std::thread& caller : callers) caller.join();
+  if (network) threads_share(Holder(network));
 }
 
 void exceptions_reach_the_caller() {
