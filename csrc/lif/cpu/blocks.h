@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "lif/lif.h"
+#include "lif/with_reset.h"
 #include "simd/lanes.h"
 #include "simd/memory.h"
 
@@ -146,21 +147,6 @@ IIRSNN_INLINE void for_each_channel(const LifShape& shape, int64_t begin, int n,
     f(first, last, channel);
     first = last;
     channel = next_channel(shape, channel);
-  }
-}
-
-// f(std::integral_constant<Reset, ...>()) for the reset: the kernels are compiled for each.
-template <typename F>
-auto with_reset(Reset reset, F f) {
-  switch (reset) {
-    case Reset::soft:
-      return f(std::integral_constant<Reset, Reset::soft>());
-    case Reset::hard:
-      return f(std::integral_constant<Reset, Reset::hard>());
-    case Reset::none:
-      return f(std::integral_constant<Reset, Reset::none>());
-    default:
-      return f(std::integral_constant<Reset, Reset::soft_delayed>());
   }
 }
 

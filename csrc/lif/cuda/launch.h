@@ -5,6 +5,7 @@
 #include <string>
 
 #include "lif/cuda/packets.h"
+#include "lif/with_reset.h"
 #include "simd/memory.h"
 
 // The largest T that has kernels of its own; a smaller one builds faster.
@@ -46,17 +47,6 @@ void with_float(DType dtype, const F& f) {
     else
       throw std::invalid_argument("expected float32, float16 or bfloat16, got float64");
   });
-}
-
-template <bool kEvery, typename F>
-void with_reset(Reset reset, const F& f) {
-  if (reset == Reset::soft) return f(constant<Reset::soft>{});
-  if constexpr (kEvery) {
-    if (reset == Reset::hard) return f(constant<Reset::hard>{});
-    if (reset == Reset::none) return f(constant<Reset::none>{});
-    if (reset == Reset::soft_delayed) return f(constant<Reset::soft_delayed>{});
-  }
-  throw std::invalid_argument("no kernel for reset " + std::to_string(int(reset)));
 }
 
 // Calls f(neurons per packet, T or 0 for any). Rows off their 16 bytes and double, which is there to check gradients
