@@ -137,6 +137,32 @@ IIRSNN_INLINE Lanes<double, kBytes, kTotal> magnitude(const Lanes<double, kBytes
   return bit_cast<Lanes<double, kBytes, kTotal>>(bit_cast<Bits>(z) & Bits(~uint64_t(0) >> 1));
 }
 
+// A vector's first lanes, or all but them; zeros in place of the others.
+template <typename V>
+struct LaneMasks {
+  using bits_t = typename Number<typename Number<V>::type>::bits_t;
+  using Bits = typename Number<V>::bits_t;
+  bits_t bits[3 * V::kSize];
+  constexpr LaneMasks() : bits() {
+    for (int i = 0; i < 3 * V::kSize; ++i) bits[i] = i / V::kSize == 1 ? bits_t(0) : ~bits_t(0);
+  }
+  static IIRSNN_INLINE V kept(const V& value, int from) {
+    alignas(64) static constexpr LaneMasks kMasks{};
+    Bits mask;
+    constexpr int kLanes = V::kSize / V::kRegisters;
+    IIRSNN_EACH_REGISTER(V::kRegisters, memcpy(&mask.r[k], kMasks.bits + from + k * kLanes, sizeof(mask.r[k])))
+    return bit_cast<V>(bit_cast<Bits>(value) & mask);
+  }
+};
+template <typename V>
+IIRSNN_INLINE V first_lanes(const V& value, int count) {
+  return LaneMasks<V>::kept(value, V::kSize - count);
+}
+template <typename V>
+IIRSNN_INLINE V other_lanes(const V& value, int count) {
+  return LaneMasks<V>::kept(value, 2 * V::kSize - count);
+}
+
 // The sum of the lanes, halving them: one order, on every instruction set.
 template <typename number_t, int kBytes, int kTotal>
 IIRSNN_INLINE number_t sum(Lanes<number_t, kBytes, kTotal> a) {

@@ -249,6 +249,7 @@ MAPS = [
     ((60, 3, 5, 3), False),
     ((2, 512, 7, 7), False),
     ((4, 10, 16, 8), False),  # of whole vectors, just wide
+    ((9, 30, 15, 15), False),  # of no whole vectors, in several chunks
     ((40, 256, 2, 2), False),
     ((9, 600, 2, 2), False),
     ((2000, 10, 1, 1), False),

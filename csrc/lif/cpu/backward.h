@@ -30,29 +30,47 @@ struct BackwardRow {
   const acc_t* grad_v_after;  // of the membrane that the timestep leaves
   acc_t* grad_v;              // of the one it starts from
   acc_t* grad_reset;          // see Carry
-  acc_t* sums;                // see ChannelSums; or null: not wanted
+  acc_t* sums;                // see ChannelSums; null where every piece is of one channel
   int64_t sums_stride;
+  double* totals;  // of channels, or null: not wanted
 };
 
 // f(std::bool_constant<whether sums are wanted>()).
 template <bool kAlways, typename Row, typename F>
 IIRSNN_INLINE void with_sums(const Row& b, F f) {
-  if (kAlways || b.sums) return f(std::true_type());
+  if (kAlways || b.totals) return f(std::true_type());
   if constexpr (!kAlways) f(std::false_type());
 }
 
-// f(j, sums) for each part of the pieces of a row, from neuron j on, after ahead(j); kCount are summed, if any.
-template <int kCount, typename P, int kBytes, typename Row, typename Ahead, typename F>
+// f(j, parameters, sums) for each part of the pieces of a row, from neuron j on, after ahead(j); kCount are summed, if
+// any. Where kLoops > 0, pieces may be of any length from a part on: the last part begins in the one before, and what
+// was summed there is not again; in a loop of its own, of 2, or with all others in one, which compiles in less time.
+template <int kCount, typename P, int kBytes, int kLoops = 0, typename Row, typename Ahead, typename F>
 IIRSNN_INLINE void for_each_part(const Row& b, Ahead ahead, F f) {
   for_each_piece<P>(b.parameters, b.n, [&](const auto& parameters, int begin, int end) IIRSNN_INLINE_LAMBDA {
-    constexpr bool kSeveral = std::decay_t<decltype(parameters)>::kSeveral;
-    PieceSums<typename Row::acc_t, kCount, kBytes, kSeveral> sums(b.sums, b.sums_stride, begin);
-    IIRSNN_ROLLED
-    for (int j = begin; j < end; j += P::kSize) {
-      ahead(j);
-      f(j, parameters, sums);
+    constexpr bool kSeveral = std::decay_t<decltype(parameters)>::kSeveral, kAnyLength = kLoops > 0 && !kSeveral;
+    PieceSums<P, typename Row::acc_t, kCount, kBytes, kSeveral> sums(b.sums, b.sums_stride, b.totals,
+                                                                     b.parameters.channels);
+    const int last = end - P::kSize;
+    if constexpr (kAnyLength && kLoops == 1) {
+      IIRSNN_ROLLED
+      for (int j = begin; j < end; j += P::kSize) {
+        const int at = std::min(j, last);
+        ahead(at);
+        f(at, parameters, SumsOfRest(sums, j - at));
+      }
+    } else {
+      int j = begin;
+      IIRSNN_ROLLED
+      for (; j <= last; j += P::kSize) {
+        ahead(j);
+        f(j, parameters, sums);
+      }
+      if constexpr (kAnyLength) {
+        if (j < end) f(last, parameters, SumsOfRest(sums, j - last));
+      }
     }
-    sums.finish();
+    sums.finish(kSeveral ? 0 : parameters.channel());
   });
 }
 
@@ -180,6 +198,14 @@ using ThroughTimeLoop = void (*)(const BackwardBlock<scalar_t>*, const BackwardR
 template <typename scalar_t, Pass kPass>
 ThroughTimeLoop<scalar_t> through_time(const LifBackward& args);
 
+// Whether blocks are of whole channels: those of loops that may compute a neuron twice, as they only read what they
+// are given. Streams past the caches want vectors that start where cache lines do.
+template <typename scalar_t, Pass kPass>
+bool walks_channels(const LifBackward& args) {
+  const bool streams = args.shape.timesteps == 1 && large(args.shape);
+  return whole_channels(args.shape) && !streams && through_time<kernel_t<scalar_t>, kPass>(args);
+}
+
 // The loops over rows, of the instruction set in force.
 template <typename scalar_t>
 struct RowLoops {
@@ -293,7 +319,8 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
   const RowLoops<x_t> loops = row_loops<x_t, kPass != Pass::all>(args);
   const Buffer<x_t> copies(some_staged<scalar_t>(shape, last_chunk) ? 3 * steps * stride : 0);
   BackwardScratch<acc_t> scratch(shape);
-  ChannelSums<acc_t> channel_sums(shape, sums ? kCount : 0, steps > 1 || args.v0);
+  const bool in_rows = sums && shape.channels > 1 && !channels.whole();
+  ChannelSums<acc_t> channel_sums(shape, in_rows ? kCount : 0, steps > 1 || args.v0);
   BackwardRow<x_t> row{};
   row.v_reset = acc_t(args.v_reset);
   row.scale = acc_t(args.surrogate_scale);
@@ -302,14 +329,14 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
   BackwardBlock<x_t> block{};
   block.timesteps = steps;
   block.pass = shape.channels * shape.inner;
-  const bool summed = sums && kPass == Pass::all && channels.several();
+  const bool whole = channels.whole(), summed = sums && kPass == Pass::all && channels.several();
   const int most_passes = summed && fast && steps == 1 && !std::is_same_v<scalar_t, Half> ? 2 : 1;
   for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
     const int64_t totals = kCount * shape.channels;
     if (sums) std::fill_n(sums + chunk * totals, totals, 0.0);
-    for_each_block(shape, chunk, most_passes, [&](const Range& range) {
+    for_each_block(shape, chunk, most_passes, whole, [&](const Range& range) {
       const int n = range.n;
-      const bool copied = staged<scalar_t>(n);
+      const bool copied = whole ? std::is_same_v<scalar_t, Half> : staged<scalar_t>(n);
       const auto at = [&](auto* type, const void* tensor) {
         return tensor ? static_cast<decltype(type)>(const_cast<void*>(tensor)) + range.begin : nullptr;
       };
@@ -317,9 +344,10 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
       constexpr acc_t* kAcc = nullptr;
       scalar_t *x = at(kScalar, args.x), *grad_s = at(kScalar, args.grad_s), *grad_x = at(kScalar, args.grad_x);
       acc_t *v0 = at(kAcc, args.v0), *grad_v = at(kAcc, args.grad_v), *grad_v0 = at(kAcc, args.grad_v0);
-      row.n = whole_vectors<scalar_t>(n);
+      row.n = whole ? n : whole_vectors<scalar_t>(n);
       row.parameters = channels.of(range);
-      row.sums = sums ? channel_sums.rows(range) : nullptr;
+      row.sums = in_rows ? channel_sums.rows(range) : nullptr;
+      row.totals = sums ? sums + chunk * totals : nullptr;
       block.passes = range.passes;
       block.v0 = v0;
       block.grad_v = grad_v;
@@ -352,7 +380,7 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
       } else {
         backward_block(block, loops, scratch, row);
       }
-      if (sums) channel_sums.add(range, row.parameters, sums + chunk * totals);
+      if (in_rows) channel_sums.add(range, row.parameters, row.totals);
       if (copied && !(fast && kPass == Pass::sums)) unstage(block.grad_x, stride, steps, n, grad_x, shape.neurons);
       if (copied && grad_v0) unstage(block.grad_v0, acc_stride, 1, n, grad_v0, 0);
     });

@@ -59,7 +59,8 @@ inline bool large(const LifShape& shape) {
 
 // Neurons of a block: whole vectors, and whole passes over all channels where one fits. Half as many where membranes of
 // all timesteps, or parameters of each neuron, would leave no room in the L1 cache; but memory wants long rows.
-inline int block_neurons(const LifShape& shape) {
+inline int block_neurons(const LifShape& shape, bool whole_channels = false) {
+  if (whole_channels) return int(kBlock / shape.inner * shape.inner);
   const bool crowded = shape.channels > 1 ? shape.timesteps > 1 : shape.timesteps > 4 && !large(shape);
   const int most = crowded ? kBlock / 2 : kBlock;
   if (shape.channels == 1 || shape.channels * shape.inner > most) return most;
@@ -71,11 +72,20 @@ inline int block_neurons(const LifShape& shape) {
 inline int64_t longest_row(const LifShape& shape) { return (shape.timesteps == 1 ? 64 : 32) * kBlock; }
 inline int64_t held_passes(const LifShape& shape) { return std::max<int64_t>(1, kHeldTerms / shape.timesteps); }
 
+// Whether blocks are of whole channels, each walked from its first neuron to its last: where few of them are computed
+// twice for that. Of 16-bit numbers, more of which go together, rows of parameters and sums are faster.
+inline bool whole_channels(const LifShape& shape) {
+  const bool small_rest = shape.inner >= 8 * kSmallMap || shape.inner % 64 == 0;
+  const bool wide_numbers = shape.dtype == DType::float32 || shape.dtype == DType::float64;
+  return wide_numbers && shape.channels > 1 && shape.inner <= kBlock && small_rest;
+}
+
 // How neurons are divided into chunks: into whole passes over all channels where these are longer than blocks, and rows
 // are kept for one, so that no block has parts of two; else into so many neurons each. Sums are added up after each
 // chunk: it has some passes, of small maps, whose sums cost the most, more, where enough chunks remain.
 struct Chunks {
-  explicit Chunks(const LifShape& shape) : pass(shape.channels * shape.inner), neurons(shape.neurons) {
+  explicit Chunks(const LifShape& shape, bool whole_channels = false)
+      : pass(shape.channels * shape.inner), neurons(shape.neurons), unit(whole_channels ? shape.inner : 1) {
     const int64_t least = std::max({kChunk, 16 * shape.channels, ceil_div(neurons, kMaxChunks)});
     const int64_t passes = shape.inner < kSmallMap ? 64 : 16, enough = shape.timesteps == 1 ? 16 : 8;
     whole = shape.channels > 1 && pass > block_neurons(shape) && pass % kWord == 0 && pass <= longest_row(shape) &&
@@ -90,10 +100,10 @@ struct Chunks {
     }
   }
   int64_t begin(int64_t chunk) const {
-    return whole ? chunk * (neurons / pass) / count * pass : std::min(chunk * size, neurons);
+    return whole ? chunk * (neurons / pass) / count * pass : std::min(chunk * size, neurons) / unit * unit;
   }
 
-  int64_t pass, neurons;  // of a pass, and of all
+  int64_t pass, neurons, unit;  // of a pass, of all, and those that no chunk divides
   int64_t count, size = 0;
   bool whole;
 };
@@ -108,11 +118,12 @@ struct Range {
   bool last;  // of its chunk
 };
 
-// most_passes: that a block may be of.
+// most_passes: that a block may be of. whole_channels: see there.
 template <typename F>
-void for_each_block(const LifShape& shape, int64_t chunk, int most_passes, F f) {
-  const Chunks chunks(shape);
-  const int64_t block = block_neurons(shape), first = chunks.begin(chunk), end = chunks.begin(chunk + 1);
+void for_each_block(const LifShape& shape, int64_t chunk, int most_passes, bool whole_channels, F f) {
+  const Chunks chunks(shape, whole_channels);
+  const int64_t block = block_neurons(shape, whole_channels), first = chunks.begin(chunk),
+                end = chunks.begin(chunk + 1);
   const int64_t pass = chunks.whole ? chunks.pass : end - first;
   for (int64_t start = first, after; start < end; start = after) {
     const int64_t passes = chunks.whole ? std::min<int64_t>(most_passes, (end - start) / pass) : 1;
@@ -126,12 +137,12 @@ void for_each_block(const LifShape& shape, int64_t chunk, int most_passes, F f) 
 }
 template <typename F>
 void for_each_block(const LifShape& shape, int64_t chunk, F f) {
-  for_each_block(shape, chunk, 1, f);
+  for_each_block(shape, chunk, 1, false, f);
 }
 
 inline int64_t channel_of(const LifShape& shape, int64_t neuron) { return neuron / shape.inner % shape.channels; }
-IIRSNN_INLINE int64_t next_channel(const LifShape& shape, int64_t channel) {
-  return channel + 1 < shape.channels ? channel + 1 : 0;
+IIRSNN_INLINE int64_t next_channel(int64_t channels, int64_t channel) {
+  return channel + 1 < channels ? channel + 1 : 0;
 }
 // Neurons in a row of its channel, from this one on.
 inline int64_t left_of_channel(const LifShape& shape, int64_t neuron) {
@@ -146,7 +157,7 @@ IIRSNN_INLINE void for_each_channel(const LifShape& shape, int64_t begin, int n,
     const int last = left < n - first ? first + int(left) : n;
     f(first, last, channel);
     first = last;
-    channel = next_channel(shape, channel);
+    channel = next_channel(shape.channels, channel);
   }
 }
 

@@ -4,7 +4,7 @@
 // registers. In a piece of several they read parameters from rows of one element a neuron, and sum into such rows.
 // Where channels are wide, a piece of several is no more than the vector that crosses from one to the next; where they
 // are narrow it is the whole block. No row grows with the map. Sums are double, but for the few terms of a neuron that
-// rows hold.
+// rows hold. Kernels that may compute a neuron twice walk blocks of whole channels: each is a piece, of any length.
 #pragma once
 
 #include <array>
@@ -18,19 +18,20 @@ namespace iirsnn {
 enum { kThreshold, kLeak, kInverse, kGain, kShift, kMean, kGradMean, kSlope, kParameters };
 constexpr int kWide = 4;  // vectors of a channel, in memory, from which on it can be pieces of a block
 
-template <typename acc_t>
 struct Piece {
   int end;          // of its neurons, which follow those of the piece before
   int64_t channel;  // -1: several that rows alone tell apart
   int shared;       // how many of them are of this channel, where the others are of the next; else 0
   bool several() const { return shared > 0 || channel < 0; }
-  acc_t values[kParameters];  // of its only channel
 };
 
 template <typename acc_t>
 struct Parameters {
-  const Piece<acc_t>* pieces;      // whole vectors each, up to the block's last one
-  const acc_t* rows[kParameters];  // of neuron i of a block at [i], where its piece is of several channels
+  const Piece* pieces;  // whole vectors each, up to the block's last one; null: whole channels
+  Piece first;          // of whole channels
+  int64_t channels;
+  const acc_t* values[kParameters];  // [channels], or null
+  const acc_t* rows[kParameters];    // of neuron i of a block at [i], where its piece is of several channels
 };
 
 template <typename acc_t>
@@ -39,12 +40,14 @@ class Channels {
   using Values = std::array<const acc_t*, kParameters>;
 
   // values: [channels] each, or null where no kernel reads it
-  Channels(const LifShape& shape, const Values& values);
+  Channels(const LifShape& shape, const Values& values, bool whole = false);
 
   // Those of a block, until the next call.
   const Parameters<acc_t>& of(const Range& range);
   // Whether no block has a piece of one channel: then kernels may take blocks of several passes.
-  bool several() const { return !wide_; }
+  bool several() const { return !whole_ && !wide_; }
+  // Whether blocks are of whole channels, without rows.
+  bool whole() const { return whole_; }
 
  private:
   void cut(const Range& range);
@@ -54,11 +57,11 @@ class Channels {
 
   const LifShape shape_;
   const Values values_;
-  const bool wide_, once_;
+  const bool whole_, wide_, once_;
   const int64_t stride_;
   int used_[kParameters] = {}, slots_[kParameters] = {}, count_ = 0;  // of the values that are given, and their rows
   Buffer<acc_t> rows_;
-  std::array<Piece<acc_t>, 2 * kBlock / (kWide * kLanes<acc_t>)+2> pieces_{};
+  std::array<Piece, 2 * kBlock / (kWide * kLanes<acc_t>)+2> pieces_{};
   int pieces_used_ = 0;
   Parameters<acc_t> parameters_{};
   int64_t first_ = 0, filled_ = 0;  // the neuron of a period that the rows start with, and how many they hold
@@ -70,8 +73,7 @@ class ChannelSums {
  public:
   ChannelSums(const LifShape& shape, int count, bool charged);
 
-  // Where kernels add sum k of a block, at [k * stride()]: of a piece of several channels each neuron's, of a piece of
-  // one eight doubles, at its first neuron.
+  // Where kernels add sum k of a block, at [k * stride()]: of a piece of several channels, each neuron's.
   acc_t* rows(const Range& range);
   int64_t stride() const { return stride_; }
   // After the kernels; totals [count, channels] are added to.

@@ -42,7 +42,15 @@ struct ForwardRows {
           return compare<kBytes>(b, parameters.of(kThreshold, begin).r[0][0], begin, end);
         }
       }
-      for (int i = begin; i < end; i += V::kSize) neurons<V>(b, i, parameters);
+      const bool at_once = b.timesteps == 1 && !b.v0 && !b.v;
+      if (at_once) {  // in the loop below it takes a third more
+        for (int i = begin; i < end; i += V::kSize) {
+          const V h = current_at<kNormalised, V>(b.x + i, parameters, i);
+          Memory<V>::store_spike(b.s + i, spike(h, parameters.of(kThreshold, i)), b.past_caches);
+        }
+      } else {
+        for (int i = begin; i < end; i += V::kSize) neurons<V>(b, i, parameters);
+      }
     });
   }
 

@@ -13,8 +13,10 @@ void backward(const LifBackward& args, int64_t first_chunk, int64_t last_chunk) 
   std::vector<acc_t> inverse(args.shape.channels);
   for (int64_t c = 0; c < args.shape.channels; ++c) inverse[c] = acc_t(1) / threshold[c];
   const bool charged = args.shape.timesteps > 1 || !through_time<kernel_t<scalar_t>, Pass::all>(args);
-  Channels<acc_t> channels(args.shape, {charged ? threshold : nullptr,
-                                        charged ? static_cast<const acc_t*>(args.leak) : nullptr, inverse.data()});
+  Channels<acc_t> channels(
+      args.shape,
+      {charged ? threshold : nullptr, charged ? static_cast<const acc_t*>(args.leak) : nullptr, inverse.data()},
+      walks_channels<scalar_t, Pass::all>(args));
   double* sums = args.grad_threshold ? static_cast<double*>(args.workspace) : nullptr;
   backward_blocks<scalar_t, Pass::all>(args, channels, sums, first_chunk, last_chunk);
 }

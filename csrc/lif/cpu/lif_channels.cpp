@@ -58,26 +58,6 @@ struct SpreadRow {  // values of channels -> one a neuron; writes up to a regist
 
 // ---- Sums ----
 
-// A vector's first lanes, or what follows them; zeros in place of the others.
-template <typename V>
-class Split {
- public:
-  IIRSNN_INLINE Split() {
-    for (int i = 0; i < 3 * V::kSize; ++i) kept_[i] = i / V::kSize == 1 ? bits_t(0) : ~bits_t(0);
-  }
-  IIRSNN_INLINE V first(const V& value, int count) const {
-    return bit_cast<V>(bit_cast<Bits>(value) & load<Bits>(kept_ + V::kSize - count));
-  }
-  IIRSNN_INLINE V rest(const V& value, int count) const {
-    return bit_cast<V>(bit_cast<Bits>(value) & load<Bits>(kept_ + 2 * V::kSize - count));
-  }
-
- private:
-  using Bits = typename Number<V>::bits_t;
-  using bits_t = typename Number<typename Number<V>::type>::bits_t;
-  bits_t kept_[3 * V::kSize];
-};
-
 template <typename acc_t>
 struct SumRow {  // one a neuron -> added to totals of channels; reads up to a vector more than n
   template <int kBytes>
@@ -97,12 +77,11 @@ struct SumRow {  // one a neuron -> added to totals of channels; reads up to a v
         totals[channel] += result;
       });
     } else {
-      const Split<V> split;
       for_each_channel(*shape, begin, n, [&](int first, int last, int64_t channel) IIRSNN_INLINE_LAMBDA {
         Sums<kBytes> result = Sums<kBytes>(0.0);
         int i = first;
         for (; i + V::kSize <= last; i += V::kSize) add_up(result, load<V>(row + i));
-        add_up(result, split.first(load<V>(row + i), last - i));
+        add_up(result, first_lanes(load<V>(row + i), last - i));
         totals[channel] += sum(result);
       });
     }
@@ -122,25 +101,20 @@ struct FoldRow {  // one a neuron -> added to sums of neurons; leaves zeros
 };
 
 template <typename acc_t>
-struct SumPieces {  // those of a block of wide channels -> added to totals of channels; leaves zeros
+struct SumShared {  // vectors of two channels in a block of wide ones -> added to totals of channels; leaves zeros
   template <int kBytes>
-  static IIRSNN_INLINE void run(const LifShape* shape, acc_t* row, const Range* range, const Piece<acc_t>* piece,
-                                double* totals) {
+  static IIRSNN_INLINE void run(acc_t* row, const Range* range, const Parameters<acc_t>* parameters, double* totals) {
     using V = Lanes<acc_t, kBytes>;
-    const Split<V> split;
+    const Piece* piece = parameters->pieces;
     for (int first = 0; first < range->n; first = piece++->end) {
-      if (piece->several()) {
-        const V numbers = load<V>(row + first);
-        Sums<kBytes> sums = Sums<kBytes>(0.0), rest = sums;
-        add_up(sums, split.first(numbers, piece->shared));
-        add_up(rest, split.rest(numbers, piece->shared));
-        totals[piece->channel] += sum(sums);
-        totals[next_channel(*shape, piece->channel)] += sum(rest);
-        store(row + first, V(acc_t(0)));
-      } else {
-        totals[piece->channel] += sum(load_sums<kBytes>(row + first));
-        store_sums(row + first, Sums<kBytes>(0.0));
-      }
+      if (!piece->several()) continue;
+      const V numbers = load<V>(row + first);
+      Sums<kBytes> sums = Sums<kBytes>(0.0), rest = sums;
+      add_up(sums, first_lanes(numbers, piece->shared));
+      add_up(rest, other_lanes(numbers, piece->shared));
+      totals[piece->channel] += sum(sums);
+      totals[next_channel(parameters->channels, piece->channel)] += sum(rest);
+      store(row + first, V(acc_t(0)));
     }
   }
 };
@@ -148,12 +122,13 @@ struct SumPieces {  // those of a block of wide channels -> added to totals of c
 }  // namespace
 
 template <typename acc_t>
-Channels<acc_t>::Channels(const LifShape& shape, const Values& values)
+Channels<acc_t>::Channels(const LifShape& shape, const Values& values, bool whole)
     : shape_(shape),
       values_(values),
+      whole_(whole),
       wide_(wide<acc_t>(shape)),
       once_(!wide_ && filled_once(shape)),
-      stride_(shape.channels == 1 ? 0 : (once_ ? long_row(shape) : row_neurons(shape)) + 2 * kLanes<acc_t>),
+      stride_(shape.channels == 1 || whole ? 0 : (once_ ? long_row(shape) : row_neurons(shape)) + 2 * kLanes<acc_t>),
       rows_([&] {
         for (int k = 0; k < kParameters; ++k) {
           if (!values[k]) continue;
@@ -161,10 +136,17 @@ Channels<acc_t>::Channels(const LifShape& shape, const Values& values)
           used_[count_++] = k;
         }
         return count_ * stride_;
-      }()) {}
+      }()) {
+  parameters_.channels = shape.channels;
+  std::copy(values.begin(), values.end(), parameters_.values);
+}
 
 template <typename acc_t>
 const Parameters<acc_t>& Channels<acc_t>::of(const Range& range) {
+  if (whole_) {
+    parameters_.first = {int(shape_.inner), channel_of(shape_, range.begin), 0};
+    return parameters_;
+  }
   pieces_used_ = 0;
   for (int k = 0; k < kParameters; ++k) parameters_.rows[k] = row(k);
   if (wide_) {
@@ -186,7 +168,7 @@ void Channels<acc_t>::cut(const Range& range) {
     at += inside;
     left -= inside;
     if (at >= range.n) break;
-    const int64_t next = next_channel(shape_, channel);
+    const int64_t next = next_channel(shape_.channels, channel);
     if (left > 0) {
       for (int i = 0; i < count_; ++i) {  // whole vectors each, whose length is known
         const acc_t* values = values_[used_[i]];
@@ -218,11 +200,7 @@ void Channels<acc_t>::fill(const Range& range) {
 
 template <typename acc_t>
 void Channels<acc_t>::add_piece(int end, int64_t channel, int shared) {
-  Piece<acc_t>& piece = pieces_[pieces_used_++];
-  piece.end = end;
-  piece.channel = channel;
-  piece.shared = shared;
-  for (int i = 0; i < count_ && !piece.several(); ++i) piece.values[used_[i]] = values_[used_[i]][channel];
+  pieces_[pieces_used_++] = {end, channel, shared};
 }
 
 template <typename acc_t>
@@ -258,7 +236,7 @@ void ChannelSums<acc_t>::add(const Range& range, const Parameters<acc_t>& parame
     acc_t* row = rows_.get() + k * stride_;
     double* total = totals + k * shape_.channels;
     if (wide_) {
-      run<SumPieces<acc_t>>(&shape_, row, &range, parameters.pieces, total);
+      run<SumShared<acc_t>>(row, &range, &parameters, total);
     } else {
       const int width = once_ ? int(long_row(shape_)) : range.n;
       if (folds_) {

@@ -22,13 +22,14 @@ class PartParameters {
  public:
   static constexpr bool kSeveral = kOfSeveral;
 
-  IIRSNN_INLINE PartParameters(const Parameters<acc_t>& p, const Piece<acc_t>& piece) {
+  IIRSNN_INLINE PartParameters(const Parameters<acc_t>& p, const Piece& piece) : channel_(piece.channel) {
     IIRSNN_REGISTERS
     for (int k = 0; k < kParameters; ++k) {
       rows_[k] = p.rows[k];
-      if constexpr (!kSeveral) all_[k] = P(piece.values[k]);
+      if constexpr (!kSeveral) all_[k] = P(p.values[k] ? p.values[k][piece.channel] : acc_t(0));
     }
   }
+  IIRSNN_INLINE int64_t channel() const { return channel_; }
   // Of the part from neuron i of the block on.
   IIRSNN_INLINE P of(int which, int i) const {
     if constexpr (kSeveral) return load<P>(rows_[which] + i);
@@ -39,6 +40,7 @@ class PartParameters {
   }
 
  private:
+  const int64_t channel_;
   const acc_t* rows_[kParameters];
   P all_[kParameters];
 };
@@ -46,12 +48,17 @@ class PartParameters {
 // f(parameters of parts, begin, end) for each piece of the n neurons of a block.
 template <typename P, typename acc_t, typename F>
 IIRSNN_INLINE void for_each_piece(const Parameters<acc_t>& p, int n, F f) {
-  int begin = 0;
-  for (const Piece<acc_t>* piece = p.pieces; begin < n; begin = piece++->end) {
-    if (piece->several()) {
-      f(PartParameters<P, true, acc_t>(p, *piece), begin, piece->end);
+  Piece piece = p.first;
+  for (int begin = 0, k = 0; begin < n; begin = piece.end, ++k) {
+    if (p.pieces) {
+      piece = p.pieces[k];
+    } else if (k > 0) {
+      piece = {begin + p.first.end, next_channel(p.channels, piece.channel), 0};
+    }
+    if (piece.several()) {
+      f(PartParameters<P, true, acc_t>(p, piece), begin, piece.end);
     } else {
-      f(PartParameters<P, false, acc_t>(p, *piece), begin, piece->end);
+      f(PartParameters<P, false, acc_t>(p, piece), begin, piece.end);
     }
   }
 }
@@ -92,32 +99,50 @@ IIRSNN_INLINE void prefetch(const scalar_t* row) {
 }
 
 // Sums over the neurons of a piece: of one channel in registers, of several one a neuron in memory.
-template <typename acc_t, int kCount, int kBytes, bool kSeveral>
+template <typename P, typename acc_t, int kCount, int kBytes, bool kSeveral>
 class PieceSums {
  public:
-  IIRSNN_INLINE PieceSums(acc_t* rows, int64_t stride, int begin) : rows_(rows), stride_(stride), begin_(begin) {
+  // rows: of several channels; totals: [kCount, channels].
+  IIRSNN_INLINE PieceSums(acc_t* rows, int64_t stride, double* totals, int64_t channels)
+      : rows_(rows), stride_(stride), totals_(totals), channels_(channels) {
     IIRSNN_REGISTERS
-    for (int k = 0; k < kCount && !kSeveral; ++k) sums_[k] = load_sums<kBytes>(row(k) + begin_);
+    for (int k = 0; k < kCount && !kSeveral; ++k) sums_[k] = Sums<kBytes>(0.0);
   }
-  template <typename P>
   IIRSNN_INLINE void add(int k, int j, const P& numbers) {
     if constexpr (kSeveral) {
-      store(row(k) + j, load<P>(row(k) + j) + numbers);
+      acc_t* const to = rows_ + k * stride_ + j;
+      store(to, load<P>(to) + numbers);
     } else {
       add_up(sums_[k], numbers);
     }
   }
-  IIRSNN_INLINE void finish() const {
+  // Of a channel, if not of several.
+  IIRSNN_INLINE void finish(int64_t channel) const {
     IIRSNN_REGISTERS
-    for (int k = 0; k < kCount && !kSeveral; ++k) store_sums(row(k) + begin_, sums_[k]);
+    for (int k = 0; k < kCount && !kSeveral; ++k) totals_[k * channels_ + channel] += sum(sums_[k]);
   }
 
  private:
-  IIRSNN_INLINE acc_t* row(int k) const { return rows_ + k * stride_; }
   acc_t* const rows_;
   const int64_t stride_;
-  const int begin_;
+  double* const totals_;
+  const int64_t channels_;
   Sums<kBytes> sums_[kCount > 0 ? kCount : 1];
+};
+
+// Of numbers whose first ones have been added.
+template <typename Sums>
+class SumsOfRest {
+ public:
+  IIRSNN_INLINE SumsOfRest(Sums& sums, int added) : sums_(sums), added_(added) {}
+  template <typename P>
+  IIRSNN_INLINE void add(int k, int j, const P& numbers) const {
+    sums_.add(k, j, other_lanes(numbers, added_));
+  }
+
+ private:
+  Sums& sums_;
+  const int added_;
 };
 
 // Whether kernels write past the caches: what is large, and lies as streams want it.

@@ -36,65 +36,68 @@ struct ThroughTime {
     constexpr Reset kReset = kTimesteps == 1 ? Reset::none : Reset::soft;
     constexpr bool kNormalised = kPass != Pass::all;
     const P zero = P(acc_t(0)), scale = P(r.scale);
+    constexpr int kLoops = std::is_same_v<scalar_t, BFloat16> ? 0 : kCount > 0 && kBytes > 16 ? 2 : 1;
     const auto ahead = [](int) {};
-    for_each_part<kCount, P, kBytes>(r, ahead, [&](int j, const auto& parameters, auto& sums) IIRSNN_INLINE_LAMBDA {
-      constexpr bool kPasses =
-          kPass == Pass::all && kCount > 0 && kTimesteps == 1 && std::decay_t<decltype(parameters)>::kSeveral;
-      const Neuron<P> neuron = parameters.neuron(j, r.v_reset);
-      P totals[kCount > 0 ? kCount : 1];
-      const auto through = [&](int64_t i) IIRSNN_INLINE_LAMBDA {
-        P h[kTimesteps];
-        IIRSNN_REGISTERS
-        for (int t = 0; t < kTimesteps; ++t) {
-          const scalar_t* x = b.x + t * b.x_stride + i;
-          prefetch<P>(x + kAhead);
-          h[t] = current_at<kNormalised, P>(x, parameters, j);
-          if (t > 0) h[t] = charge<kReset>(h[t], discharge<kReset>(h[t - 1], neuron), neuron);
-        }
-        Carry<P> carry{zero, zero};
-        const auto add = [&](int k, int t, const P& term) IIRSNN_INLINE_LAMBDA {
-          totals[k] = t == kTimesteps - 1 && !kPasses ? term : totals[k] + term;
-        };
-        IIRSNN_REGISTERS
-        for (int t = kTimesteps - 1; t >= 0; --t) {
-          const scalar_t* grad_s = b.grad_s + t * b.grad_s_stride + i;
-          prefetch<P>(grad_s + kAhead);
-          const P v = kCount > 0 && t > 0 ? discharge<kReset>(h[t - 1], neuron) : zero;
-          const StepGrad<P> grad =
-              backward_step<kReset, kSurrogate>(load<P>(grad_s), h[t], v, neuron, scale, true, carry);
-          if constexpr (kCount > 0) {
-            add(kThresholdSum, t, grad.threshold);
-            if (t > 0) add(kLeakSum, t, grad.leak);
-          }
-          scalar_t* grad_x = b.grad_x + t * b.grad_x_stride + i;
-          if constexpr (kPass == Pass::all) {
-            store(grad_x, grad.x, kTimesteps == 1 && r.past_caches);
+    for_each_part<kCount, P, kBytes, kLoops>(
+        r, ahead, [&](int j, const auto& parameters, auto&& sums) IIRSNN_INLINE_LAMBDA {
+          constexpr bool kPasses =
+              kPass == Pass::all && kCount > 0 && kTimesteps == 1 && std::decay_t<decltype(parameters)>::kSeveral;
+          const Neuron<P> neuron = parameters.neuron(j, r.v_reset);
+          P totals[kCount > 0 ? kCount : 1];
+          const auto through = [&](int64_t i) IIRSNN_INLINE_LAMBDA {
+            P h[kTimesteps];
+            IIRSNN_REGISTERS
+            for (int t = 0; t < kTimesteps; ++t) {
+              const scalar_t* x = b.x + t * b.x_stride + i;
+              prefetch<P>(x + kAhead);
+              h[t] = current_at<kNormalised, P>(x, parameters, j);
+              if (t > 0) h[t] = charge<kReset>(h[t], discharge<kReset>(h[t - 1], neuron), neuron);
+            }
+            Carry<P> carry{zero, zero};
+            const auto add = [&](int k, int t, const P& term) IIRSNN_INLINE_LAMBDA {
+              totals[k] = t == kTimesteps - 1 && !kPasses ? term : totals[k] + term;
+            };
+            IIRSNN_REGISTERS
+            for (int t = kTimesteps - 1; t >= 0; --t) {
+              const scalar_t* grad_s = b.grad_s + t * b.grad_s_stride + i;
+              prefetch<P>(grad_s + kAhead);
+              const P v = kCount > 0 && t > 0 ? discharge<kReset>(h[t - 1], neuron) : zero;
+              const StepGrad<P> grad =
+                  backward_step<kReset, kSurrogate>(load<P>(grad_s), h[t], v, neuron, scale, true, carry);
+              if constexpr (kCount > 0) {
+                add(kThresholdSum, t, grad.threshold);
+                if (t > 0) add(kLeakSum, t, grad.leak);
+              }
+              scalar_t* grad_x = b.grad_x + t * b.grad_x_stride + i;
+              if (kTimesteps == 1 && kPass != Pass::sums && !r.past_caches) prefetch<P>(grad_x + kAhead);
+              if constexpr (kPass == Pass::all) {
+                store(grad_x, grad.x, kTimesteps == 1 && r.past_caches);
+              } else {
+                const P centred = load<P>(b.x + t * b.x_stride + i) - parameters.of(kMean, j);
+                if constexpr (kPass == Pass::sums) {
+                  add(kGradSum, t, grad.x);
+                  add(kDotSum, t, grad.x * centred);
+                } else {
+                  store(grad_x, input_gradient(grad.x, centred, parameters, j), kTimesteps == 1 && r.past_caches);
+                }
+              }
+            }
+          };
+          if constexpr (kPasses) {
+            IIRSNN_REGISTERS
+            for (P& total : totals) total = zero;
+            IIRSNN_ROLLED
+            for (int pass = 0; pass < b.passes; ++pass) through(j + pass * b.pass);
           } else {
-            const P centred = load<P>(b.x + t * b.x_stride + i) - parameters.of(kMean, j);
-            if constexpr (kPass == Pass::sums) {
-              add(kGradSum, t, grad.x);
-              add(kDotSum, t, grad.x * centred);
-            } else {
-              store(grad_x, input_gradient(grad.x, centred, parameters, j), kTimesteps == 1 && r.past_caches);
+            through(j);
+          }
+          if constexpr (kCount > 0) {
+            IIRSNN_REGISTERS
+            for (int k = 0; k < kCount; ++k) {
+              if (k != kLeakSum || kTimesteps > 1) sums.add(k, j, totals[k]);
             }
           }
-        }
-      };
-      if constexpr (kPasses) {
-        IIRSNN_REGISTERS
-        for (P& total : totals) total = zero;
-        IIRSNN_ROLLED
-        for (int pass = 0; pass < b.passes; ++pass) through(j + pass * b.pass);
-      } else {
-        through(j);
-      }
-      if constexpr (kCount > 0) {
-        IIRSNN_REGISTERS
-        for (int k = 0; k < kCount; ++k) {
-          if (k != kLeakSum || kTimesteps > 1) sums.add(k, j, totals[k]);
-        }
-      }
-    });
+        });
   }
 
   static constexpr int kAhead = 1024 / sizeof(scalar_t);
