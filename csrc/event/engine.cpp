@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "event/layers.h"
+#include "simd/capability.h"
 
 namespace iirsnn::event {
 
@@ -252,7 +253,7 @@ void Engine::add_output(int64_t number, float unit) {
   finish();
 }
 
-Connection Engine::connect(const Synapses& s, Precision precision, bool rows) {
+Connection Engine::connect(const Synapses& s, Precision precision, bool rows, int tile_width) {
   const Shape in = shape(s.source);
   check(s.outputs > 0, "outputs: expected at least 1, got " + std::to_string(s.outputs));
   check(s.groups > 0 && in.channels % s.groups == 0 && s.outputs % s.groups == 0,
@@ -279,7 +280,7 @@ Connection Engine::connect(const Synapses& s, Precision precision, bool rows) {
     }
     return made;
   }
-  const int64_t tile = rows ? padded : tile_width(precision);
+  const int64_t tile = rows ? padded : tile_width;
   const auto pitch = [&](int64_t from) { return rows ? row_pitch(precision, padded) : std::min(tile, padded - from); };
   int64_t size = 0;
   for (int64_t from = 0; from < padded; from += tile) {
@@ -335,13 +336,14 @@ Step Engine::layer(const std::vector<Synapses>& synapses, const std::vector<Skip
   Step step{};
   step.out = synapses.empty() ? source(skips[0].source).shape
                               : output_shape(shape(synapses[0].source), synapses[0].outputs, synapses[0].window);
-  bool image = false, values = skips.size() > 1;
+  bool image = false, values = skips.size() > 1, grouped = false;
   step.rows = step.constant = !synapses.empty();
   for (const Synapses& s : synapses) {
     const Shape out = output_shape(shape(s.source), s.outputs, s.window);
     check(out == step.out, "synapses: expected all of a layer to give the same shape");
     image |= s.source == 0;
     values |= real(s.source);
+    grouped |= s.groups > 1;
     step.constant &= s.source == 0;
     step.rows &= whole_rows(real(s.source), s.groups, out);
   }
@@ -355,7 +357,8 @@ Step Engine::layer(const std::vector<Synapses>& synapses, const std::vector<Skip
   step.constant &= step.others.empty();
   check(!image || step.constant || network_->timesteps == 1,
         "synapses: expected one timestep in a layer that reads the image and others");
-  for (const Synapses& s : synapses) step.connections.push_back(connect(s, step.precision, step.rows));
+  step.tile = tile_width(step.precision, step.padded(), grouped, capability() == kAvx512);
+  for (const Synapses& s : synapses) step.connections.push_back(connect(s, step.precision, step.rows, step.tile));
   const auto padded = [&](const float* values) {
     std::vector<float> result(step.padded());
     std::copy(values, values + step.out.channels, result.begin());

@@ -129,7 +129,7 @@ class Engine {
  private:
   const Source& source(int64_t number) const;
   int64_t add_step(Step step, int64_t most);
-  Connection connect(const Synapses& synapses, Precision precision, bool rows);
+  Connection connect(const Synapses& synapses, Precision precision, bool rows, int tile_width);
   void place(Connection& made);
   Step layer(const std::vector<Synapses>& synapses, const std::vector<Skip>& skips, const LayerParameters& parameters);
   Step pool(int64_t source, const Shape& out) const;

@@ -17,10 +17,9 @@ namespace iirsnn::event {
 
 enum class Precision : int { fp32 = 0, bf16 = 1, int8 = 2 };  // of weights
 
-// Outputs that rows are padded to, and outputs whose sums a tile kernel keeps in registers.
+// Outputs that rows are padded to.
 constexpr int row_unit(Precision precision) { return precision == Precision::fp32 ? 16 : 32; }
 constexpr bool is_integer(Precision precision) { return precision == Precision::int8; }
-constexpr int tile_width(Precision precision) { return is_integer(precision) ? 128 : 64; }
 constexpr int weight_bytes(Precision precision) {
   return precision == Precision::fp32 ? 4 : precision == Precision::int8 ? 1 : 2;
 }
@@ -54,10 +53,10 @@ struct Additions {
   int64_t pitch;        // outputs from row to row
   void* sums;           // float or int16_t [position][width]
   int width;            // outputs; a multiple of row_unit
+  int64_t positions;    // of the strip
 
   // int8 weights: 16-bit sums, which begin and end at zero, are carried over to these before they can overflow.
   int32_t* totals;         // [position][width]
-  int64_t positions;       // of the strip
   const uint8_t* carries;  // Carry [word][tap]
 };
 
@@ -80,7 +79,7 @@ struct Work {
 };
 
 // Adds the row of every set bit of every tap to the sums.
-// A tile keeps the sums of a position in registers while it reads the bits of one tap and word (width <= tile_width).
+// A tile keeps the sums of a position in registers while it reads the bits of one tap and word (see tile_width).
 // A stream passes over long rows four at a time and asks memory for the next ones meanwhile.
 void add_tile(Precision precision, const Additions& work, Work& done);
 void add_stream(Precision precision, const Additions& work, Work& done);

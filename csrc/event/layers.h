@@ -64,6 +64,7 @@ struct Step {
   std::vector<Skip> others;                         // added to the sums
   bool constant = false;                            // reads the image alone: the same sums at every timestep
   bool rows = false;                                // keeps its rows of weights whole
+  int tile = 0;                                     // outputs of a tile
   std::vector<float> bias, scale, threshold, leak;  // padded to whole rows
   Reset reset = Reset::soft;
   float v_reset = 0;

@@ -120,11 +120,15 @@ std::vector<uint8_t> carries(const Filters& filters, int64_t from, int64_t to, i
   return result;
 }
 
+int tile_width(Precision precision, int64_t padded, bool grouped, bool wide) {
+  return is_integer(precision) || (wide && padded % 128 == 0 && !grouped) ? 128 : 64;
+}
+
 std::vector<Strip> cut(const Load& load) {
   const int64_t height = load.out.height, width = load.out.width, padded = load.padded, threads = load.threads;
   const int64_t image = load.steps * height * width, all = load.images * image;
   const bool stream = load.rows && all < kPositionsToTile;
-  int64_t outputs = tile_width(load.precision), images = load.images, rows = height;
+  int64_t outputs = load.tile, images = load.images, rows = height;
   if (stream) {
     int64_t fits = kStreamBytes / (all * int64_t(sizeof(float)));
     if (all > 1) fits = std::min(fits, kStreamBlock / (kWord * weight_bytes(load.precision)));

@@ -7,7 +7,7 @@
 namespace iirsnn::event {
 
 void Running::layer(const Step& step, LayerReport& report) {
-  const Load load{step.out, call_.images, steps(step), step.padded(), step.precision, step.rows, threads_};
+  const Load load{step.out, call_.images, steps(step), step.padded(), step.precision, step.rows, step.tile, threads_};
   const std::vector<Strip> strips = cut(load);
   int64_t size = 0;
   for (const Strip& strip : strips) size = std::max(size, strip.positions(load) * strip.width * 4);
@@ -150,8 +150,8 @@ Work Running::add_events(const Step& step, const Connection& c, const Piece& pie
   work.pitch = step.rows ? row_pitch(step.precision, step.padded()) : strip.width;
   work.sums = sums;
   work.width = int(strip.width);
+  work.positions = count * area;
   if (is_integer(step.precision)) {
-    work.positions = count * area;
     work.totals = static_cast<int32_t*>(sums);
     work.sums = work.totals + work.positions * strip.width;
     work.carries = piece.carries.data();

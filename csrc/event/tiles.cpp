@@ -66,10 +66,11 @@ constexpr int64_t kVisitsToWiden = 24;
 // Outputs whose sums fit the registers.
 template <typename sum_t, int kWidth, int kBytes>
 constexpr int part_width() {
+  int width = kWidth;
 #if defined(__x86_64__)
-  if (kBytes == 16 && kWidth * int(sizeof(sum_t)) > 12 * kBytes) return kWidth / 2;
+  while (width * int(sizeof(sum_t)) > 3 * kRegisterCount<kBytes> / 4 * kBytes) width /= 2;
 #endif
-  return kWidth;
+  return width;
 }
 
 template <typename Weights, int kWidth, bool kPlain>
@@ -186,11 +187,20 @@ void add_tile(Precision precision, const Additions& work, Work& done) {
           return add_events<Fp32, 32>(work, done);
         case 48:
           return add_events<Fp32, 48>(work, done);
-        default:
+        case 64:
           return add_events<Fp32, 64>(work, done);
+        default:
+          return add_events<Fp32, 128>(work, done);
       }
     case Precision::bf16:
-      return work.width == 32 ? add_events<Bf16, 32>(work, done) : add_events<Bf16, 64>(work, done);
+      switch (work.width) {
+        case 32:
+          return add_events<Bf16, 32>(work, done);
+        case 64:
+          return add_events<Bf16, 64>(work, done);
+        default:
+          return add_events<Bf16, 128>(work, done);
+      }
     case Precision::int8:
       return add_integer_tile(work, done);
   }

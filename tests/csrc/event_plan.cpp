@@ -28,8 +28,10 @@ int main() {
       load.out = shape();
       std::cin >> load.images >> load.steps;
       load.precision = Precision(number());
-      std::cin >> load.rows >> load.threads;
+      bool wide;
+      std::cin >> load.rows >> load.threads >> wide;
       load.padded = iirsnn::round_up(load.out.channels, row_unit(load.precision));
+      load.tile = tile_width(load.precision, load.padded, false, wide);
       for (const Strip& s : cut(load)) {
         std::cout << s.output << ' ' << s.outputs << ' ' << s.first << ' ' << s.last - s.first << ' ' << s.top << ' '
                   << s.bottom - s.top << '\n';

@@ -35,13 +35,20 @@ def plan(tmp_path_factory):
 @pytest.mark.parametrize("images", [1, 5, 200])
 @pytest.mark.parametrize(
     ("out", "rows"),
-    [((70, 7, 6), False), ((512, 2, 2), True), ((10, 1, 1), True), ((3, 224, 224), False)],
+    [
+        ((70, 7, 6), False),
+        ((256, 9, 9), False),
+        ((512, 2, 2), True),
+        ((10, 1, 1), True),
+        ((3, 224, 224), False),
+    ],
 )
+@pytest.mark.parametrize("wide", [0, 1])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_tasks_are_the_whole_layer_once(plan, out, rows, images, threads, precision):
+def test_tasks_are_the_whole_layer_once(plan, out, rows, images, threads, wide, precision):
     covered = np.zeros((out[0], images, out[1]), np.int8)
     for output, outputs, first, count, top, height in plan(
-        "tasks", *out, images, 2, PRECISIONS.index(precision), int(rows), threads
+        "tasks", *out, images, 2, PRECISIONS.index(precision), int(rows), threads, wide
     ):
         assert min(outputs, count, height) > 0
         covered[output : output + outputs, first : first + count, top : top + height] += 1
@@ -50,8 +57,9 @@ def test_tasks_are_the_whole_layer_once(plan, out, rows, images, threads, precis
 
 def test_a_large_layer_has_tasks_for_every_thread(plan):
     fp32, tiles, rows = 0, 0, 1
-    assert len(plan("tasks", 64, 32, 32, 1, 1, fp32, tiles, 4)) >= 3 * 4
-    assert len(plan("tasks", 4096, 1, 1, 1, 1, fp32, rows, 4)) >= 4
+    assert len(plan("tasks", 64, 32, 32, 1, 1, fp32, tiles, 4, 0)) >= 3 * 4
+    assert len(plan("tasks", 128, 32, 32, 1, 1, fp32, tiles, 4, 1)) >= 3 * 4
+    assert len(plan("tasks", 4096, 1, 1, 1, 1, fp32, rows, 4, 0)) >= 4
 
 
 @pytest.mark.parametrize(("groups", "most"), [(1, 1), (2, 1), (1, 4), (1, 60)])
