@@ -25,7 +25,7 @@ from tests.event.networks import (
 def test_instruction_sets_give_the_same_bits(precision, pool, timesteps):
     generator = torch.Generator().manual_seed(0)
     calibration = torch.randn(64, 3, 16, 16, generator=generator)
-    config = ModelConfig("vgg", layers=[48, "A", 100, 70, "A", 33], hidden=[90], pool=pool)
+    config = ModelConfig("vgg", layers=[48, "A", 256, 70, "A", 33], hidden=[90], pool=pool)
     network = convert(build(config, 10, (3, 16, 16)), calibration, 80.0, timesteps=timesteps)
     net = EventNetwork.from_model(network.eval(), timesteps, precision=precision)
     results = []
