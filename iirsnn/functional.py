@@ -108,6 +108,8 @@ def lif(
                 f"v0: expected shape {tuple(x.shape[1:])} on {x.device}, "
                 f"got {tuple(v0.shape)} on {v0.device}"
             )
+        if v0.is_complex():
+            raise TypeError(f"v0: expected a real tensor, got {v0.dtype}")
         v0 = v0.to(acc)
     if not is_dense(x):
         x = x.contiguous()

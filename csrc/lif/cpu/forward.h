@@ -45,6 +45,7 @@ struct ForwardRows {
       const bool at_once = b.timesteps == 1 && !b.v0 && !b.v;
       if (at_once) {  // in the loop below it takes a third more
         for (int i = begin; i < end; i += V::kSize) {
+          if (b.past_caches) prefetch<V>(b.x + i + kAhead);  // which streaming stores hold up (Cascade Lake: 0.95)
           const V h = current_at<kNormalised, V>(b.x + i, parameters, i);
           Memory<V>::store_spike(b.s + i, spike(h, parameters.of(kThreshold, i)), b.past_caches);
         }
@@ -55,6 +56,8 @@ struct ForwardRows {
   }
 
  private:
+  static constexpr int kAhead = 512 / sizeof(scalar_t);
+
   // One timestep of 16-bit numbers: as whole numbers in their order, without widening.
   template <int kBytes>
   static IIRSNN_INLINE void compare(const Block& b, float threshold, int begin, int end) {
