@@ -63,8 +63,8 @@ struct Filters {
 std::vector<uint8_t> carries(const Filters& filters, int64_t from, int64_t to, int64_t first, int64_t end,
                              int64_t most);
 
-// Outputs of a tile of a layer with so many of them, padded. Additions to one register wait for each other, and the four
-// registers of AVX-512 (`wide`) that hold 64 floats are too few (Cascade Lake: 24 G additions/s, 33 with eight).
+// Outputs of a tile of a layer with so many of them, padded. Additions to one register wait for each other, and the
+// four registers of AVX-512 (`wide`) that hold 64 floats are too few (Cascade Lake: 24 G additions/s, 33 with eight).
 int tile_width(Precision precision, int64_t padded, bool grouped, bool wide);
 
 // What there is to cut: a layer over `images` images.
