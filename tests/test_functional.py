@@ -265,7 +265,11 @@ def test_no_membrane_sequence_is_ever_allocated(timesteps):
         ({"leak": torch.ones(3, device="meta")}, ValueError, "leak: expected a tensor on cpu"),
         ({"v0": 0.5}, TypeError, r"v0: expected a tensor \[\*neurons\], got float"),
         ({"v0": torch.ones(2)}, ValueError, r"v0: expected shape \(2, 3\) on cpu, got \(2,\)"),
-        ({"v0": torch.ones(2, 3) + 1j}, TypeError, "v0: expected a real tensor, got torch.complex64"),
+        (
+            {"v0": torch.ones(2, 3) + 1j},
+            TypeError,
+            "v0: expected a real tensor, got torch.complex64",
+        ),
         ({"reset": "sharp"}, ValueError, "reset: expected one of soft, hard, .* got 'sharp'"),
         ({"v_reset": math.inf}, ValueError, "v_reset: expected a finite number, got inf"),
         ({"surrogate": "spline"}, ValueError, "surrogate: expected one of .* got 'spline'"),

@@ -106,7 +106,7 @@ def _damaged(path: object) -> Iterator[None]:
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise RunError(f"{path}: damaged event network ({error})") from error
+        raise RunError(f"{path}: cannot be read as an event network ({error})") from error
 
 
 def _layer(index: int, entry: dict[str, Any], tensors: dict[str, Tensor]) -> Layer:

@@ -260,7 +260,7 @@ class EventNetwork:
             AttributeError,
             OverflowError,
         ) as error:  # types torch has no name for
-            raise RunError(f"{path}: damaged event network ({error})") from error
+            raise RunError(f"{path}: cannot be read as an event network ({error})") from error
         return cls._made_of(tensors, header, path)
 
     @classmethod

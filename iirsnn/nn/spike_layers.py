@@ -158,7 +158,8 @@ class SpikeLinear(_SpikeLayer, nn.Linear):
 
     @_graph_break
     def forward(self, input: Tensor) -> Tensor:
-        product = self._product(input, self.weight, self.bias)
+        fits = input.dim() > 0 and input.shape[-1] == self.in_features  # else torch's layer says so
+        product = self._product(input, self.weight, self.bias) if fits else None
         out: Tensor = super().forward(input) if product is None else product(input, LINEAR)
         return out
 

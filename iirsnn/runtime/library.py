@@ -18,7 +18,7 @@ class NoNetwork(RunError):
     """A file or bytes that hold no network; `reason`: what was expected, and what came."""
 
     def __init__(self, reason: str, name: str = "network") -> None:
-        super().__init__(f"{name}: damaged event network ({reason})")
+        super().__init__(f"{name}: cannot be read as an event network ({reason})")
         self.reason = reason
 
 

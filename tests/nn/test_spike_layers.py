@@ -332,6 +332,14 @@ def test_torch_compile_breaks_the_graph_only():
     assert torch.equal(compiled(x), model(x))
 
 
+@pytest.mark.parametrize("mode", ["auto", "events", "dense"])
+def test_an_input_that_does_not_fit_is_torchs_error(mode):
+    layer = SpikeLinear(8, 4)
+    layer.set_mode(mode)
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        layer(torch.ones(2, 7))
+
+
 def test_decision_by_density():
     torch.manual_seed(0)
     layer = SpikeConv2d(128, 128, 3, padding=1)

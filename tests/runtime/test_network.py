@@ -239,7 +239,7 @@ FILES = {
     "newer": (lambda p: rewrite(p, lambda h: h.update(event_format=99)), "a newer iirsnn"),
     "older": (lambda p: rewrite(p, lambda h: h.update(event_format=2)), "saves it anew"),
     "a checkpoint": (lambda p: rewrite(p, lambda h: h.pop("event_format")), "no event network"),
-    "no shape": (lambda p: rewrite(p, lambda h: h.update(image_shape=None)), "expected a list"),
+    "no shape": (lambda p: rewrite(p, lambda h: h.update(image_shape=None)), "was not known when"),
     "no layers": (lambda p: rewrite(p, lambda h: h.update(layers=[])), "expected 1 to 65536"),
 }
 

@@ -163,6 +163,9 @@ class Reader {
     file.timesteps = integer("", header_, "timesteps", 1, kMostTimesteps);
     precision_ = choice<Precision>("precision", text("", header_, "precision"),
                                    {{"fp32", Precision::fp32}, {"bf16", Precision::bf16}, {"int8", Precision::int8}});
+    check(!header_["image_shape"].null(),
+          "image_shape: expected that of the images, which was not known when the file was written: "
+          "EventNetwork.from_model(..., image_shape=(C, H, W))");
     const std::vector<int64_t> size = integers("", header_, "image_shape", 3, 1, kMostValues);
     const Shape image{size[0], size[1], size[2]};
     const std::vector<Json>& layers = list("", header_, "layers");
