@@ -80,7 +80,7 @@ struct Work {
 
 // Adds the row of every set bit of every tap to the sums.
 // A tile keeps the sums of a position in registers while it reads the bits of one tap and word (see tile_width).
-// A stream passes over long rows four at a time and asks memory for the next ones meanwhile.
+// A stream passes over long rows, four or eight at a time.
 void add_tile(Precision precision, const Additions& work, Work& done);
 void add_stream(Precision precision, const Additions& work, Work& done);
 

@@ -56,14 +56,4 @@ IIRSNN_INLINE void add_up(Sums<kBytes>& sums, const Lanes<double, kBytes, kTotal
   IIRSNN_EACH_REGISTER(kTotal / kBytes, sums.r[k % kCount] = sums.r[k % kCount] + numbers.r[k])
 }
 
-// In memory for numbers of any type, in place of the first 64 bytes of them.
-template <int kBytes>
-IIRSNN_INLINE Sums<kBytes> load_sums(const void* from) {
-  return load<Sums<kBytes>>(static_cast<const double*>(from));
-}
-template <int kBytes>
-IIRSNN_INLINE void store_sums(void* to, const Sums<kBytes>& sums) {
-  store(static_cast<double*>(to), sums);
-}
-
 }  // namespace iirsnn

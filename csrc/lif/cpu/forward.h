@@ -37,12 +37,10 @@ struct ForwardRows {
     using V = typename Parts<scalar_t, kBytes>::Held;
     for_each_piece<V>(b.parameters, b.n, [&](const auto& parameters, int begin, int end) IIRSNN_INLINE_LAMBDA {
       constexpr bool kSeveral = std::decay_t<decltype(parameters)>::kSeveral;
-      if constexpr (std::is_same_v<scalar_t, BFloat16> && !kNormalised && !kSeveral) {
-        if (b.timesteps == 1 && !b.v0 && !b.v) {
-          return compare<kBytes>(b, parameters.of(kThreshold, begin).r[0][0], begin, end);
-        }
-      }
       const bool at_once = b.timesteps == 1 && !b.v0 && !b.v;
+      if constexpr (std::is_same_v<scalar_t, BFloat16> && !kNormalised && !kSeveral) {
+        if (at_once) return compare<kBytes>(b, parameters.of(kThreshold, begin).r[0][0], begin, end);
+      }
       if (at_once) {  // in the loop below it takes a third more
         for (int i = begin; i < end; i += V::kSize) {
           if (b.past_caches) prefetch<V>(b.x + i + kAhead);  // which streaming stores hold up (Cascade Lake: 0.95)
