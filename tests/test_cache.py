@@ -52,8 +52,7 @@ def test_a_relative_folder_is_ignored_by_all_of_a_command(no_home, monkeypatch, 
 
 def test_spike_layers_do_without_a_home(no_home, monkeypatch):
     monkeypatch.delenv("IIRSNN_CALIBRATE", raising=False)
-    assert events_or_dense.cache_path(torch.float32) is None
-    assert events_or_dense.costs(torch.float32) is events_or_dense.BUILT_IN[torch.float32]
+    assert events_or_dense.cache_path() is None
     model = torch.nn.Sequential(FusedLIF(), torch.nn.Linear(8, 4))
     use_spike_layers(model)
     model(torch.rand(2, 3, 8)).sum().backward()

@@ -10,17 +10,17 @@ import json
 import math
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import cache
+from .products import Work, dense_backward, dense_forward
 
 
 @dataclass(frozen=True)
@@ -30,119 +30,154 @@ class Cost:
     fixed: float
     slope: float
 
-
-class Product(NamedTuple):
-    """The product of a convolution, or of a linear layer as a 1x1 convolution.
-
-    Attributes:
-        channels, outputs: of a group; each event adds a row of outputs.
-        rows, columns: of the kernel.
-        images, positions: of the output; positions of an image.
-    """
-
-    channels: int
-    outputs: int
-    rows: int
-    columns: int
-    images: int
-    positions: int
-
-    @property
-    def reach(self) -> int:
-        """Channels times kernel columns: their events are added one after the other."""
-        return min(self.channels * self.columns, _SEGMENT)
-
-    @property
-    def waste(self) -> float:
-        """Sums computed, for each that is wanted."""
-        return -(-self.outputs // _TILE) * _TILE / self.outputs
-
-    def distance(self, other: Product) -> float:
-        """How unlike another product it is: the logarithms of its sizes' ratios, added up."""
-        pairs = zip(self, other, strict=True)
-        return sum(abs(math.log(max(a, 1) / max(b, 1))) for a, b in pairs)
+    def at(self, density: float) -> float:
+        return self.fixed + density * self.slope
 
 
-class Shape(NamedTuple):
-    """What is timed: images [channels, size, size] and a square kernel."""
-
-    images: int
-    channels: int
-    outputs: int
-    size: int
-    kernel: int
-
-    @property
-    def product(self) -> Product:
-        kernel, positions = self.kernel, self.size**2
-        return Product(self.channels, self.outputs, kernel, kernel, self.images, positions)
-
-    def __str__(self) -> str:
-        return "{} x {} to {}, {}, kernel {}".format(*self)
-
-
-#: What `calibrate` times: early, middle and late layers, few images and many, a linear layer.
-SHAPES = (
-    Shape(2, 64, 64, 32, 3),
-    Shape(2, 128, 128, 16, 3),
-    Shape(4, 256, 256, 8, 3),
-    Shape(8, 512, 512, 2, 3),
-    Shape(64, 256, 256, 2, 3),
-    Shape(64, 1024, 1024, 1, 1),
-)
-
-#: By pass and kind of events, and by shape.
-Costs = dict[tuple[str, str], dict[Shape, Cost]]
-
-
-def _everywhere(**costs: Cost) -> Costs:
-    return {
-        (which, kind): dict.fromkeys(SHAPES, cost)
-        for (which, _, kind), cost in ((name.rpartition("_"), cost) for name, cost in costs.items())
-    }
-
-
-#: By dtype of the weight, where nothing can be measured: one core of an AMD EPYC (Zen 4), AVX-512.
-BUILT_IN: dict[torch.dtype, Costs] = {
-    torch.float32: _everywhere(
-        forward_bits=Cost(0.09, 1.2),
-        forward_counts=Cost(0.09, 1.5),
-        weight_grad_bits=Cost(0.09, 1.15),
-        weight_grad_counts=Cost(0.09, 1.3),
-        input_grad_reals=Cost(0.1, 1.5),
-    ),
-    torch.bfloat16: _everywhere(
-        forward_bits=Cost(0.15, 2.3),
-        forward_counts=Cost(0.15, 2.9),
-        weight_grad_bits=Cost(0.13, 2.1),
-        weight_grad_counts=Cost(0.13, 2.4),
-    ),
+#: By dtype of the weight, pass and kind of events, where nothing can be measured: one core of an
+#: AMD EPYC (Zen 4) with AVX-512, at layers whose channels and outputs fill the kernels' tiles.
+BUILT_IN = {
+    torch.float32: {
+        ("forward", "bits"): Cost(0.09, 1.2),
+        ("forward", "counts"): Cost(0.09, 1.5),
+        ("weight_grad", "bits"): Cost(0.09, 1.15),
+        ("weight_grad", "counts"): Cost(0.09, 1.3),
+        ("input_grad", "reals"): Cost(0.1, 1.5),
+    },
+    torch.bfloat16: {
+        ("forward", "bits"): Cost(0.15, 2.3),
+        ("forward", "counts"): Cost(0.15, 2.9),
+        ("weight_grad", "bits"): Cost(0.13, 2.1),
+        ("weight_grad", "counts"): Cost(0.13, 2.4),
+    },
 }
 
 #: Events have to take less than this fraction of the dense time: a tie is for dense.
 GAIN = 0.95
 
-FORMAT = 2  # of the cache
-_SECONDS, _ROUNDS = 1.2, 9  # of the calibration at most, the first round aside
+FORMAT = 3  # of the cache
+_PRODUCTS = 16 * 64 * 64 * 9 * 32 * 32  # multiplications of what is timed
+_SECONDS, _ROUNDS = 0.02, (3, 9)  # of one measurement, which ends between these rounds
 _SPARSE, _DENSER = 0.1, 0.4  # densities that are timed
 _TILE = 32  # outputs that events are added to at a time
 _SEGMENT = 192  # channels times kernel columns whose events are added one after the other
 
 
+# ---- The decision ----
+
+
+def decide(
+    mode: str, kind: str, density: float, work: Work, dtype: torch.dtype
+) -> tuple[tuple[str, str], str]:
+    """((forward, weight gradient), reason), the first two "events" or "dense".
+
+    Args:
+        mode: auto, events or dense.
+        kind: bits or counts.
+        density: fraction of the input that is not 0.
+        work: the layer's.
+        dtype: of the weight.
+    """
+    if not addressable(work):
+        return ("dense", "dense"), "events cannot address images of this size"
+    if mode != "auto":
+        return (mode, mode), f"mode is {mode}"
+    ratios = [cost(p, kind, work, dtype).at(density) for p in ("forward", "weight_grad")]
+    forward, weight_grad = ("events" if r < GAIN else "dense" for r in ratios)
+    reason = (
+        f"density {density:.3f} of {kind}: events are expected to take {ratios[0]:.2f} (forward) "
+        f"and {ratios[1]:.2f} (weight gradient) of the dense time"
+    )
+    return (forward, weight_grad), reason
+
+
+def input_by_events(
+    mode: str, density: Callable[[], float], work: Work, dtype: torch.dtype
+) -> bool:
+    """Whether the input's gradient is for events, at the density of the output's gradient.
+
+    density: asked for where it matters.
+    """
+    if mode == "dense" or not addressable(work):
+        return False
+    if mode == "events":
+        return True
+    known = cost("input_grad", "reals", work, dtype)
+    return known.at(0.0) < GAIN and (known.at(1.0) < GAIN or known.at(density()) < GAIN)
+
+
+@functools.lru_cache(maxsize=1024)  # a layer asks in every step
+def addressable(work: Work) -> bool:
+    """Whether the kernels of events take images of this size: their offsets have 32 bits."""
+    (height, width), (out_height, out_width) = work.size[2:], work.output[2:]
+    positions = max(height, out_height) * (width + out_width)
+    return 192 * max(width, out_width) < 2**25 and positions < 2**25
+
+
+# ---- What events cost ----
+
+
+def cost(which: str, kind: str, work: Work, dtype: torch.dtype) -> Cost:
+    """What events cost beside dense products here: measured once, then read from the cache.
+
+    Built in where IIRSNN_CALIBRATE=0, or where the cache cannot be written: what a process measured
+    for itself alone would make runs differ by rounding.
+
+    Args:
+        which: forward, weight_grad or input_grad.
+        kind: bits, counts or reals: what the events are.
+        work: the layer's.
+        dtype: of the weight.
+    """
+    path = None if os.environ.get("IIRSNN_CALIBRATE", "1") == "0" else cache_path()
+    return _cost(None if path is None else str(path), which, kind, work, dtype)
+
+
+@functools.lru_cache(maxsize=4096)  # asked by every layer in every step
+def _cost(path: str | None, which: str, kind: str, work: Work, dtype: torch.dtype) -> Cost:
+    if path is not None:
+        with contextlib.suppress(OSError):
+            work = representative(work)
+            key = json.dumps([which, kind, str(dtype).removeprefix("torch."), *work])
+            return _kept(Path(path), key, lambda: measure(which, kind, work, dtype))
+    built_in = BUILT_IN[dtype][which, kind]
+    outputs, channels, _, columns = work.weight
+    outputs //= work.geometry.groups
+    if which == "input_grad":
+        outputs, channels = channels, outputs
+    waste = -(-outputs // _TILE) * _TILE / outputs  # sums computed, for each that is wanted
+    starts = _SEGMENT / min(channels * columns, _SEGMENT)
+    return Cost(waste * starts * built_in.fixed, waste * built_in.slope)
+
+
+@functools.lru_cache(maxsize=1024)
+def representative(work: Work) -> Work:
+    """What is timed in place of `work`: enough images to show what each of many costs.
+
+    Their number is a power of two. A linear layer is timed at 2048 inputs and outputs at most.
+    """
+    (images, channels, *area), weight = work.size, work.weight
+    if work.linear:
+        channels, weight = min(channels, 2048), (*(min(n, 2048) for n in weight[:2]), 1, 1)
+    work = Work((images, channels, *area), weight, work.geometry)
+    images = min(images, max(2, _PRODUCTS // max(1, work.products)))
+    return work._replace(size=(1 << images.bit_length() - 1, channels, *area))
+
+
 # ---- The cache ----
 
 
-def cache_path(dtype: torch.dtype) -> Path | None:
-    """Where the calibration of these kernels on this machine, for weights of dtype, is kept.
+def cache_path() -> Path | None:
+    """Where the costs of these kernels on this machine are kept; None for a user without a home.
 
-    None for a user without a home.
+    A line of JSON each, [key, [fixed, slope]]; of several for one key the first counts.
     """
     root = cache.folder()
     if root is None:
         return None
     extension = _extension()
     capability = extension.build_info()["cpu_capability"]
-    return _cache_path(str(root), extension.__file__, capability, torch.get_num_threads(), dtype)
+    return _cache_path(str(root), extension.__file__, capability, torch.get_num_threads())
 
 
 @functools.cache
@@ -150,13 +185,13 @@ def _extension() -> Any:
     return importlib.import_module("iirsnn._C")
 
 
-@functools.lru_cache(maxsize=16)  # asked by every layer in every step
-def _cache_path(root: str, kernels: str, capability: str, threads: int, dtype: torch.dtype) -> Path:
+@functools.lru_cache(maxsize=16)
+def _cache_path(root: str, kernels: str, capability: str, threads: int) -> Path:
     facts: list[Any] = [platform.processor(), platform.machine(), _processor(), torch.__version__]
-    facts += [capability, threads, str(dtype), FORMAT, SHAPES]
+    facts += [capability, threads, FORMAT]
     facts.append(hashlib.sha256(Path(kernels).read_bytes()).hexdigest())
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-    return Path(root) / f"spike-cost-{capability}-{digest}.json"
+    return Path(root) / f"spike-cost-{capability}-{digest}.jsonl"
 
 
 def _processor() -> str:
@@ -167,125 +202,81 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith("model name")), "")
 
 
-def costs(dtype: torch.dtype) -> Costs:
-    """This machine's costs: measured once (under two seconds), then read from the cache.
+def _kept(file: Path, key: str, measure: Callable[[], Cost]) -> Cost:
+    """The cost that the file has for a key; else it is measured and appended.
 
-    The built-in ones where IIRSNN_CALIBRATE=0, or where the cache cannot be written: what a process
-    measured for itself alone would make runs differ by rounding.
+    Processes that measure at the same time end with the same: that of the first line.
+
+    Raises:
+        OSError: the file can neither be read nor written.
     """
-    if os.environ.get("IIRSNN_CALIBRATE", "1") == "0":
-        return BUILT_IN[dtype]
-    path = cache_path(dtype)
-    return BUILT_IN[dtype] if path is None else _costs(str(path), dtype)
-
-
-@functools.lru_cache(maxsize=16)
-def _costs(path: str, dtype: torch.dtype) -> Costs:
-    file, damaged = Path(path), (OSError, ValueError, TypeError, KeyError)
-    try:
-        return _decode(json.loads(file.read_text()), dtype)
-    except FileNotFoundError:
-        pass
-    except damaged:
-        with contextlib.suppress(OSError):
-            file.unlink()
-    try:
+    known = _read(file, key)
+    if known is None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            new = Path(folder) / "new"
-            new.write_text(json.dumps(_encode(calibrate(dtype))))
-            with contextlib.suppress(FileExistsError):
-                os.link(new, file)  # the first process to finish decides for all
-        return _decode(json.loads(file.read_text()), dtype)
-    except damaged:
-        return BUILT_IN[dtype]
+        with file.open("ab", buffering=0) as lines:  # fails before anything is measured
+            new = measure()
+            line = json.dumps([key, [new.fixed, new.slope]])
+            lines.write(f"\n{line}\n".encode())  # at once, and after a line that was cut off
+        known = _read(file, key) or new
+    return known
 
 
-def _encode(measured: Costs) -> dict[str, dict[str, list[float]]]:
-    return {
-        f"{which} {kind}": {
-            str(shape): [cost.fixed, cost.slope] for shape, cost in by_shape.items()
-        }
-        for (which, kind), by_shape in measured.items()
-    }
+def _read(file: Path, key: str) -> Cost | None:
+    with contextlib.suppress(FileNotFoundError):
+        for line in file.read_bytes().splitlines():
+            with contextlib.suppress(ValueError, TypeError):
+                found, (fixed, slope) = json.loads(line)
+                if found == key and math.isfinite(fixed) and math.isfinite(slope):
+                    return Cost(fixed, slope)
+    return None
 
 
-def _decode(text: dict[str, dict[str, list[float]]], dtype: torch.dtype) -> Costs:
-    return {
-        key: {shape: Cost(*map(float, text[" ".join(key)][str(shape)])) for shape in SHAPES}
-        for key in BUILT_IN[dtype]
-    }
+# ---- The measurement ----
 
 
-# ---- The calibration ----
+def measure(which: str, kind: str, work: Work, dtype: torch.dtype) -> Cost:
+    """Time the dense product and events at two densities, now.
 
-
-def calibrate(dtype: torch.dtype) -> Costs:
-    """Time events and dense products of every shape, now.
-
-    Rounds over all of them, of each product the least time: a busy moment hits one round alone.
+    Rounds over the three, of each the least time: a busy moment hits one round alone.
     """
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        calls = {
-            (key, shape): _calls(*key, dtype, shape) for key in BUILT_IN[dtype] for shape in SHAPES
-        }
-        least = {case: [math.inf] * 3 for case in calls}
-        _time(calls, least)  # warms up
-        least = {case: [math.inf] * 3 for case in calls}
-        begin = time.perf_counter()
-        for turn in range(1, _ROUNDS + 1):
-            _time(calls, least)
-            if (time.perf_counter() - begin) * (turn + 1) / turn > _SECONDS:
+        calls = _calls(which, kind, work, dtype)
+        least, begin = [math.inf] * 3, time.perf_counter()
+        for turn in range(1, _ROUNDS[1] + 1):
+            least = [min(before, _seconds(call)) for before, call in zip(least, calls, strict=True)]
+            if turn >= _ROUNDS[0] and time.perf_counter() - begin > _SECONDS:
                 break
-    return {key: {shape: _cost(*least[key, shape]) for shape in SHAPES} for key in BUILT_IN[dtype]}
+    return _line(*least)
 
 
-def _time(calls: dict[Any, list[Callable[[], Any]]], least: dict[Any, list[float]]) -> None:
-    """Calls each function once and lowers least[case] to its seconds."""
-    for case, functions in calls.items():
-        for i, function in enumerate(functions):
-            start = time.perf_counter()
-            function()
-            least[case][i] = min(least[case][i], time.perf_counter() - start)
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
-def _cost(dense: float, sparse: float, denser: float) -> Cost:
+def _line(dense: float, sparse: float, denser: float) -> Cost:
     """From seconds of the dense product and of events at the two densities."""
     slope = max(0.0, (denser - sparse) / (_DENSER - _SPARSE))
     return Cost(round((sparse - slope * _SPARSE) / dense, 4), round(slope / dense, 4))
 
 
-def _calls(which: str, kind: str, dtype: torch.dtype, shape: Shape) -> list[Callable[[], Any]]:
+def _calls(which: str, kind: str, work: Work, dtype: torch.dtype) -> list[Callable[[], Any]]:
     """The dense product, events at the lower density, and at the higher one."""
-    ops, generator = torch.ops.iirsnn, torch.Generator().manual_seed(0)
-    one, padding = [1, 1], [shape.kernel // 2] * 2
-    geometry = (one, padding, one, 1)
-
-    def values(*size: int) -> Tensor:
-        made = torch.rand(size, generator=generator).to(dtype)
-        return made.contiguous(memory_format=torch.channels_last)
-
-    size = [shape.images, shape.channels, shape.size, shape.size]
-    x, grad = values(*size), values(shape.images, shape.outputs, shape.size, shape.size)
-    weight = values(shape.outputs, shape.channels, shape.kernel, shape.kernel)
+    ops, size, geometry = torch.ops.iirsnn, list(work.size), work.geometry
+    x, grad, weight = (_values(n, dtype) for n in (work.size, work.output, work.weight))
     table = torch.arange(256, dtype=torch.float32)
 
     def dense() -> Any:
-        if shape.kernel == shape.size == 1:
-            flat = x.flatten(1), weight.flatten(1), grad.flatten(1)
-            if which == "forward":
-                return torch.nn.functional.linear(flat[0], flat[1])
-            return flat[2] @ flat[1] if which == "input_grad" else flat[2].t() @ flat[0]
         if which == "forward":
-            return torch.conv2d(x, weight, None, *geometry)
+            return dense_forward(x, weight, None, geometry)
         mask = [which == "input_grad", which == "weight_grad", False]
-        rest = (one, padding, one, False, [0, 0], 1, mask)
-        return torch.ops.aten.convolution_backward(grad, x, weight, None, *rest)
+        return dense_backward(grad, x, weight, geometry, mask)
 
     def events(density: float) -> Callable[[], Any]:
         if kind == "reals":
             sparse = grad * (grad < density)
-            return lambda: ops.spike_conv2d_input(sparse, weight, size, padding, one, 1)
+            return lambda: ops.spike_conv2d_input(sparse, weight, size, *geometry[1:])
         bits, _ = ops.spike_pack((x < density).to(dtype), table, kind == "counts")
         if which == "forward":
             return lambda: ops.spike_conv2d(bits, table, size, weight, None, *geometry)
@@ -294,66 +285,10 @@ def _calls(which: str, kind: str, dtype: torch.dtype, shape: Shape) -> list[Call
     return [dense, events(_SPARSE), events(_DENSER)]
 
 
-# ---- The decision ----
-
-
-def ratio(which: str, kind: str, density: float, work: Product, dtype: torch.dtype) -> float:
-    """Expected time of events as a fraction of dense time: that of the most similar shape measured.
-
-    Args:
-        which: forward, weight_grad or input_grad.
-        kind: bits, counts or reals: what the events are.
-        density: fraction of the values that are not 0.
-        work: the product.
-        dtype: of the weight.
-    """
-    return _ratio(costs(dtype)[which, kind], density, work)
-
-
-def _ratio(by_shape: dict[Shape, Cost], density: float, work: Product) -> float:
-    shape, reach, own_reach, waste = _most_similar(work)
-    cost = by_shape[shape]
-    fixed = cost.fixed * reach / own_reach
-    return waste * (fixed + cost.slope * density)
-
-
-@functools.lru_cache(maxsize=1024)  # a layer asks in every step
-def _most_similar(work: Product) -> tuple[Shape, int, int, float]:
-    """(shape, its reach, that of `work` where it is less, the waste of `work`)."""
-    shape = min(SHAPES, key=lambda shape: work.distance(shape.product))
-    reach = shape.product.reach
-    return shape, reach, min(reach, work.reach), work.waste
-
-
-def decide(
-    mode: str, kind: str, density: float, work: Product, dtype: torch.dtype
-) -> tuple[tuple[str, str], str]:
-    """((forward, weight gradient), reason), the first two "events" or "dense".
-
-    Args:
-        mode: auto, events or dense.
-        kind: bits or counts.
-        density: fraction of the input that is not 0.
-        work: the layer's product.
-        dtype: of the weight.
-    """
-    if mode != "auto":
-        return (mode, mode), f"mode is {mode}"
-    known = costs(dtype)
-    ratios = [_ratio(known[which, kind], density, work) for which in ("forward", "weight_grad")]
-    forward, weight_grad = ("events" if r < GAIN else "dense" for r in ratios)
-    reason = (
-        f"density {density:.3f} of {kind}: events are expected to take {ratios[0]:.2f} (forward) "
-        f"and {ratios[1]:.2f} (weight gradient) of the dense time"
-    )
-    return (forward, weight_grad), reason
-
-
-def input_by_events(mode: str, density: float, work: Product, dtype: torch.dtype) -> bool:
-    """Whether the input's gradient, of an output's gradient of this density, is for events.
-
-    work: the product of that gradient, whose channels are the layer's outputs.
-    """
-    if mode != "auto":
-        return mode == "events"
-    return ratio("input_grad", "reals", density, work, dtype) < GAIN
+def _values(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Random, of [0, 1), in channels_last: a few, over and over, as making many takes longest."""
+    few = torch.rand(65521, generator=torch.Generator().manual_seed(0)).to(dtype)
+    n, channels, rows, columns = size
+    count = math.prod(size)
+    many = few.repeat(-(-count // len(few)))[:count]
+    return many.view(n, rows, columns, channels).permute(0, 3, 1, 2)

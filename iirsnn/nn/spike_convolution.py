@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.backend import choose, direct
 from . import events_or_dense
 from .origin import Layout, Origin, half_for
+from .products import LINEAR, Geometry, Work, dense_backward, dense_forward
 from .spike_packing import pack
+
+_SAMPLE = 2**17  # values of a gradient, or those of four images, that tell its density
 
 
 @dataclass(frozen=True)
@@ -89,19 +91,17 @@ class Convolution(torch.autograd.Function):
             layer.decide(without_events("tensor", "the input is neither spikes nor counts"))
             ctx.save_for_backward(x, weight, None)
             ctx.kept, ctx.by_events, ctx.work = False, False, None
-            return _dense_forward(x, weight, bias, geometry)
+            return dense_forward(x, weight, bias, geometry)
         kind, (bits, table, nonzeros) = packed
         density = nonzeros / x.numel()
         name = "counts" if kind.counts else "bits"
-        ctx.work = work = work_of(geometry, x.shape, weight.shape)
-        ways, reason = events_or_dense.decide(layer.mode, name, density, work.product, weight.dtype)
-        if not work.addressable:
-            ways, reason = ("dense", "dense"), "events cannot address images of this size"
+        ctx.work = work = Work(tuple(x.shape), tuple(weight.shape), geometry)
+        ways, reason = events_or_dense.decide(layer.mode, name, density, work, weight.dtype)
         layer.decide(Decision(name, *ways, density=density, reason=reason))
         ctx.save_for_backward(bits, weight, table)
         ctx.kept, ctx.by_events = True, ways[1] == "events"
         if ways[0] == "dense":
-            return _dense_forward(x, weight, bias, geometry)
+            return dense_forward(x, weight, bias, geometry)
         out: Tensor = torch.ops.iirsnn.spike_conv2d(bits, table, ctx.size, weight, bias, *geometry)
         last = torch.channels_last in (ctx.x_format, memory_format(weight))
         return out if last else out.contiguous()
@@ -112,6 +112,8 @@ class Convolution(torch.autograd.Function):
         kept, weight, table = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_x = grad_weight = grad_bias = None
+        if torch.channels_last in (ctx.x_format, memory_format(weight)):
+            grad = grad.contiguous(memory_format=torch.channels_last)  # once for all products
         if need_weight and ctx.by_events:
             grad_weight = torch.ops.iirsnn.spike_conv2d_weight(
                 kept, table, ctx.size, grad, weight.shape, *ctx.geometry
@@ -133,7 +135,7 @@ class Convolution(torch.autograd.Function):
             else:
                 x = kept.to(weight.dtype)
             mask = [need_x, dense_weight, False]
-            grads = _dense_backward(grad, x, weight, ctx.geometry, mask)
+            grads = dense_backward(grad, x, weight, ctx.geometry, mask)
             grad_x = grads[0] if need_x else grad_x
             grad_weight = grads[1] if dense_weight else grad_weight
         if grad_x is not None:
@@ -177,7 +179,7 @@ class DenseConvolution(torch.autograd.Function):
     ) -> Tensor:
         ctx.known, ctx.layout, ctx.geometry = known, Layout.of(x), geometry
         ctx.save_for_backward(known.pack(x), weight)
-        return _dense_forward(x, weight, bias, geometry)
+        return dense_forward(x, weight, bias, geometry)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -185,7 +187,7 @@ class DenseConvolution(torch.autograd.Function):
         packed, weight = ctx.saved_tensors
         mask = list(ctx.needs_input_grad[:3])
         x = ctx.known.unpack(packed, ctx.layout) if mask[1] else ctx.layout.empty(grad.device)
-        grad_x, *grads = _dense_backward(grad, x.to(weight.dtype), weight, ctx.geometry, mask)
+        grad_x, *grads = dense_backward(grad, x.to(weight.dtype), weight, ctx.geometry, mask)
         return None if grad_x is None else grad_x.to(ctx.layout.dtype), *grads, None, None
 
 
@@ -197,56 +199,6 @@ def _refuse_second() -> None:
         )
 
 
-class Geometry(NamedTuple):
-    """Of a convolution."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-
-    def output(self, size: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, int]:
-        """Rows and columns, of images [N, C, rows, columns] and a weight [K, C, rows, columns]."""
-        rows, columns = (
-            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            for size, kernel, stride, padding, dilation in zip(
-                size[2:], weight[2:], *self[:3], strict=True
-            )
-        )
-        return rows, columns
-
-
-LINEAR = Geometry((1, 1), (0, 0), (1, 1), 1)
-
-
-class Work(NamedTuple):
-    """What is to be computed forward and backward, as events_or_dense compares it.
-
-    Attributes:
-        product: of the output and of the weight's gradient.
-        input_grad: the product of the input's gradient.
-        addressable: whether the kernels of events take images of this size: offsets have 32 bits.
-    """
-
-    product: events_or_dense.Product
-    input_grad: events_or_dense.Product
-    addressable: bool
-
-
-@functools.lru_cache(maxsize=1024)  # a layer asks in every step
-def work_of(geometry: Geometry, size: tuple[int, ...], weight: tuple[int, ...]) -> Work:
-    images, _, height, width = size
-    out_height, out_width = geometry.output(size, weight)
-    positions = max(height, out_height) * (width + out_width)
-    outputs, channels, rows, columns = weight
-    outputs //= geometry.groups
-    return Work(
-        events_or_dense.Product(channels, outputs, rows, columns, images, out_height * out_width),
-        events_or_dense.Product(outputs, channels, rows, columns, images, height * width),
-        192 * max(width, out_width) < 2**25 and positions < 2**25,
-    )
-
-
 def memory_format(x: Tensor) -> torch.memory_format:
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
@@ -255,41 +207,15 @@ def memory_format(x: Tensor) -> torch.memory_format:
 def _input_by_events(ctx: Any, grad: Tensor, weight: Tensor) -> bool:
     """Whether the gradient of x is to be computed by the events of the output's gradient."""
     layer, work = ctx.layer, ctx.work
-    if work is None or not work.addressable or ctx.geometry.stride != (1, 1):
+    if work is None or ctx.geometry.stride != (1, 1):
         return False
     if weight.dtype != torch.float32 or not grad.numel():
         return False
-    sample = grad[:: max(1, grad.shape[0] // 16)]
-    density = torch.count_nonzero(sample).item() / sample.numel()
-    events = events_or_dense.input_by_events(layer.mode, density, work.input_grad, weight.dtype)
+
+    def density() -> float:
+        sample = grad[:: max(1, min(grad.shape[0] // 4, grad.numel() // _SAMPLE))]
+        return torch.count_nonzero(sample).item() / sample.numel()
+
+    events = events_or_dense.input_by_events(layer.mode, density, work, weight.dtype)
     layer.decide(replace(layer.decision, input_grad="events" if events else "dense"))
     return events
-
-
-def _dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    x = x.to(weight.dtype)
-    if x.shape[2:] == weight.shape[2:] == (1, 1) and geometry == LINEAR:
-        return F.linear(x.flatten(1), weight.flatten(1), bias)[..., None, None]
-    return F.conv2d(x, weight, bias, *geometry)
-
-
-def _dense_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, mask: list[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, weight and bias that the mask asks for.
-
-    Where it does not ask for that of the weight, of x the layout alone is read.
-    """
-    if x.shape[2:] == weight.shape[2:] == (1, 1) and geometry == LINEAR:
-        flat = grad.flatten(1)
-        return (
-            (flat @ weight.flatten(1))[..., None, None] if mask[0] else None,
-            (flat.t() @ x.flatten(1))[..., None, None] if mask[1] else None,
-            flat.sum(0) if mask[2] else None,
-        )
-    stride, padding, dilation, groups = geometry
-    size = [weight.shape[0]] if mask[2] else None
-    rest = stride, padding, dilation, False, [0, 0], groups, mask
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None]
-    grads = torch.ops.aten.convolution_backward(grad, x, weight, size, *rest)
-    return grads

@@ -27,10 +27,9 @@ from ..errors import check_choice
 from ..ops.backend import direct, why_not
 from .neuron import FusedLIF
 from .origin import Origin, average, origin
+from .products import LINEAR, Geometry
 from .spike_convolution import (
-    LINEAR,
     Decision,
-    Geometry,
     by_events_or_dense,
     dense,
     memory_format,

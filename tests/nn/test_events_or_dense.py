@@ -1,10 +1,15 @@
 """What events cost beside dense products: measured, kept, and what is decided by it."""
 
+import json
+import math
+
 import pytest
 import torch
 
 from iirsnn import SpikeConv2d
 from iirsnn.nn import events_or_dense
+from iirsnn.nn.events_or_dense import Cost
+from iirsnn.nn.products import LINEAR, Geometry, Work
 from tests.nn.test_spike_layers import sparse_reals, spikes
 
 pytest.importorskip("iirsnn._C", reason="spike layers by events need iirsnn._C")
@@ -12,94 +17,187 @@ pytest.importorskip("iirsnn._C", reason="spike layers by events need iirsnn._C")
 pytestmark = pytest.mark.usefixtures("built_in_costs")
 
 FLOAT, HALF = torch.float32, torch.bfloat16
+SAME = Geometry((1, 1), (1, 1), (1, 1), 1)
+CONV = Work((2, 64, 8, 8), (64, 64, 3, 3), SAME)
+FULLY_CONNECTED = Work((8, 256, 1, 1), (256, 256, 1, 1), LINEAR)
+
+
+@pytest.fixture
+def calibrated(monkeypatch, tmp_path):
+    """Measures into a cache of its own, and returns the cache's file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("IIRSNN_CALIBRATE", "1")
+    monkeypatch.setattr(events_or_dense, "_SECONDS", 0.0)
+    events_or_dense._cost.cache_clear()
+    yield events_or_dense.cache_path()
+    events_or_dense._cost.cache_clear()
+
+
+def found(work=CONV, dtype=FLOAT):
+    """The costs of everything that is asked of a layer, read from the file."""
+    events_or_dense._cost.cache_clear()
+    keys = events_or_dense.BUILT_IN[dtype]
+    return {key: events_or_dense.cost(*key, work, dtype) for key in keys}
+
+
+def never(*args):
+    pytest.fail("measured, or asked for, in vain")
+
+
+# ---- Measured once ----
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
-def test_costs_are_measured_once(monkeypatch, tmp_path, dtype):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("IIRSNN_CALIBRATE", "1")
-    monkeypatch.setattr(events_or_dense, "_ROUNDS", 1)
-    first = events_or_dense.costs(dtype)
-    (file,) = (tmp_path / "iirsnn").iterdir()
-    assert file == events_or_dense.cache_path(dtype)
-    events_or_dense._costs.cache_clear()
-    monkeypatch.setattr(events_or_dense, "calibrate", lambda _: pytest.fail("measured twice"))
-    assert events_or_dense.costs(dtype) == first
-    assert first.keys() == events_or_dense.BUILT_IN[dtype].keys()
-    assert all(by_shape.keys() == set(events_or_dense.SHAPES) for by_shape in first.values())
+@pytest.mark.parametrize(
+    "work",
+    [
+        CONV,
+        FULLY_CONNECTED,
+        Work((3, 64, 9, 7), (32, 16, 5, 3), Geometry((1, 1), (2, 0), (1, 2), 4)),
+    ],
+    ids=["convolution", "linear", "groups and dilation"],
+)
+def test_costs_are_measured_once(monkeypatch, calibrated, work, dtype):
+    first = found(work, dtype)
+    assert all(math.isfinite(cost.fixed) and 0 <= cost.slope < math.inf for cost in first.values())
+    assert list(calibrated.parent.iterdir()) == [calibrated]
+    monkeypatch.setattr(events_or_dense, "measure", never)
+    assert found(work, dtype) == first
 
 
-def test_other_kernels_are_measured_anew(monkeypatch, tmp_path):
+def test_a_convolution_that_strides_has_no_events_backward_to_its_input(calibrated):
+    layer = SpikeConv2d(16, 16, 3, stride=2, padding=1)
+    layer(spikes((2, 16, 8, 8), 0.1).requires_grad_()).sum().backward()
+    measured = [json.loads(json.loads(line)[0])[0] for line in lines_of(calibrated)]
+    assert measured == ["forward", "weight_grad"]
+
+
+def lines_of(file):
+    return [line for line in file.read_text().splitlines() if line]
+
+
+def test_other_kernels_and_numbers_of_threads_are_measured_anew(monkeypatch, tmp_path):
     from iirsnn import _C
 
-    kernels = tmp_path / "_C.so"
+    kernels, path = tmp_path / "_C.so", events_or_dense.cache_path
     monkeypatch.setattr(_C, "__file__", str(kernels))
     paths = set()
     for content in (b"old", b"new"):
         kernels.write_bytes(content)
         events_or_dense._cache_path.cache_clear()
-        paths.add(events_or_dense.cache_path(FLOAT))
-    paths.add(events_or_dense.cache_path(HALF))
-    best = _C.build_info()["cpu_capability"]
-    _C.set_cpu_capability("portable")
+        paths.add(path())
+    threads, best = torch.get_num_threads(), _C.build_info()["cpu_capability"]
     try:
-        paths.add(events_or_dense.cache_path(FLOAT))
+        _C.set_cpu_capability("portable")
+        paths.add(path())
+        _C.set_cpu_capability(best)
+        torch.set_num_threads(threads + 1)
+        paths.add(path())
     finally:
         _C.set_cpu_capability(best)
+        torch.set_num_threads(threads)
         events_or_dense._cache_path.cache_clear()
     assert len(paths) == (4 if best != "portable" else 3)
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"a": 1}', "[1]"])
-def test_a_damaged_cache_is_replaced(monkeypatch, tmp_path, text):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("IIRSNN_CALIBRATE", "1")
-    path = events_or_dense.cache_path(FLOAT)
-    path.parent.mkdir()
-    path.write_text(text)
-    measured = costs_of(events_or_dense.Cost(0.5, 2.0))
-    monkeypatch.setattr(events_or_dense, "calibrate", lambda _: measured)
+def test_what_is_measured_has_a_key_of_its_own(monkeypatch, calibrated):
+    costs = iter(range(100))
+    monkeypatch.setattr(events_or_dense, "measure", lambda *_: Cost(float(next(costs)), 0.0))
+    strided = CONV._replace(geometry=SAME._replace(stride=(2, 2)))
+    works = CONV, strided, CONV._replace(weight=(32, 64, 3, 3)), CONV._replace(size=(2, 64, 4, 4))
+    asked = [
+        ("forward", "bits", FLOAT),
+        ("forward", "counts", FLOAT),
+        ("weight_grad", "bits", FLOAT),
+        ("forward", "bits", HALF),
+    ]
+    found = [
+        events_or_dense.cost(*key, work, dtype).fixed for work in works for *key, dtype in asked
+    ]
+    assert found == [*range(16)]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[1]", '[["a"', "\0\xff", '["KEY", [NaN, 1]]', '["KEY", 1]', '["KEY", [1']
+)
+def test_lines_that_are_damaged_are_measured_anew(monkeypatch, calibrated, text):
+    key = json.dumps(["forward", "bits", "float32", *events_or_dense.representative(CONV)])
+    calibrated.parent.mkdir()
+    calibrated.write_text(text.replace('"KEY"', json.dumps(key)))  # without an end of the line
+    monkeypatch.setattr(events_or_dense, "measure", lambda *_: Cost(0.5, 2.0))
     for _ in range(2):  # measured, and then read
-        events_or_dense._costs.cache_clear()
-        assert events_or_dense.costs(FLOAT) == measured
-        monkeypatch.setattr(events_or_dense, "calibrate", lambda _: pytest.fail("measured twice"))
+        events_or_dense._cost.cache_clear()
+        assert events_or_dense.cost("forward", "bits", CONV, FLOAT) == Cost(0.5, 2.0)
+        monkeypatch.setattr(events_or_dense, "measure", never)
+
+
+def test_processes_that_measure_together_end_with_the_same(monkeypatch, calibrated):
+    def other(*_):  # while this one measures
+        key = json.dumps(["forward", "bits", "float32", *events_or_dense.representative(CONV)])
+        calibrated.write_text(json.dumps([key, [0.25, 1.0]]) + "\n")
+        return Cost(0.5, 2.0)
+
+    monkeypatch.setattr(events_or_dense, "measure", other)
+    assert events_or_dense.cost("forward", "bits", CONV, FLOAT) == Cost(0.25, 1.0)
 
 
 def test_built_in_costs_where_no_cache_can_be_written(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
+    monkeypatch.setattr(events_or_dense, "measure", never)
     monkeypatch.setenv("IIRSNN_CALIBRATE", "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert events_or_dense.costs(FLOAT) is events_or_dense.BUILT_IN[FLOAT]
+    assert found() == events_or_dense.BUILT_IN[FLOAT]
     monkeypatch.setenv("IIRSNN_CALIBRATE", "0")
-    assert events_or_dense.costs(HALF) is events_or_dense.BUILT_IN[HALF]
+    assert found(dtype=HALF) == events_or_dense.BUILT_IN[HALF]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "channels", "more"), [(10, 64, 3.2), (64, 64, 1.0), (96, 1, 1.0)]
+)
+def test_built_in_costs_know_tiles_that_are_not_filled(outputs, channels, more):
+    work = Work((2, channels, 8, 8), (outputs, channels, 3, 3), SAME)
+    cost, starts = (
+        events_or_dense.cost("forward", "bits", work, FLOAT),
+        192 / min(192, 3 * channels),
+    )
+    assert (cost.fixed, cost.slope) == pytest.approx((more * starts * 0.09, more * 1.2))
+    turned = Work((2, outputs, 8, 8), (channels, outputs, 3, 3), SAME)
+    cost = events_or_dense.cost("input_grad", "reals", turned, FLOAT)
+    assert (cost.fixed, cost.slope) == pytest.approx((more * starts * 0.1, more * 1.5))
+
+
+def test_what_is_measured_is_the_layer_with_as_many_images_as_tell():
+    many = Work((640, 64, 32, 32), (64, 64, 3, 3), SAME)
+    assert events_or_dense.representative(many) == many._replace(size=(16, 64, 32, 32))
+    assert events_or_dense.representative(CONV) == CONV
+    small = Work((1000, 512, 2, 2), (512, 512, 3, 3), SAME)
+    for images, timed in ((1000, 64), (64, 64), (63, 32), (5, 4), (1, 1)):
+        work = small._replace(size=(images, 512, 2, 2))
+        assert events_or_dense.representative(work).size == (timed, 512, 2, 2)
+    large = Work((8, 64, 224, 224), (64, 64, 3, 3), SAME)
+    assert events_or_dense.representative(large).size == (2, 64, 224, 224)
+    wide = Work((64, 25088, 1, 1), (4096, 25088, 1, 1), LINEAR)
+    assert events_or_dense.representative(wide) == Work(
+        (64, 2048, 1, 1), (2048, 2048, 1, 1), LINEAR
+    )
 
 
 def test_a_cost_is_a_line_through_two_times():
-    assert events_or_dense._cost(dense=2.0, sparse=0.4, denser=1.0) == events_or_dense.Cost(
-        0.1, 1.0
-    )
-    noise = events_or_dense._cost(dense=2.0, sparse=1.0, denser=0.9)
-    assert noise == events_or_dense.Cost(0.5, 0.0)
+    assert events_or_dense._line(dense=2.0, sparse=0.4, denser=1.0) == Cost(0.1, 1.0)
+    noise = events_or_dense._line(dense=2.0, sparse=1.0, denser=0.9)
+    assert noise == Cost(0.5, 0.0)
 
 
 # ---- The decision, with faked costs ----
 
-CONV, LINEAR = events_or_dense.SHAPES[1].product, events_or_dense.SHAPES[5].product
-
-
-def costs_of(cost, changes=()):
-    """The same cost everywhere, but for `changes`: {(pass, kind, shape): cost}."""
-    faked = {
-        key: dict.fromkeys(events_or_dense.SHAPES, cost) for key in events_or_dense.BUILT_IN[FLOAT]
-    }
-    for (which, kind, shape), changed in dict(changes).items():
-        faked[which, kind][shape] = changed
-    return faked
-
 
 def fake(monkeypatch, fixed, slope, changes=()):
-    faked = costs_of(events_or_dense.Cost(fixed, slope), changes)
-    monkeypatch.setattr(events_or_dense, "costs", lambda dtype: faked)
+    """The same cost everywhere, but for `changes`: {(pass, kind): cost}."""
+
+    def cost(which, kind, work, dtype):
+        return dict(changes).get((which, kind), Cost(fixed, slope))
+
+    monkeypatch.setattr(events_or_dense, "cost", cost)
 
 
 @pytest.mark.parametrize(
@@ -111,50 +209,29 @@ def test_a_tie_is_for_dense(monkeypatch, density, expected):
     ways, reason = events_or_dense.decide("auto", "bits", density, CONV, FLOAT)
     assert ways == (expected, expected)
     assert f"density {density:.3f} of bits" in reason
-    assert events_or_dense.input_by_events("auto", density, CONV, FLOAT) == (expected == "events")
+    by_events = events_or_dense.input_by_events("auto", lambda: density, CONV, FLOAT)
+    assert by_events == (expected == "events")
     for mode in ("events", "dense"):
         assert events_or_dense.decide(mode, "bits", density, CONV, FLOAT)[0] == (mode, mode)
-        assert events_or_dense.input_by_events(mode, density, CONV, FLOAT) == (mode == "events")
+        by_events = events_or_dense.input_by_events(mode, never, CONV, FLOAT)
+        assert by_events == (mode == "events")
 
 
 def test_each_pass_and_kind_has_its_own_costs_however_high(monkeypatch):
-    slow = {("forward", "counts", events_or_dense.SHAPES[1]): events_or_dense.Cost(40.0, 400.0)}
+    slow = {("forward", "counts"): Cost(40.0, 400.0), ("input_grad", "reals"): Cost(3.0, 0.0)}
     fake(monkeypatch, 0.0, 1.0, slow)
     assert events_or_dense.decide("auto", "counts", 0.01, CONV, FLOAT)[0] == ("dense", "events")
     assert events_or_dense.decide("auto", "bits", 0.01, CONV, FLOAT)[0] == ("events", "events")
-    assert events_or_dense.decide("auto", "counts", 0.01, LINEAR, FLOAT)[0] == ("events", "events")
+    assert not events_or_dense.input_by_events("auto", never, CONV, FLOAT)  # at no density
 
 
-def test_the_most_similar_shape_counts(monkeypatch):
-    fake(
-        monkeypatch,
-        0.0,
-        0.0,
-        {
-            ("forward", "bits", shape): events_or_dense.Cost(i, 0.0)
-            for i, shape in enumerate(events_or_dense.SHAPES)
-        },
-    )
-
-    def nearest(work, **changes):
-        return events_or_dense.ratio("forward", "bits", 0.1, work._replace(**changes), FLOAT)
-
-    assert [nearest(shape.product) for shape in events_or_dense.SHAPES] == [*range(6)]
-    assert nearest(CONV, images=64, positions=1024, channels=64, outputs=64) == 0
-    assert nearest(CONV, images=64, positions=4, channels=512, outputs=512) == 4
-    assert nearest(CONV, images=4, positions=4, channels=512, outputs=512) == 3
-    assert nearest(LINEAR, images=64, channels=4096, outputs=4096) == 5
-
-
-def test_outputs_and_channels_that_do_not_fill_a_tile_cost_more(monkeypatch):
-    fake(monkeypatch, 0.1, 1.0)
-
-    def ratio(**changes):
-        return events_or_dense.ratio("forward", "bits", 0.2, CONV._replace(**changes), FLOAT)
-
-    assert ratio() == pytest.approx(0.3)
-    assert ratio(outputs=10) == pytest.approx(3.2 * 0.3)
-    assert ratio(channels=1) == pytest.approx(64 * 0.1 + 0.2)
+def test_images_that_events_cannot_address_are_dense(monkeypatch):
+    fake(monkeypatch, 0.0, 0.0)
+    large = Work((1, 1, 6000, 6000), (1, 1, 1, 1), LINEAR)
+    for mode in ("auto", "events"):
+        ways, reason = events_or_dense.decide(mode, "bits", 0.1, large, FLOAT)
+        assert (ways, "cannot address" in reason) == (("dense", "dense"), True)
+        assert not events_or_dense.input_by_events(mode, never, large, FLOAT)
 
 
 def test_a_layer_does_what_the_costs_say(monkeypatch):
