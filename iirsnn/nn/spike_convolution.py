@@ -90,7 +90,7 @@ class Convolution(torch.autograd.Function):
         if packed is None:
             layer.decide(without_events("tensor", "the input is neither spikes nor counts"))
             ctx.save_for_backward(x, weight, None)
-            ctx.kept, ctx.by_events, ctx.work = False, False, None
+            ctx.by_events, ctx.work = False, None
             return dense_forward(x, weight, bias, geometry)
         kind, (bits, table, nonzeros) = packed
         density = nonzeros / x.numel()
@@ -99,7 +99,7 @@ class Convolution(torch.autograd.Function):
         ways, reason = events_or_dense.decide(layer.mode, name, density, work, weight.dtype)
         layer.decide(Decision(name, *ways, density=density, reason=reason))
         ctx.save_for_backward(bits, weight, table)
-        ctx.kept, ctx.by_events = True, ways[1] == "events"
+        ctx.by_events = ways[1] == "events"
         if ways[0] == "dense":
             return dense_forward(x, weight, bias, geometry)
         out: Tensor = torch.ops.iirsnn.spike_conv2d(bits, table, ctx.size, weight, bias, *geometry)
@@ -114,30 +114,25 @@ class Convolution(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         if torch.channels_last in (ctx.x_format, memory_format(weight)):
             grad = grad.contiguous(memory_format=torch.channels_last)  # once for all products
+        if need_bias:
+            grad_bias = grad.sum((0, 2, 3)).to(weight.dtype)  # sums of bfloat16 are float32 inside
         if need_weight and ctx.by_events:
             grad_weight = torch.ops.iirsnn.spike_conv2d_weight(
                 kept, table, ctx.size, grad, weight.shape, *ctx.geometry
             )
-        if need_bias:
-            grad_bias = grad.sum((0, 2, 3)).to(weight.dtype)  # sums of bfloat16 are float32 inside
-        if need_x and _input_by_events(ctx, grad, weight):
-            _, padding, dilation, groups = ctx.geometry
-            grad_x = torch.ops.iirsnn.spike_conv2d_input(
-                grad, weight, ctx.size, padding, dilation, groups
+        elif need_weight:
+            x = (
+                kept.to(weight.dtype)
+                if table is None
+                else torch.ops.iirsnn.spike_unpack(kept, table, ctx.size, weight.dtype)
             )
-            need_x = False
-        dense_weight = need_weight and not ctx.by_events
-        if need_x or dense_weight:
-            if not dense_weight:
-                x = torch.empty(ctx.size, dtype=weight.dtype, memory_format=torch.channels_last)
-            elif ctx.kept:
-                x = torch.ops.iirsnn.spike_unpack(kept, table, ctx.size, weight.dtype)
-            else:
-                x = kept.to(weight.dtype)
-            mask = [need_x, dense_weight, False]
-            grads = dense_backward(grad, x, weight, ctx.geometry, mask)
-            grad_x = grads[0] if need_x else grad_x
-            grad_weight = grads[1] if dense_weight else grad_weight
+            grad_weight = dense_backward(grad, x, weight, ctx.geometry, [False, True, False])[1]
+            del x  # before its gradient takes as much
+        if need_x and _input_by_events(ctx, grad, weight):
+            grad_x = torch.ops.iirsnn.spike_conv2d_input(grad, weight, ctx.size, *ctx.geometry[1:])
+        elif need_x:
+            x = torch.empty(ctx.size, dtype=weight.dtype, memory_format=torch.channels_last)
+            grad_x = dense_backward(grad, x, weight, ctx.geometry, [True, False, False])[0]
         if grad_x is not None:
             grad_x = grad_x.to(ctx.x_dtype)
         return grad_x, grad_weight, grad_bias, None, None
