@@ -4,9 +4,11 @@
 
 Threads that wait for each other at fixed halves of the work wait for the slower core. The goal: two
 threads with a busy neighbour take at most 1.3 times as long as one thread alone. torch's own
-addition stands beside the kernels that share its threads.
+addition stands beside the kernels that share its threads. OpenMP decides when it is loaded whether
+a waiting thread spins or sleeps (OMP_WAIT_POLICY), so each measurement is a process of its own.
 """
 
+import json
 import os
 import signal
 import statistics
@@ -80,14 +82,15 @@ WORK = {
 }
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core: no neighbour to have")
-@pytest.mark.parametrize("what", WORK)
-def test_neighbour(benchmark, keep_group, say, what):
-    before = torch.get_num_threads()
+#: OMP_WAIT_POLICY: OpenMP's own default, and what the commands of iirsnn set.
+POLICIES = ("", "PASSIVE")
+
+
+def measure(what):
+    """{condition: milliseconds of each call}."""
     make, calls = WORK[what]
     times = {name: [] for name in (ALONE, BOTH, BUSY)}
-
-    def measure(wake, rest):
+    with neighbour() as (wake, rest):
         work = make()
         for _ in range(ROUNDS):
             for name, taken in times.items():
@@ -100,12 +103,22 @@ def test_neighbour(benchmark, keep_group, say, what):
                     taken.append(1e3 * (time.perf_counter() - start))
                     del result
                 rest()
+    return times
 
-    try:
-        with neighbour() as (wake, rest):
-            benchmark.pedantic(measure, (wake, rest), rounds=1)
-    finally:
-        torch.set_num_threads(before)
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core: no neighbour to have")
+@pytest.mark.parametrize("policy", POLICIES, ids=["spinning", "passive"])
+@pytest.mark.parametrize("what", WORK)
+def test_neighbour(benchmark, keep_group, say, what, policy):
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": policy} if policy else {}
+    command = [sys.executable, __file__, what]
+
+    def run():
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+        return json.loads(done.stdout)
+
+    times = benchmark.pedantic(run, rounds=1)
     least = statistics.median(times[ALONE])
     rows = {}
     for name, taken in times.items():
@@ -118,4 +131,8 @@ def test_neighbour(benchmark, keep_group, say, what):
         say(
             f"  {name:<30} {rows[name]['median_ms']:9.3f} ms; median, p95, most: {ratios} x {ALONE}"
         )
-    keep_group({"subject": "neighbour", "what": what, "threads": 2}, rows)
+    keep_group({"subject": "neighbour", "what": what, "threads": 2, "wait_policy": policy}, rows)
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1])))

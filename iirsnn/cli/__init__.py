@@ -30,6 +30,9 @@ def main() -> None:
     """Run the command line; an error the user can mend is one line, without a traceback."""
     if not os.path.isabs(os.environ.get("XDG_CACHE_HOME", "/")):
         del os.environ["XDG_CACHE_HOME"]  # to be ignored, which matplotlib does not know
+    # Threads that spin while they wait take the core from the one that is waited for, once another
+    # process is busy. OpenMP reads this when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # names of files may be bytes of no encoding, or of characters that the terminal's has not
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):

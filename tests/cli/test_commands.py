@@ -1,7 +1,10 @@
 """The command line: what it prints, and one clear line for every bad input."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from safetensors.torch import save_file
@@ -90,6 +93,17 @@ def test_env_names_the_backends(iirsnn):
     assert result.code == 0
     for name in ("cpu", "cuda", "triton", "reference"):
         assert f"backend {name}" in result.out
+
+
+@pytest.mark.parametrize(("given", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_that_wait_sleep_unless_the_user_wants_them_to_spin(given, policy):
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_DISPLAY_ENV": "true"} | ({"OMP_WAIT_POLICY": given} if given else {})
+    command = [sys.executable, "-m", "iirsnn", "env"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    if "OMP_WAIT_POLICY" not in done.stderr:
+        pytest.skip("this torch has no OpenMP that tells its settings")
+    assert f"OMP_WAIT_POLICY = '{policy}'" in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["train", "digits", "--nothing"], ["nothing"], ["evaluate"]])
