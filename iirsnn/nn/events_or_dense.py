@@ -108,10 +108,14 @@ def input_by_events(
 
 @functools.lru_cache(maxsize=1024)  # a layer asks in every step
 def addressable(work: Work) -> bool:
-    """Whether the kernels of events take images of this size: their offsets have 32 bits."""
+    """Whether the kernels of events take images of this size: their offsets have 32 bits.
+
+    Not those smaller than the kernel, which torch's own product refuses.
+    """
     (height, width), (out_height, out_width) = work.size[2:], work.output[2:]
     positions = max(height, out_height) * (width + out_width)
-    return 192 * max(width, out_width) < 2**25 and positions < 2**25
+    small = 192 * max(width, out_width) < 2**25 and positions < 2**25
+    return small and min(out_height, out_width) > 0
 
 
 # ---- What events cost ----
@@ -120,8 +124,9 @@ def addressable(work: Work) -> bool:
 def cost(which: str, kind: str, work: Work, dtype: torch.dtype) -> Cost:
     """What events cost beside dense products here: measured once, then read from the cache.
 
-    Built in where IIRSNN_CALIBRATE=0, or where the cache cannot be written: what a process measured
-    for itself alone would make runs differ by rounding.
+    Built in where IIRSNN_CALIBRATE=0, under torch.jit.trace, which would record what is measured,
+    or where the cache cannot be written: what a process measured for itself alone would make runs
+    differ by rounding.
 
     Args:
         which: forward, weight_grad or input_grad.
@@ -129,7 +134,8 @@ def cost(which: str, kind: str, work: Work, dtype: torch.dtype) -> Cost:
         work: the layer's.
         dtype: of the weight.
     """
-    path = None if os.environ.get("IIRSNN_CALIBRATE", "1") == "0" else cache_path()
+    never = os.environ.get("IIRSNN_CALIBRATE", "1") == "0" or torch.jit.is_tracing()
+    path = None if never else cache_path()
     return _cost(None if path is None else str(path), which, kind, work, dtype)
 
 
@@ -208,7 +214,7 @@ def _kept(file: Path, key: str, measure: Callable[[], Cost]) -> Cost:
     Processes that measure at the same time end with the same: that of the first line.
 
     Raises:
-        OSError: the file can neither be read nor written.
+        OSError: the file can neither be read nor written, or does not keep what is written.
     """
     known = _read(file, key)
     if known is None:
@@ -217,16 +223,21 @@ def _kept(file: Path, key: str, measure: Callable[[], Cost]) -> Cost:
             new = measure()
             line = json.dumps([key, [new.fixed, new.slope]])
             lines.write(f"\n{line}\n".encode())  # at once, and after a line that was cut off
-        known = _read(file, key) or new
+        known = _read(file, key)
+        if known is None:
+            raise OSError(f"{file} does not keep what is written")  # a full disk, after a part
     return known
 
 
 def _read(file: Path, key: str) -> Cost | None:
+    start = f"[{json.dumps(key)}, ".encode()
     with contextlib.suppress(FileNotFoundError):
         for line in file.read_bytes().splitlines():
-            with contextlib.suppress(ValueError, TypeError):
-                found, (fixed, slope) = json.loads(line)
-                if found == key and math.isfinite(fixed) and math.isfinite(slope):
+            if not line.startswith(start):  # of many, few are parsed
+                continue
+            with contextlib.suppress(ValueError, TypeError, OverflowError, RecursionError):
+                _, (fixed, slope) = json.loads(line)
+                if math.isfinite(fixed) and math.isfinite(slope):
                     return Cost(fixed, slope)
     return None
 

@@ -95,7 +95,10 @@ class Convolution(torch.autograd.Function):
         kind, (bits, table, nonzeros) = packed
         density = nonzeros / x.numel()
         name = "counts" if kind.counts else "bits"
-        ctx.work = work = Work(tuple(x.shape), tuple(weight.shape), geometry)
+        size, weight_size = (
+            tuple(map(int, t.shape)) for t in (x, weight)
+        )  # of torch.jit.trace too
+        ctx.work = work = Work(size, weight_size, geometry)
         ways, reason = events_or_dense.decide(layer.mode, name, density, work, weight.dtype)
         layer.decide(Decision(name, *ways, density=density, reason=reason))
         ctx.save_for_backward(bits, weight, table)
@@ -112,8 +115,10 @@ class Convolution(torch.autograd.Function):
         kept, weight, table = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_x = grad_weight = grad_bias = None
-        if torch.channels_last in (ctx.x_format, memory_format(weight)):
-            grad = grad.contiguous(memory_format=torch.channels_last)  # once for all products
+        layout = torch.contiguous_format
+        if table is not None or torch.channels_last in (ctx.x_format, memory_format(weight)):
+            layout = torch.channels_last  # that of unpacked spikes
+            grad = grad.contiguous(memory_format=layout)  # once for all products
         if need_bias:
             grad_bias = grad.sum((0, 2, 3)).to(weight.dtype)  # sums of bfloat16 are float32 inside
         if need_weight and ctx.by_events:
@@ -131,7 +136,7 @@ class Convolution(torch.autograd.Function):
         if need_x and _input_by_events(ctx, grad, weight):
             grad_x = torch.ops.iirsnn.spike_conv2d_input(grad, weight, ctx.size, *ctx.geometry[1:])
         elif need_x:
-            x = torch.empty(ctx.size, dtype=weight.dtype, memory_format=torch.channels_last)
+            x = torch.empty(ctx.size, dtype=weight.dtype, memory_format=layout)
             grad_x = dense_backward(grad, x, weight, ctx.geometry, [True, False, False])[0]
         if grad_x is not None:
             grad_x = grad_x.to(ctx.x_dtype)

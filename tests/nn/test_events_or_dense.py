@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from iirsnn import SpikeConv2d
+from iirsnn import SpikeConv2d, SpikeLinear
 from iirsnn.nn import events_or_dense
 from iirsnn.nn.events_or_dense import Cost
 from iirsnn.nn.products import LINEAR, Geometry, Work
@@ -118,7 +118,19 @@ def test_what_is_measured_has_a_key_of_its_own(monkeypatch, calibrated):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", "[1]", '[["a"', "\0\xff", '["KEY", [NaN, 1]]', '["KEY", 1]', '["KEY", [1']
+    "text",
+    [
+        "",
+        "{}",
+        "[1]",
+        '[["a"',
+        "\0\xff",
+        "[" * 100000,
+        '["KEY", [NaN, 1]]',
+        '["KEY", 1]',
+        '["KEY", [1',
+        f'["KEY", [1{"0" * 400}, 1]]',
+    ],
 )
 def test_lines_that_are_damaged_are_measured_anew(monkeypatch, calibrated, text):
     key = json.dumps(["forward", "bits", "float32", *events_or_dense.representative(CONV)])
@@ -139,6 +151,19 @@ def test_processes_that_measure_together_end_with_the_same(monkeypatch, calibrat
 
     monkeypatch.setattr(events_or_dense, "measure", other)
     assert events_or_dense.cost("forward", "bits", CONV, FLOAT) == Cost(0.25, 1.0)
+
+
+def test_built_in_costs_where_a_full_disk_takes_a_part_of_the_line(monkeypatch, calibrated):
+    read = events_or_dense._read
+    monkeypatch.setattr(events_or_dense, "measure", lambda *_: Cost(0.5, 2.0))
+
+    def cut(file, key):
+        if file.exists():
+            file.write_bytes(file.read_bytes()[:20])
+        return read(file, key)
+
+    monkeypatch.setattr(events_or_dense, "_read", cut)
+    assert found() == events_or_dense.BUILT_IN[FLOAT]
 
 
 def test_built_in_costs_where_no_cache_can_be_written(monkeypatch, tmp_path):
@@ -232,6 +257,25 @@ def test_images_that_events_cannot_address_are_dense(monkeypatch):
         ways, reason = events_or_dense.decide(mode, "bits", 0.1, large, FLOAT)
         assert (ways, "cannot address" in reason) == (("dense", "dense"), True)
         assert not events_or_dense.input_by_events(mode, never, large, FLOAT)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("layer", "size"), [(SpikeConv2d(45, 8, 3), (2, 45, 8, 8)), (SpikeLinear(45, 8), (2, 45))]
+)
+def test_layers_can_be_traced(calibrated, layer, size):
+    x = spikes(size)
+    traced = torch.jit.trace(layer, x, check_trace=False)
+    torch.testing.assert_close(traced(x), layer(x))
+
+
+@pytest.mark.parametrize("mode", ["auto", "events", "dense"])
+def test_images_smaller_than_the_kernel_are_refused_as_torch_does(calibrated, mode):
+    layer = SpikeConv2d(4, 8, 3, dilation=(1, 3))
+    layer.set_mode(mode)
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+        layer(spikes((1, 4, 5, 3)))
+    assert not calibrated.exists()
 
 
 def test_a_layer_does_what_the_costs_say(monkeypatch):
