@@ -11,16 +11,22 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import cache
 from .products import Work, dense_backward, dense_forward
+
+try:
+    import fcntl
+except ImportError:  # no POSIX
+    fcntl = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -55,9 +61,12 @@ BUILT_IN = {
 #: Events have to take less than this fraction of the dense time: a tie is for dense.
 GAIN = 0.95
 
-FORMAT = 3  # of the cache
-_PRODUCTS = 16 * 64 * 64 * 9 * 32 * 32  # multiplications of what is timed
-_SECONDS, _ROUNDS = 0.02, (3, 9)  # of one measurement, which ends between these rounds
+FORMAT = 4  # of the cache
+_PRODUCTS = 16 * 64 * 64 * 9 * 32 * 32  # multiplications of what is timed, at most
+_VALUES = 2**22  # of its input or output, at most
+_SECONDS, _ROUNDS = 0.02, (2, 9)  # of one measurement, which ends between these rounds
+_AGREE, _PATIENCE = 1.25, 0.3  # two least times differ by this at most, or rounds go on so long
+_WAIT = 5.0  # seconds for another process's measurement
 _SPARSE, _DENSER = 0.1, 0.4  # densities that are timed
 _TILE = 32  # outputs that events are added to at a time
 _SEGMENT = 192  # channels times kernel columns whose events are added one after the other
@@ -78,11 +87,12 @@ def decide(
         work: the layer's.
         dtype: of the weight.
     """
-    if not addressable(work):
+    if not possible(work):
         return ("dense", "dense"), "events cannot address images of this size"
     if mode != "auto":
         return (mode, mode), f"mode is {mode}"
-    ratios = [cost(p, kind, work, dtype).at(density) for p in ("forward", "weight_grad")]
+    known = costs(("forward", "weight_grad"), kind, work, dtype)
+    ratios = [cost.at(density) for cost in known]
     forward, weight_grad = ("events" if r < GAIN else "dense" for r in ratios)
     reason = (
         f"density {density:.3f} of {kind}: events are expected to take {ratios[0]:.2f} (forward) "
@@ -98,45 +108,48 @@ def input_by_events(
 
     density: asked for where it matters.
     """
-    if mode == "dense" or not addressable(work):
+    if mode == "dense" or not possible(work):
         return False
     if mode == "events":
         return True
-    known = cost("input_grad", "reals", work, dtype)
+    (known,) = costs(("input_grad",), "reals", work, dtype)
     return known.at(0.0) < GAIN and (known.at(1.0) < GAIN or known.at(density()) < GAIN)
 
 
 @functools.lru_cache(maxsize=1024)  # a layer asks in every step
-def addressable(work: Work) -> bool:
-    """Whether the kernels of events take images of this size: their offsets have 32 bits.
+def possible(work: Work) -> bool:
+    """Whether the kernels of events take a layer: their offsets have 32 bits.
 
-    Not those smaller than the kernel, which torch's own product refuses.
+    Not one without inputs or outputs, nor images smaller than the kernel, which torch's own product
+    refuses.
     """
     (height, width), (out_height, out_width) = work.size[2:], work.output[2:]
+    if math.prod(work.weight) == 0 or min(out_height, out_width) <= 0:
+        return False
     positions = max(height, out_height) * (width + out_width)
-    small = 192 * max(width, out_width) < 2**25 and positions < 2**25
-    return small and min(out_height, out_width) > 0
+    return 192 * max(width, out_width) < 2**25 and positions < 2**25
 
 
 # ---- What events cost ----
 
 
-def cost(which: str, kind: str, work: Work, dtype: torch.dtype) -> Cost:
+def costs(passes: tuple[str, ...], kind: str, work: Work, dtype: torch.dtype) -> list[Cost]:
     """What events cost beside dense products here: measured once, then read from the cache.
 
     Built in where IIRSNN_CALIBRATE=0, under torch.jit.trace, which would record what is measured,
-    or where the cache cannot be written: what a process measured for itself alone would make runs
-    differ by rounding.
+    where the machine is too busy for two times to agree, or where the cache cannot be written: what
+    a process measured for itself alone would make runs differ by rounding.
 
     Args:
-        which: forward, weight_grad or input_grad.
+        passes: of forward, weight_grad and input_grad.
         kind: bits, counts or reals: what the events are.
         work: the layer's.
         dtype: of the weight.
     """
     never = os.environ.get("IIRSNN_CALIBRATE", "1") == "0" or torch.jit.is_tracing()
     path = None if never else cache_path()
-    return _cost(None if path is None else str(path), which, kind, work, dtype)
+    where = None if path is None else str(path)
+    return [_cost(where, which, kind, work, dtype) for which in passes]
 
 
 @functools.lru_cache(maxsize=4096)  # asked by every layer in every step
@@ -145,7 +158,9 @@ def _cost(path: str | None, which: str, kind: str, work: Work, dtype: torch.dtyp
         with contextlib.suppress(OSError):
             work = representative(work)
             key = json.dumps([which, kind, str(dtype).removeprefix("torch."), *work])
-            return _kept(Path(path), key, lambda: measure(which, kind, work, dtype))
+            found = _kept(Path(path), key, lambda: measure(which, kind, work, dtype))
+            if found is not None:
+                return found
     built_in = BUILT_IN[dtype][which, kind]
     outputs, channels, _, columns = work.weight
     outputs //= work.geometry.groups
@@ -156,18 +171,32 @@ def _cost(path: str | None, which: str, kind: str, work: Work, dtype: torch.dtyp
     return Cost(waste * starts * built_in.fixed, waste * built_in.slope)
 
 
-@functools.lru_cache(maxsize=1024)
 def representative(work: Work) -> Work:
     """What is timed in place of `work`: enough images to show what each of many costs.
 
-    Their number is a power of two. A linear layer is timed at 2048 inputs and outputs at most.
+    Their number is a power of two. Of one image that is too much by itself, some rows; of a linear
+    layer 2048 inputs and outputs at most.
     """
-    (images, channels, *area), weight = work.size, work.weight
+    (images, channels, height, width), weight, geometry = work
     if work.linear:
         channels, weight = min(channels, 2048), (*(min(n, 2048) for n in weight[:2]), 1, 1)
-    work = Work((images, channels, *area), weight, work.geometry)
-    images = min(images, max(2, _PRODUCTS // max(1, work.products)))
-    return work._replace(size=(1 << images.bit_length() - 1, channels, *area))
+
+    def of(images: int, height: int) -> Work:
+        return Work((images, channels, height, width), weight, geometry)
+
+    def fits(work: Work) -> bool:
+        outputs = weight[0] // geometry.groups
+        padded = -(-outputs // _TILE) * _TILE / outputs  # events compute whole tiles
+        values = max(math.prod(work.size), math.prod(work.output))
+        return work.size[0] * work.products * padded <= _PRODUCTS and values <= _VALUES
+
+    images = 1 << images.bit_length() - 1
+    while images > 1 and not fits(of(images, height)):
+        images //= 2
+    least = geometry.dilation[0] * (weight[2] - 1) + 1
+    while height > least and not fits(of(images, height)):
+        height = max(least, height // 2)
+    return of(images, height)
 
 
 # ---- The cache ----
@@ -194,7 +223,7 @@ def _extension() -> Any:
 @functools.lru_cache(maxsize=16)
 def _cache_path(root: str, kernels: str, capability: str, threads: int) -> Path:
     facts: list[Any] = [platform.processor(), platform.machine(), _processor(), torch.__version__]
-    facts += [capability, threads, FORMAT]
+    facts += [capability, threads, os.environ.get("OMP_WAIT_POLICY"), FORMAT]
     facts.append(hashlib.sha256(Path(kernels).read_bytes()).hexdigest())
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     return Path(root) / f"spike-cost-{capability}-{digest}.jsonl"
@@ -208,10 +237,11 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith("model name")), "")
 
 
-def _kept(file: Path, key: str, measure: Callable[[], Cost]) -> Cost:
+def _kept(file: Path, key: str, measure: Callable[[], Cost | None]) -> Cost | None:
     """The cost that the file has for a key; else it is measured and appended.
 
-    Processes that measure at the same time end with the same: that of the first line.
+    One process measures at a time, as others would disturb it, and all end with the same: that of
+    the first line. None: the measurement gives none.
 
     Raises:
         OSError: the file can neither be read nor written, or does not keep what is written.
@@ -219,14 +249,34 @@ def _kept(file: Path, key: str, measure: Callable[[], Cost]) -> Cost:
     known = _read(file, key)
     if known is None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("ab", buffering=0) as lines:  # fails before anything is measured
-            new = measure()
-            line = json.dumps([key, [new.fixed, new.slope]])
-            lines.write(f"\n{line}\n".encode())  # at once, and after a line that was cut off
-        known = _read(file, key)
+        # fails before anything is measured
+        with file.open("ab", buffering=0) as lines, _alone(lines.fileno()):
+            known = _read(file, key)
+            if known is None:
+                new = measure()
+                if new is None:
+                    return None
+                line = json.dumps([key, [new.fixed, new.slope]])
+                lines.write(f"\n{line}\n".encode())  # at once, and after a line that was cut off
+                known = _read(file, key)
         if known is None:
             raise OSError(f"{file} does not keep what is written")  # a full disk, after a part
     return known
+
+
+@contextlib.contextmanager
+def _alone(file: int) -> Iterator[None]:
+    """Holds a lock of an open file; without it where there is none, or where it takes too long."""
+    if fcntl is None:
+        yield
+        return
+    end = time.monotonic() + _WAIT
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        time.sleep(0.005)
+    yield  # closing the file gives it back
 
 
 def _read(file: Path, key: str) -> Cost | None:
@@ -245,19 +295,32 @@ def _read(file: Path, key: str) -> Cost | None:
 # ---- The measurement ----
 
 
-def measure(which: str, kind: str, work: Work, dtype: torch.dtype) -> Cost:
+def measure(which: str, kind: str, work: Work, dtype: torch.dtype) -> Cost | None:
     """Time the dense product and events at two densities, now.
 
-    Rounds over the three, of each the least time: a busy moment hits one round alone.
+    Rounds over the three, of each the least time: a busy moment hits one round alone. Where it
+    lasts, the least times of two rounds differ: None.
     """
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
         calls = _calls(which, kind, work, dtype)
-        least, begin = [math.inf] * 3, time.perf_counter()
-        for turn in range(1, _ROUNDS[1] + 1):
-            least = [min(before, _seconds(call)) for before, call in zip(least, calls, strict=True)]
-            if turn >= _ROUNDS[0] and time.perf_counter() - begin > _SECONDS:
-                break
-    return _line(*least)
+        times: list[list[float]] = [[] for _ in calls]
+        begin = time.perf_counter()
+        for turn in range(1, 1000):
+            for call, taken in zip(calls, times, strict=True):
+                taken.append(_seconds(call))
+            spent = time.perf_counter() - begin
+            if turn >= _ROUNDS[0] and (spent > _SECONDS or turn >= _ROUNDS[1]):
+                if all(map(_agree, times)):
+                    break
+                if spent > _PATIENCE:
+                    return None
+                time.sleep(0.005)  # another moment
+    return _line(*map(min, times))
+
+
+def _agree(times: list[float]) -> bool:
+    first, second, *_ = sorted(times)
+    return second <= _AGREE * first
 
 
 def _seconds(call: Callable[[], Any]) -> float:

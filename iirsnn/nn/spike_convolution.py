@@ -84,7 +84,8 @@ class Convolution(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Any, geometry: Any
     ) -> Tensor:
-        ctx.geometry, ctx.size, ctx.x_dtype, ctx.layer = geometry, list(x.shape), x.dtype, layer
+        ctx.geometry, ctx.size, ctx.x_dtype = geometry, list(x.shape), x.dtype
+        ctx.mode, ctx.layer = layer.mode, layer
         ctx.x_format = memory_format(x)
         packed = pack(x) if x.numel() else None
         if packed is None:
@@ -95,10 +96,8 @@ class Convolution(torch.autograd.Function):
         kind, (bits, table, nonzeros) = packed
         density = nonzeros / x.numel()
         name = "counts" if kind.counts else "bits"
-        size, weight_size = (
-            tuple(map(int, t.shape)) for t in (x, weight)
-        )  # of torch.jit.trace too
-        ctx.work = work = Work(size, weight_size, geometry)
+        # numbers under torch.jit.trace too
+        ctx.work = work = Work(tuple(map(int, x.shape)), tuple(map(int, weight.shape)), geometry)
         ways, reason = events_or_dense.decide(layer.mode, name, density, work, weight.dtype)
         layer.decide(Decision(name, *ways, density=density, reason=reason))
         ctx.save_for_backward(bits, weight, table)
@@ -154,13 +153,13 @@ class Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Any, geometry: Any
     ) -> Tensor:
         ctx.shape, (outputs, inputs) = x.shape, weight.shape
-        images = x.reshape(-1, inputs, 1, 1)
+        images = x.reshape(x.shape[:-1].numel(), inputs, 1, 1)
         out = Convolution.forward(ctx, images, weight[..., None, None], bias, layer, geometry)
         return out.reshape(*x.shape[:-1], outputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        images = grad.reshape(-1, grad.shape[-1], 1, 1)
+        images = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1], 1, 1)
         grad_x, grad_weight, *rest = Convolution.backward(ctx, images)
         if grad_x is not None:
             grad_x = grad_x.reshape(ctx.shape)
@@ -206,7 +205,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 def _input_by_events(ctx: Any, grad: Tensor, weight: Tensor) -> bool:
     """Whether the gradient of x is to be computed by the events of the output's gradient."""
-    layer, work = ctx.layer, ctx.work
+    work = ctx.work
     if work is None or ctx.geometry.stride != (1, 1):
         return False
     if weight.dtype != torch.float32 or not grad.numel():
@@ -216,6 +215,8 @@ def _input_by_events(ctx: Any, grad: Tensor, weight: Tensor) -> bool:
         sample = grad[:: max(1, min(grad.shape[0] // 4, grad.numel() // _SAMPLE))]
         return torch.count_nonzero(sample).item() / sample.numel()
 
-    events = events_or_dense.input_by_events(layer.mode, density, work, weight.dtype)
-    layer.decide(replace(layer.decision, input_grad="events" if events else "dense"))
+    events = events_or_dense.input_by_events(ctx.mode, density, work, weight.dtype)
+    if getattr(ctx.layer, "decision", None) is not None:  # it may be torch's own again
+        chosen = "events" if events else "dense"
+        ctx.layer.decide(replace(ctx.layer.decision, input_grad=chosen))
     return events

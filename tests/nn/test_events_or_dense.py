@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from iirsnn import SpikeConv2d, SpikeLinear
 from iirsnn.nn import events_or_dense
@@ -28,6 +29,7 @@ def calibrated(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("IIRSNN_CALIBRATE", "1")
     monkeypatch.setattr(events_or_dense, "_SECONDS", 0.0)
+    monkeypatch.setattr(events_or_dense, "_AGREE", math.inf)  # on a busy machine too
     events_or_dense._cost.cache_clear()
     yield events_or_dense.cache_path()
     events_or_dense._cost.cache_clear()
@@ -36,8 +38,12 @@ def calibrated(monkeypatch, tmp_path):
 def found(work=CONV, dtype=FLOAT):
     """The costs of everything that is asked of a layer, read from the file."""
     events_or_dense._cost.cache_clear()
-    keys = events_or_dense.BUILT_IN[dtype]
-    return {key: events_or_dense.cost(*key, work, dtype) for key in keys}
+    return {key: cost_of(*key, work, dtype) for key in events_or_dense.BUILT_IN[dtype]}
+
+
+def cost_of(which, kind, work, dtype):
+    (cost,) = events_or_dense.costs((which,), kind, work, dtype)
+    return cost
 
 
 def never(*args):
@@ -111,9 +117,7 @@ def test_what_is_measured_has_a_key_of_its_own(monkeypatch, calibrated):
         ("weight_grad", "bits", FLOAT),
         ("forward", "bits", HALF),
     ]
-    found = [
-        events_or_dense.cost(*key, work, dtype).fixed for work in works for *key, dtype in asked
-    ]
+    found = [cost_of(*key, work, dtype).fixed for work in works for *key, dtype in asked]
     assert found == [*range(16)]
 
 
@@ -139,7 +143,7 @@ def test_lines_that_are_damaged_are_measured_anew(monkeypatch, calibrated, text)
     monkeypatch.setattr(events_or_dense, "measure", lambda *_: Cost(0.5, 2.0))
     for _ in range(2):  # measured, and then read
         events_or_dense._cost.cache_clear()
-        assert events_or_dense.cost("forward", "bits", CONV, FLOAT) == Cost(0.5, 2.0)
+        assert cost_of("forward", "bits", CONV, FLOAT) == Cost(0.5, 2.0)
         monkeypatch.setattr(events_or_dense, "measure", never)
 
 
@@ -150,7 +154,7 @@ def test_processes_that_measure_together_end_with_the_same(monkeypatch, calibrat
         return Cost(0.5, 2.0)
 
     monkeypatch.setattr(events_or_dense, "measure", other)
-    assert events_or_dense.cost("forward", "bits", CONV, FLOAT) == Cost(0.25, 1.0)
+    assert cost_of("forward", "bits", CONV, FLOAT) == Cost(0.25, 1.0)
 
 
 def test_built_in_costs_where_a_full_disk_takes_a_part_of_the_line(monkeypatch, calibrated):
@@ -182,12 +186,12 @@ def test_built_in_costs_where_no_cache_can_be_written(monkeypatch, tmp_path):
 def test_built_in_costs_know_tiles_that_are_not_filled(outputs, channels, more):
     work = Work((2, channels, 8, 8), (outputs, channels, 3, 3), SAME)
     cost, starts = (
-        events_or_dense.cost("forward", "bits", work, FLOAT),
+        cost_of("forward", "bits", work, FLOAT),
         192 / min(192, 3 * channels),
     )
     assert (cost.fixed, cost.slope) == pytest.approx((more * starts * 0.09, more * 1.2))
     turned = Work((2, outputs, 8, 8), (channels, outputs, 3, 3), SAME)
-    cost = events_or_dense.cost("input_grad", "reals", turned, FLOAT)
+    cost = cost_of("input_grad", "reals", turned, FLOAT)
     assert (cost.fixed, cost.slope) == pytest.approx((more * starts * 0.1, more * 1.5))
 
 
@@ -200,7 +204,13 @@ def test_what_is_measured_is_the_layer_with_as_many_images_as_tell():
         work = small._replace(size=(images, 512, 2, 2))
         assert events_or_dense.representative(work).size == (timed, 512, 2, 2)
     large = Work((8, 64, 224, 224), (64, 64, 3, 3), SAME)
-    assert events_or_dense.representative(large).size == (2, 64, 224, 224)
+    assert events_or_dense.representative(large).size == (1, 64, 56, 224)
+    dilated = large._replace(geometry=SAME._replace(padding=(50, 50), dilation=(50, 50)))
+    assert events_or_dense.representative(dilated).size == (1, 64, 101, 224)
+    depthwise = Work((640, 512, 14, 14), (512, 1, 3, 3), SAME._replace(groups=512))
+    assert events_or_dense.representative(depthwise).size == (16, 512, 14, 14)
+    few = Work((64, 64, 512, 512), (1, 64, 1, 1), LINEAR)
+    assert math.prod(events_or_dense.representative(few).size) <= 2**22
     wide = Work((64, 25088, 1, 1), (4096, 25088, 1, 1), LINEAR)
     assert events_or_dense.representative(wide) == Work(
         (64, 2048, 1, 1), (2048, 2048, 1, 1), LINEAR
@@ -213,16 +223,60 @@ def test_a_cost_is_a_line_through_two_times():
     assert noise == Cost(0.5, 0.0)
 
 
+def test_times_that_do_not_agree_are_not_kept(monkeypatch, calibrated):
+    monkeypatch.setattr(events_or_dense, "_AGREE", 1.25)
+    monkeypatch.setattr(events_or_dense, "_PATIENCE", 0.02)
+    times = iter(2.0**i for i in range(10**6))
+    monkeypatch.setattr(events_or_dense, "_seconds", lambda call: next(times))
+    assert events_or_dense.measure("forward", "bits", CONV, FLOAT) is None
+    assert found() == events_or_dense.BUILT_IN[FLOAT]
+    assert lines_of(calibrated) == []
+    monkeypatch.setattr(events_or_dense, "_seconds", lambda call: 1.0)
+    assert found()["forward", "bits"] == Cost(1.0, 0.0)
+
+
+def test_one_process_measures_at_a_time(monkeypatch, calibrated):
+    fcntl = pytest.importorskip("fcntl", reason="no locks of POSIX")
+    held = []
+
+    def measured(*_):
+        with calibrated.open("ab") as other:  # as another process would
+            try:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                held.append(True)
+        return Cost(0.5, 2.0)
+
+    monkeypatch.setattr(events_or_dense, "measure", measured)
+    cost_of("forward", "bits", CONV, FLOAT)
+    assert held == [True]
+    monkeypatch.setattr(events_or_dense, "_WAIT", 0.02)
+    with calibrated.open("ab") as other:  # one that hangs is not waited for
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert cost_of("weight_grad", "bits", CONV, FLOAT) == Cost(0.5, 2.0)
+
+
+def test_modes_do_not_see_what_is_measured(calibrated):
+    layer, x = SpikeConv2d(16, 16, 3, padding=1), spikes((2, 16, 8, 8), 0.1)
+    counts = []
+    for _ in range(2):  # measured, and then read
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            layer(x)
+        counts.append(counter.get_total_flops())
+    assert lines_of(calibrated)
+    assert counts[0] == counts[1]
+
+
 # ---- The decision, with faked costs ----
 
 
 def fake(monkeypatch, fixed, slope, changes=()):
     """The same cost everywhere, but for `changes`: {(pass, kind): cost}."""
 
-    def cost(which, kind, work, dtype):
-        return dict(changes).get((which, kind), Cost(fixed, slope))
+    def costs(passes, kind, work, dtype):
+        return [dict(changes).get((which, kind), Cost(fixed, slope)) for which in passes]
 
-    monkeypatch.setattr(events_or_dense, "cost", cost)
+    monkeypatch.setattr(events_or_dense, "costs", costs)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import iirsnn
 import iirsnn.event
 from iirsnn import FusedLIF, SpikeAvgPool2d, SpikeConv2d, SpikeLinear, use_spike_layers
 from iirsnn.nn import use_plain_layers
+from iirsnn.nn.spike_layers import MODES
 
 pytest.importorskip("iirsnn._C", reason="spike layers by events need iirsnn._C")
 
@@ -487,3 +488,36 @@ def test_event_network_of_spike_layers():
     plain = iirsnn.event.EventNetwork.from_model(network(), 3)
     swapped = iirsnn.event.EventNetwork.from_model(use_spike_layers(network()), 3)
     assert torch.equal(plain(images), swapped(images))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_layer_may_become_plain_between_its_passes(mode):
+    torch.manual_seed(0)
+    network = nn.Sequential(FusedLIF(1.0, 0.9), nn.Conv2d(8, 4, 3, padding=1))
+    expected = copy.deepcopy(network)
+    x = torch.randn(1, 2, 8, 5, 5)
+    use_spike_layers(network, mode)
+    out = network[1](network[0](x)[0])
+    use_plain_layers(network)
+    out.square().sum().backward()
+    expected[1](expected[0](x)[0]).square().sum().backward()
+    torch.testing.assert_close(network[1].weight.grad, expected[1].weight.grad)
+    torch.testing.assert_close(network[0].threshold.grad, expected[0].threshold.grad)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(0, 3), (3, 0), (0, 0)])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_linear_layer_without_inputs_or_outputs(mode, inputs, outputs):
+    plain = nn.Linear(inputs, outputs)
+    layer = SpikeLinear(inputs, outputs)
+    layer.load_state_dict(plain.state_dict())
+    layer.set_mode(mode)
+    x = torch.ones(4, inputs)
+    results = []
+    for each in (plain, layer):
+        given = x.clone().requires_grad_()
+        out = each(given)
+        out.sum().backward()
+        results.append((out, given.grad, each.weight.grad, each.bias.grad))
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
