@@ -65,7 +65,8 @@ FORMAT = 4  # of the cache
 _PRODUCTS = 16 * 64 * 64 * 9 * 32 * 32  # multiplications of what is timed, at most
 _VALUES = 2**22  # of its input or output, at most
 _SECONDS, _ROUNDS = 0.02, (2, 9)  # of one measurement, which ends between these rounds
-_AGREE, _PATIENCE = 1.25, 0.3  # two least times differ by this at most, or rounds go on so long
+_AGREE, _PATIENCE = 1.25, 0.3  # until two least times differ by no more, rounds go on so long
+_SETTLED = 1.5  # what differs by more is not kept
 _WAIT = 5.0  # seconds for another process's measurement
 _SPARSE, _DENSER = 0.1, 0.4  # densities that are timed
 _TILE = 32  # outputs that events are added to at a time
@@ -137,8 +138,8 @@ def costs(passes: tuple[str, ...], kind: str, work: Work, dtype: torch.dtype) ->
     """What events cost beside dense products here: measured once, then read from the cache.
 
     Built in where IIRSNN_CALIBRATE=0, under torch.jit.trace, which would record what is measured,
-    where the machine is too busy for two times to agree, or where the cache cannot be written: what
-    a process measured for itself alone would make runs differ by rounding.
+    or where the cache cannot be written: what a process measured for itself alone would make runs
+    differ by rounding.
 
     Args:
         passes: of forward, weight_grad and input_grad.
@@ -158,9 +159,7 @@ def _cost(path: str | None, which: str, kind: str, work: Work, dtype: torch.dtyp
         with contextlib.suppress(OSError):
             work = representative(work)
             key = json.dumps([which, kind, str(dtype).removeprefix("torch."), *work])
-            found = _kept(Path(path), key, lambda: measure(which, kind, work, dtype))
-            if found is not None:
-                return found
+            return _kept(Path(path), key, lambda: measure(which, kind, work, dtype))
     built_in = BUILT_IN[dtype][which, kind]
     outputs, channels, _, columns = work.weight
     outputs //= work.geometry.groups
@@ -237,11 +236,11 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith("model name")), "")
 
 
-def _kept(file: Path, key: str, measure: Callable[[], Cost | None]) -> Cost | None:
-    """The cost that the file has for a key; else it is measured and appended.
+def _kept(file: Path, key: str, measure: Callable[[], tuple[Cost, bool]]) -> Cost:
+    """The cost that the file has for a key; else it is measured, and appended if it is settled.
 
     One process measures at a time, as others would disturb it, and all end with the same: that of
-    the first line. None: the measurement gives none.
+    the first line. What is not settled is this process's alone.
 
     Raises:
         OSError: the file can neither be read nor written, or does not keep what is written.
@@ -253,9 +252,9 @@ def _kept(file: Path, key: str, measure: Callable[[], Cost | None]) -> Cost | No
         with file.open("ab", buffering=0) as lines, _alone(lines.fileno()):
             known = _read(file, key)
             if known is None:
-                new = measure()
-                if new is None:
-                    return None
+                new, settled = measure()
+                if not settled:
+                    return new
                 line = json.dumps([key, [new.fixed, new.slope]])
                 lines.write(f"\n{line}\n".encode())  # at once, and after a line that was cut off
                 known = _read(file, key)
@@ -295,11 +294,11 @@ def _read(file: Path, key: str) -> Cost | None:
 # ---- The measurement ----
 
 
-def measure(which: str, kind: str, work: Work, dtype: torch.dtype) -> Cost | None:
-    """Time the dense product and events at two densities, now.
+def measure(which: str, kind: str, work: Work, dtype: torch.dtype) -> tuple[Cost, bool]:
+    """Time the dense product and events at two densities, now: (cost, whether it is settled).
 
     Rounds over the three, of each the least time: a busy moment hits one round alone. Where it
-    lasts, the least times of two rounds differ: None.
+    lasts, the least times of two rounds differ by more than the half: that settles nothing.
     """
     with _disable_current_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
         calls = _calls(which, kind, work, dtype)
@@ -310,17 +309,15 @@ def measure(which: str, kind: str, work: Work, dtype: torch.dtype) -> Cost | Non
                 taken.append(_seconds(call))
             spent = time.perf_counter() - begin
             if turn >= _ROUNDS[0] and (spent > _SECONDS or turn >= _ROUNDS[1]):
-                if all(map(_agree, times)):
+                if spent > _PATIENCE or max(map(_doubt, times)) <= _AGREE:
                     break
-                if spent > _PATIENCE:
-                    return None
                 time.sleep(0.005)  # another moment
-    return _line(*map(min, times))
+    return _line(*map(min, times)), max(map(_doubt, times)) <= _SETTLED
 
 
-def _agree(times: list[float]) -> bool:
-    first, second, *_ = sorted(times)
-    return second <= _AGREE * first
+def _doubt(times: list[float]) -> float:
+    least, second, *_ = sorted(times)
+    return second / least
 
 
 def _seconds(call: Callable[[], Any]) -> float:

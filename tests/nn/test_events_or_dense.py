@@ -29,7 +29,8 @@ def calibrated(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("IIRSNN_CALIBRATE", "1")
     monkeypatch.setattr(events_or_dense, "_SECONDS", 0.0)
-    monkeypatch.setattr(events_or_dense, "_AGREE", math.inf)  # on a busy machine too
+    for bound in ("_AGREE", "_SETTLED"):
+        monkeypatch.setattr(events_or_dense, bound, math.inf)  # on a busy machine too
     events_or_dense._cost.cache_clear()
     yield events_or_dense.cache_path()
     events_or_dense._cost.cache_clear()
@@ -108,7 +109,9 @@ def test_other_kernels_and_numbers_of_threads_are_measured_anew(monkeypatch, tmp
 
 def test_what_is_measured_has_a_key_of_its_own(monkeypatch, calibrated):
     costs = iter(range(100))
-    monkeypatch.setattr(events_or_dense, "measure", lambda *_: Cost(float(next(costs)), 0.0))
+    monkeypatch.setattr(
+        events_or_dense, "measure", lambda *_: (Cost(float(next(costs)), 0.0), True)
+    )
     strided = CONV._replace(geometry=SAME._replace(stride=(2, 2)))
     works = CONV, strided, CONV._replace(weight=(32, 64, 3, 3)), CONV._replace(size=(2, 64, 4, 4))
     asked = [
@@ -140,7 +143,7 @@ def test_lines_that_are_damaged_are_measured_anew(monkeypatch, calibrated, text)
     key = json.dumps(["forward", "bits", "float32", *events_or_dense.representative(CONV)])
     calibrated.parent.mkdir()
     calibrated.write_text(text.replace('"KEY"', json.dumps(key)))  # without an end of the line
-    monkeypatch.setattr(events_or_dense, "measure", lambda *_: Cost(0.5, 2.0))
+    monkeypatch.setattr(events_or_dense, "measure", lambda *_: (Cost(0.5, 2.0), True))
     for _ in range(2):  # measured, and then read
         events_or_dense._cost.cache_clear()
         assert cost_of("forward", "bits", CONV, FLOAT) == Cost(0.5, 2.0)
@@ -151,7 +154,7 @@ def test_processes_that_measure_together_end_with_the_same(monkeypatch, calibrat
     def other(*_):  # while this one measures
         key = json.dumps(["forward", "bits", "float32", *events_or_dense.representative(CONV)])
         calibrated.write_text(json.dumps([key, [0.25, 1.0]]) + "\n")
-        return Cost(0.5, 2.0)
+        return Cost(0.5, 2.0), True
 
     monkeypatch.setattr(events_or_dense, "measure", other)
     assert cost_of("forward", "bits", CONV, FLOAT) == Cost(0.25, 1.0)
@@ -159,7 +162,7 @@ def test_processes_that_measure_together_end_with_the_same(monkeypatch, calibrat
 
 def test_built_in_costs_where_a_full_disk_takes_a_part_of_the_line(monkeypatch, calibrated):
     read = events_or_dense._read
-    monkeypatch.setattr(events_or_dense, "measure", lambda *_: Cost(0.5, 2.0))
+    monkeypatch.setattr(events_or_dense, "measure", lambda *_: (Cost(0.5, 2.0), True))
 
     def cut(file, key):
         if file.exists():
@@ -225,14 +228,27 @@ def test_a_cost_is_a_line_through_two_times():
 
 def test_times_that_do_not_agree_are_not_kept(monkeypatch, calibrated):
     monkeypatch.setattr(events_or_dense, "_AGREE", 1.25)
+    monkeypatch.setattr(events_or_dense, "_SETTLED", 1.5)
     monkeypatch.setattr(events_or_dense, "_PATIENCE", 0.02)
-    times = iter(2.0**i for i in range(10**6))
+    asked = "forward", "bits", CONV, FLOAT
+    times = iter(2.0**i for i in range(1000))  # dense, events, events at more spikes, and again
     monkeypatch.setattr(events_or_dense, "_seconds", lambda call: next(times))
-    assert events_or_dense.measure("forward", "bits", CONV, FLOAT) is None
-    assert found() == events_or_dense.BUILT_IN[FLOAT]
+    doubtful = events_or_dense._line(1.0, 2.0, 4.0)
+    assert events_or_dense.measure(*asked) == (doubtful, False)
+    times = iter(2.0**i for i in range(1000))
+    assert cost_of(*asked) == doubtful  # this process's, and asked for no more
+    monkeypatch.setattr(events_or_dense, "measure", never)
+    assert cost_of(*asked) == doubtful
     assert lines_of(calibrated) == []
-    monkeypatch.setattr(events_or_dense, "_seconds", lambda call: 1.0)
-    assert found()["forward", "bits"] == Cost(1.0, 0.0)
+
+
+def test_times_that_agree_end_it(monkeypatch, calibrated):
+    monkeypatch.setattr(events_or_dense, "_AGREE", 1.25)
+    taken = []
+    monkeypatch.setattr(events_or_dense, "_seconds", lambda call: taken.append(call) or 1.0)
+    assert cost_of("forward", "bits", CONV, FLOAT) == Cost(1.0, 0.0)
+    assert len(taken) == 2 * 3
+    assert len(lines_of(calibrated)) == 1
 
 
 def test_one_process_measures_at_a_time(monkeypatch, calibrated):
@@ -245,7 +261,7 @@ def test_one_process_measures_at_a_time(monkeypatch, calibrated):
                 fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 held.append(True)
-        return Cost(0.5, 2.0)
+        return Cost(0.5, 2.0), True
 
     monkeypatch.setattr(events_or_dense, "measure", measured)
     cost_of("forward", "bits", CONV, FLOAT)
