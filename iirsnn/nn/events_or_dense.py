@@ -271,10 +271,14 @@ def _alone(file: int) -> Iterator[None]:
         return
     end = time.monotonic() + _WAIT
     while time.monotonic() < end:
-        with contextlib.suppress(OSError):
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # another process has it
+            time.sleep(0.005)
+        except OSError:  # a file system without locks
             break
-        time.sleep(0.005)
+        else:
+            break
     yield  # closing the file gives it back
 
 

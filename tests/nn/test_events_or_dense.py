@@ -1,5 +1,6 @@
 """What events cost beside dense products: measured, kept, and what is decided by it."""
 
+import errno
 import json
 import math
 
@@ -270,6 +271,18 @@ def test_one_process_measures_at_a_time(monkeypatch, calibrated):
     with calibrated.open("ab") as other:  # one that hangs is not waited for
         fcntl.flock(other, fcntl.LOCK_EX)
         assert cost_of("weight_grad", "bits", CONV, FLOAT) == Cost(0.5, 2.0)
+
+
+def test_a_file_system_without_locks_is_not_waited_for(monkeypatch, calibrated):
+    fcntl = pytest.importorskip("fcntl", reason="no locks of POSIX")
+
+    def none(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    monkeypatch.setattr(events_or_dense.time, "sleep", never)
+    monkeypatch.setattr(events_or_dense, "measure", lambda *_: (Cost(0.5, 2.0), True))
+    assert cost_of("forward", "bits", CONV, FLOAT) == Cost(0.5, 2.0)
 
 
 def test_modes_do_not_see_what_is_measured(calibrated):
