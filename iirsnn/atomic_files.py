@@ -172,7 +172,7 @@ def write_atomically(path: Path, write: Callable[[str], Any], previous: Path | N
         RunError: it cannot be written; a file already at `path` is intact.
     """
     # one name for each file, so that what a kill leaves behind is overwritten, not collected
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.parent / f".{path.name}.tmp"  # with_name refuses "."
     try:
         if path.exists() and not path.is_file():  # a device would be replaced by a file
             raise OSError("expected a file or nothing there, got a folder or a device")

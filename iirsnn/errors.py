@@ -1,6 +1,7 @@
 """The errors a user may see: each is one clear line, with the exit code of the command line."""
 
 from collections.abc import Collection
+from numbers import Integral
 
 
 class IirsnnError(Exception):
@@ -27,6 +28,12 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Raises UsageError, naming the argument or key, unless `value` is one of `choices`."""
     if value not in choices:
         raise UsageError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def check_timesteps(timesteps: object) -> None:
+    """Raises UsageError unless it is an integer of at least 1."""
+    if isinstance(timesteps, bool) or not isinstance(timesteps, Integral) or timesteps < 1:
+        raise UsageError(f"timesteps: expected an integer of at least 1, got {timesteps!r}")
 
 
 def one_line(error: BaseException) -> str:

@@ -5,6 +5,7 @@ import os
 import resource
 import zlib
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +67,14 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(saved):
         atomic_files.save(saved, large, {})
     assert saved.read_bytes() == before
     assert os.listdir(saved.parent) == [saved.name]
+
+
+@pytest.mark.parametrize("path", [".", ".."])
+def test_a_folder_is_not_written_over(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match=r"cannot be written .*got a folder"):
+        atomic_files.save(Path(path), some_tensors(), {})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("function", ["_sync", "os.replace"])

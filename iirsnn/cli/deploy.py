@@ -81,10 +81,11 @@ def predict(
     from ..runtime.image_files import SUFFIXES
     from ..train.deployment import preparation, read_image
 
-    if (watch is None) == (not images):
+    from_stdin = images == [Path("-")]
+    if (watch is None) == (not images) or (not from_stdin and Path("-") in (images or [])):
         raise UsageError("predict: expected IMAGE..., - or --watch DIR, and one of them alone")
     network = EventNetwork.load(net)
-    if watch is None and images != [Path("-")]:
+    if watch is None and not from_stdin:
         _print_table(network, images or [])
         return
 

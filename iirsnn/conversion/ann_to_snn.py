@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..errors import check_timesteps
 from ..models import Network
 from ..models.graph import GraphNetwork
 from ..nn import FusedLIF, SharedDropout
@@ -152,8 +153,7 @@ def to_spiking(
             cannot be traced; a BatchNorm to be folded without running statistics; no image shape
             where there must be one.
     """
-    if timesteps < 1:
-        raise ValueError(f"timesteps: expected at least 1, got {timesteps}")
+    check_timesteps(timesteps)
     neuron = neuron or NeuronConfig()
     if not isinstance(ann, Network) and not _is_plain(ann, neuron.keep_batch_norm):
         shape = image_shape or getattr(ann, "image_shape", None)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from ..errors import check_choice
+from ..errors import check_choice, check_timesteps
 from ..models.graph import Affine, GraphNetwork
 from ..nn import FusedLIF
 from .plain_graph import GraphBuilder, Step, as_graph, steps
@@ -76,7 +76,8 @@ def from_nir(
     """A nir.NIRGraph as a network: what an image is to it, NIR's input is at every timestep.
 
     Edges that meet are added. A neuron's gain, where it is not 1, divides its threshold: the same
-    spikes. Thresholds and leaks that differ inside a channel are refused.
+    spikes. Thresholds and leaks that differ inside a channel are refused. Logits are the mean over
+    time of NIR's output; a Network, whose logits are the sum, comes back with 1/T of them.
 
     Args:
         graph: without cycles, of one input and one output.
@@ -86,11 +87,16 @@ def from_nir(
         reset: of every neuron with a leak: soft, soft_delayed, or hard (to 0).
 
     Raises:
-        ValueError: a node that no layer of ours equals, by its name; a cycle; an unknown decay or
-            reset.
+        TypeError: another graph.
+        ValueError: T < 1; a node that no layer of ours equals, by its name; a cycle; an unknown
+            decay or reset.
     """
     import nir
 
+    if not isinstance(graph, nir.NIRGraph):
+        kind = type(graph).__name__
+        raise TypeError(f"graph: expected a nir.NIRGraph, as nir.read gives, got {kind}")
+    check_timesteps(timesteps)
     check_choice("decay", decay, DECAYS)
     check_choice("reset", reset, RESETS)
     into: dict[str, list[str]] = {name: [] for name in graph.nodes}

@@ -34,11 +34,13 @@ def to_onnx(snn: nn.Module, path: Path | str, image_shape: tuple[int, ...] | Non
 
     Raises:
         TypeError: another module.
-        ValueError: a node that has no such operators, by its name.
+        ValueError: T > 1; a node that has no such operators, by its name.
     """
     import onnx
 
     network = as_graph(snn)
+    if snn.timesteps != 1:
+        raise ValueError(f"timesteps: expected 1 for ONNX, got {snn.timesteps}")
     writer = _Writer()
     step = None
     for step in steps(network, image_shape):

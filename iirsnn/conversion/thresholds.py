@@ -80,6 +80,7 @@ def batches_of(images: Images, batch_size: int | None = None) -> list[Tensor]:
     """The calibration images batch by batch, checked.
 
     Raises:
+        TypeError: what is no tensor.
         ValueError: no images, NaN or inf, or a batch size below 1.
     """
     if batch_size is not None and batch_size < 1:
@@ -88,6 +89,10 @@ def batches_of(images: Images, batch_size: int | None = None) -> list[Tensor]:
         batches = list(images.split(batch_size or max(len(images), 1)))
     else:
         batches = [b if isinstance(b, Tensor) else b[0] for b in images]
+    for batch in batches:
+        if not isinstance(batch, Tensor):
+            kind = type(batch).__name__
+            raise TypeError(f"calibration_images: expected tensors [B, C, H, W], got {kind}")
     batches = [batch for batch in batches if len(batch)]
     if not batches:
         raise ValueError("calibration_images: expected at least one image, got none")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import atomic_files
-from ..errors import RunError, UsageError, check_choice
+from ..errors import RunError, UsageError, check_choice, check_timesteps
 from ..models import Network
 from ..models.graph import GraphNetwork
 from ..nn import SpikeAvgPool2d, SpikeConv2d, SpikeLinear, use_plain_layers
@@ -128,8 +128,7 @@ class EventNetwork:
                 precision or shape; weights that are not finite.
         """
         check_choice("precision", precision, PRECISIONS)
-        if isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1:
-            raise UsageError(f"timesteps: expected an integer of at least 1, got {timesteps!r}")
+        check_timesteps(timesteps)
         if isinstance(model, (Network, GraphNetwork)):
             if model.timesteps != timesteps:
                 raise UsageError(

@@ -61,6 +61,10 @@ class FusedLIF(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        for name, value in (("threshold", threshold), ("leak", leak)):
+            if isinstance(value, Tensor) and value.numel() != 1:
+                shape = tuple(value.shape)
+                raise TypeError(f"{name}: expected a number (channels=C for one each), got {shape}")
         if not 0 < threshold < math.inf:
             raise ValueError(f"threshold: expected a finite number > 0, got {threshold}")
         if not math.isfinite(leak):

@@ -281,7 +281,7 @@ def load() -> str | None:
 
     So too where it was compiled for another torch. Returns None when its ops are registered, else
     the reason why not. IIRSNN_JIT=0 never compiles. What was compiled is kept, see
-    `_compiled_file`. Raises ValueError where IIRSNN_CPU_CAPABILITY asks for what this processor
+    `_compiled_file`. Raises UsageError where IIRSNN_CPU_CAPABILITY asks for what this processor
     lacks.
     """
     from .compiled import for_another_torch
@@ -292,6 +292,10 @@ def load() -> str | None:
             # reads IIRSNN_CPU_CAPABILITY: a wrong one raises here, not inside a parallel region
             importlib.import_module("iirsnn._C").build_info()
             return None
+    except ValueError as error:
+        from ..errors import UsageError
+
+        raise UsageError(str(error)) from None
     except ModuleNotFoundError:
         missing = "iirsnn._C is not compiled"
     except ImportError as error:  # what another torch had and this one has not

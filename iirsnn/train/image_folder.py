@@ -130,7 +130,8 @@ def _classes(root: Path, subfolders: dict[str, Path], top: Path) -> dict[str, li
     found = {name: _image_files(path, top) for name, path in subfolders.items()}
     if len(found) < 2:
         raise RunError(
-            f"folder {root}: expected a folder for each of two or more classes, got {len(found)}"
+            f"folder {root}: expected a folder for each of two or more classes, "
+            f"got {len(found)}{''.join(f' ({name})' for name in found)}"
         )
     for name, files in found.items():
         if not files:

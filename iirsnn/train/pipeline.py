@@ -122,8 +122,9 @@ class Pipeline:
             Stopped: see `test`.
         """
         network = self._untrained(stage.name)
+        weights = any_network.read_weights(file)
         try:
-            checkpoint.load_weights(network, any_network.read_weights(file))
+            checkpoint.load_weights(network, weights)
         except RunError as error:
             raise RunError(f"{stage.name}.weights: {file}: {error}") from error
         self._place(network)

@@ -184,7 +184,7 @@ def read(kind: str, name_or_path: str, folder: str = "") -> str:
         return shipped.read_text(encoding="utf-8")
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         raise UsageError(
-            f"{kind}: expected one of {', '.join(names(folder))}, or a .yaml file, "
+            f"{kind}: expected one of {', '.join(names(folder))}, or a .yaml file that exists, "
             f"got {name_or_path!r}"
         )
     try:

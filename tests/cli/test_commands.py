@@ -95,6 +95,15 @@ def test_env_names_the_backends(iirsnn):
         assert f"backend {name}" in result.out
 
 
+def test_env_with_an_unknown_instruction_set_is_one_line():
+    asked = {**os.environ, "IIRSNN_CPU_CAPABILITY": "mmx"}
+    line = [sys.executable, "-m", "iirsnn", "env"]
+    done = subprocess.run(line, env=asked, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: IIRSNN_CPU_CAPABILITY: expected portable")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(("given", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
 def test_threads_that_wait_sleep_unless_the_user_wants_them_to_spin(given, policy):
     environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}

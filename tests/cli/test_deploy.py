@@ -156,6 +156,7 @@ def test_bad_input(iirsnn, finished, deployed, tmp_path):
     anonymous.save(tmp_path / "anonymous.iirsnn")
     predict = ("predict", deployed)
     assert_one_line(iirsnn(*predict, "tall.png"), 2, "tall.png: expected 8 x 8 pixels, got 9 x 8")
+    assert_one_line(iirsnn(*predict, "-", "good.png"), 2, "- or --watch DIR, and one of them alone")
     assert_one_line(iirsnn(*predict, "none.png"), 1, "image none.png: no such file")
     assert_one_line(iirsnn(*predict, "broken.png"), 1, "image broken.png: cannot be read")
     assert_one_line(iirsnn("predict", "none", "good.png"), 1, "checkpoint none: no such file")

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -312,7 +313,8 @@ def test_models_that_cannot_be_converted(ann, message):
         ({"percentile": float("nan")}, "percentile"),
         ({"scale": 0}, "scale: expected a positive factor, got 0"),
         ({"scale": -1.0}, "scale"),
-        ({"timesteps": 0}, "timesteps: expected at least 1, got 0"),
+        ({"timesteps": 0}, "timesteps: expected an integer of at least 1, got 0"),
+        ({"timesteps": 2.5}, "timesteps: expected an integer of at least 1, got 2.5"),
         ({"neuron": NeuronConfig(reset="sometimes")}, "reset"),
         ({"neuron": NeuronConfig(surrogate="step")}, "surrogate"),
         ({"neuron": NeuronConfig(backend="abacus")}, "backend"),
@@ -321,6 +323,11 @@ def test_models_that_cannot_be_converted(ann, message):
 def test_values_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         convert(small_ann(), torch.zeros(2, 2, 8, 8), **options)
+
+
+def test_calibration_images_that_are_no_tensors_are_refused():
+    with pytest.raises(TypeError, match=r"calibration_images: expected tensors .*, got ndarray"):
+        convert(small_ann(), [np.zeros((2, 2, 8, 8), np.float32)])
 
 
 @pytest.mark.parametrize("threshold", [0, -1.0, float("nan")])

@@ -72,6 +72,21 @@ def test_a_neuron_is_greater_and_cast(tmp_path):
     assert kinds == ["Conv", "Greater", "Cast", "Flatten", "MatMul", "Add", "Identity"]
 
 
+def test_what_is_no_nir_graph_or_timestep_is_refused():
+    with pytest.raises(TypeError, match=r"graph: expected a nir\.NIRGraph.*, got str"):
+        from_nir("net.nir", 4)
+    with pytest.raises(ValueError, match=r"timesteps: expected an integer of at least 1, got 2\.5"):
+        from_nir(chain(n=nir.IF(ones(), ones())), 2.5)
+
+
+def test_onnx_has_no_time(tmp_path):
+    snn = Network([nn.Conv2d(3, 4, 3), FusedLIF(), nn.Flatten(), Readout(144, 5)])
+    snn.timesteps = 2
+    with pytest.raises(ValueError, match="timesteps: expected 1 for ONNX, got 2"):
+        to_onnx(snn, tmp_path / "net.onnx", (3, 8, 8))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("kind", [Residual, Shuffle])
 @torch.no_grad()
 def test_torch_export_gives_the_logits_at_one_timestep(kind):

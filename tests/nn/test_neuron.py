@@ -134,3 +134,8 @@ def test_compiles_whole():
 def test_a_wrong_argument_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         FusedLIF(**arguments)
+
+
+def test_a_threshold_a_channel_is_asked_for_by_channels():
+    with pytest.raises(TypeError, match=r"threshold: expected a number .*channels=C.*, got \(3,\)"):
+        FusedLIF(torch.ones(3))

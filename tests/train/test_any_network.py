@@ -191,3 +191,5 @@ def test_weights_of_another_network_are_one_line(iirsnn, tmp_path):
     torch.save(nn.Linear(3, 2).state_dict(), tmp_path / "w.pt")
     result = train(iirsnn, "ann.weights=w.pt", out="run")
     assert_one_line(result, 1, "ann.weights: w.pt: checkpoint: of another network")
+    missing = train(iirsnn, "ann.weights=none.pt", out="missing")
+    assert_one_line(missing, 1, "error: ann.weights: none.pt: no such file")
