@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -308,15 +309,16 @@ def measure(which: str, kind: str, work: Work, dtype: torch.dtype) -> tuple[Cost
         calls = _calls(which, kind, work, dtype)
         times: list[list[float]] = [[] for _ in calls]
         begin = time.perf_counter()
-        for turn in range(1, 1000):
+        for turn in itertools.count(1):
             for call, taken in zip(calls, times, strict=True):
                 taken.append(_seconds(call))
             spent = time.perf_counter() - begin
             if turn >= _ROUNDS[0] and (spent > _SECONDS or turn >= _ROUNDS[1]):
-                if spent > _PATIENCE or max(map(_doubt, times)) <= _AGREE:
+                doubt = max(map(_doubt, times))
+                if spent > _PATIENCE or doubt <= _AGREE:
                     break
                 time.sleep(0.005)  # another moment
-    return _line(*map(min, times)), max(map(_doubt, times)) <= _SETTLED
+    return _line(*map(min, times)), doubt <= _SETTLED
 
 
 def _doubt(times: list[float]) -> float:

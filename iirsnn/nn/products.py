@@ -64,7 +64,7 @@ class Work(NamedTuple):
 
 def dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     x = x.to(weight.dtype)
-    if Work(tuple(x.shape), tuple(weight.shape), geometry).linear:
+    if Work(x.shape, weight.shape, geometry).linear:
         return F.linear(x.flatten(1), weight.flatten(1), bias)[..., None, None]
     return F.conv2d(x, weight, bias, *geometry)
 
@@ -76,7 +76,7 @@ def dense_backward(
 
     Where it does not ask for that of the weight, of x the layout alone is read.
     """
-    if Work(tuple(x.shape), tuple(weight.shape), geometry).linear:
+    if Work(x.shape, weight.shape, geometry).linear:
         flat = grad.flatten(1)
         return (
             (flat @ weight.flatten(1))[..., None, None] if mask[0] else None,

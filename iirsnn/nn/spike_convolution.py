@@ -72,7 +72,7 @@ def dense(
             return out  # type: ignore[no-any-return]
     if geometry is not LINEAR:
         return DenseConvolution.apply(x, weight, bias, known, geometry)  # type: ignore[no-any-return]
-    flat = x.reshape(-1, weight.shape[1], 1, 1)
+    flat = x.reshape(x.shape[:-1].numel(), weight.shape[1], 1, 1)
     out = DenseConvolution.apply(flat, weight[..., None, None], bias, known, geometry)
     return out.reshape(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
 
