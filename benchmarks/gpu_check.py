@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import deque
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -33,6 +34,8 @@ import iirsnn
 from iirsnn.measure.provenance import commit
 from iirsnn.ops.environment import installed
 
+#: Processes that import what they need while a case runs before them.
+AHEAD = min(3, (os.cpu_count() or 1) - 1)
 SCRIPT = Path(__file__).resolve().parent / "gpu_cases.py"
 #: Share of an H100's issue slots (docs/performance.md) where there are too few: sums backward of
 #: BatchNormLIF in 16 bits, T > 1, whose bytes are two fifths of those that backward moves.
@@ -111,23 +114,22 @@ def check(path: Path, device: str, chosen: list[Case], seconds: float) -> Row:
             results["cases"] = before["cases"]
     left_out = [case for case in chosen if "rows" not in results["cases"].get(case.name, {})]
     end = time.monotonic() + seconds
-    following: subprocess.Popen[str] | None = None
+    started: deque[subprocess.Popen[str]] = deque()
     for number, case in enumerate(left_out):
         left = end - time.monotonic()
         if left < 5:
             print(f"gpu-check: {len(left_out) - number} cases are left: call again for them")
             break
         print(f"[{number + 1}/{len(left_out)}] {case.name}: ", end="", flush=True)
-        process = following or start(case, device)
-        more = left_out[number + 1 : number + 2]
-        following = start(more[0], device) if more else None  # it imports meanwhile
-        found = run_case(process, min(case.seconds, left))
+        for following in left_out[number + len(started) : number + 1 + AHEAD]:
+            started.append(start(following, device))
+        found = run_case(started.popleft(), min(case.seconds, left))
         results["cases"][case.name] = found
         write(path, results)
         print(summary(found), flush=True)
-    if following is not None:
-        following.kill()
-        following.communicate()
+    for process in started:
+        process.kill()
+        process.communicate()
     return results
 
 

@@ -55,6 +55,8 @@ class StageConfig:
         neuron_rate: the learning rate of thresholds and leaks, as a factor on that of the weights.
         shift_rate: the same of what shifts a channel's current before its neurons: the bias of
             each norm or layer but the last; 0 learns none.
+        keep: whose weights are kept and handed on: best (of all epochs on the validation split) or
+            last (the last epoch's, whatever validation says).
         ema: decay of the moving average of the weights that is validated, kept and handed on in
             their place (see `weight_average`); 0 for none.
         teacher: whose soft labels are learned too: none, ann, or previous (the stage before).
@@ -83,6 +85,7 @@ class StageConfig:
     accumulate: int = 1
     neuron_rate: float = 1.0
     shift_rate: float = 1.0
+    keep: str = "best"
     ema: float = 0.0
     teacher: str = "none"
     teacher_weight: float = 0.5
@@ -300,6 +303,7 @@ def check_folder_name(key: str, name: str) -> None:
 def _check_stage(name: str, stage: StageConfig) -> None:
     check_choice(f"{name}: optimizer", stage.optimizer, ("sgd", "adam"))
     check_choice(f"{name}: schedule", stage.schedule, ("step", "cosine"))
+    check_choice(f"{name}: keep", stage.keep, ("best", "last"))
     _number(f"{name}: epochs", stage.epochs, "at least 1", stage.epochs >= 1)
     _number(f"{name}: accumulate", stage.accumulate, "at least 1", stage.accumulate >= 1)
     rate = stage.learning_rate

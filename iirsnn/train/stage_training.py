@@ -48,7 +48,8 @@ class Progress:
     Attributes:
         step: optimiser steps done.
         epochs: validated; one less than were trained where a validation was stopped.
-        best_accuracy: on the validation split, after epoch `best_epoch` (from 1).
+        best_accuracy: on the validation split, after epoch `best_epoch` (from 1), whose weights
+            are kept.
         loss_sum, right, seen: of the images of the epoch so far.
         seconds: spent on the stage.
     """
@@ -67,9 +68,9 @@ class StageTraining:
     """The training of one stage, from its initial network or from where it was stopped.
 
     Writes `last` every few minutes or steps, and before and after the validation of each epoch;
-    `best` after each epoch with a new best validation accuracy; both in the stage's folder. Of
-    `last` the one before is kept. Where the stage has `ema`, what is validated and `best` is the
-    average of the weights.
+    `best` after each epoch with a new best validation accuracy, or after each where the stage keeps
+    the last; both in the stage's folder. Of `last` the one before is kept. Where the stage has
+    `ema`, what is validated and `best` is the average of the weights.
 
     With many processes each takes its share of every batch, so their number changes nothing but
     the rounding of sums, and dropout: each process draws its own masks. A stage may be resumed by
@@ -323,7 +324,7 @@ class StageTraining:
         progress.loss_sum, progress.right, progress.seen = 0.0, 0, 0
         progress.epochs = epoch + 1
         self.sums.start()
-        best = validation > progress.best_accuracy
+        best = validation > progress.best_accuracy or self.config.keep == "last"
         if best:
             progress.best_accuracy, progress.best_epoch = validation, epoch + 1
         if self.processes.main:

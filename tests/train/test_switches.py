@@ -11,7 +11,7 @@ from iirsnn import FusedLIF, Readout, atomic_files
 from iirsnn.conversion import to_spiking
 from iirsnn.errors import UsageError
 from iirsnn.models import vgg
-from iirsnn.train import recipe
+from iirsnn.train import recipe, stage_training
 from iirsnn.train.data import DataConfig, load, train_batches
 from iirsnn.train.images import Augmented
 from iirsnn.train.objective import Objective
@@ -39,6 +39,7 @@ from tests.train.tiny_runs import (
         ("ann.mixup_until=2", r"ann: mixup_until: expected a value in \[0, 1\], got 2"),
         ("snn.energy_from=-1", r"T2: energy_from: expected a value in \[0, 1\], got -1"),
         ("snn.shift_rate=-1", "T2: shift_rate: expected a value at least 0, got -1"),
+        ("snn.keep=first", "T2: keep: expected one of best, last, got 'first'"),
     ],
 )
 def test_values_out_of_range(setting, message):
@@ -85,6 +86,28 @@ def test_the_average_is_validated_kept_and_handed_on(tmp_path, monkeypatch):
         kept = atomic_files.load(tmp_path / "run" / "stages" / stage / "best.safetensors")[0]
         averages = [state for name, best, state in seen if name == stage and best]
         assert kept.keys() == averages[-1].keys()
+
+
+@pytest.mark.parametrize(("keep", "kept_epoch"), [("best", 1), ("last", 2)])
+def test_the_best_or_the_last_epoch_is_kept(tmp_path, monkeypatch, keep, kept_epoch):
+    falling = iter([0.9, 0.8, 0.7, 0.6, 0.5])
+    monkeypatch.setattr(stage_training, "loss_and_accuracy", lambda *_: (1.0, next(falling)))
+    ends, finish = {}, StageTraining._finish_epoch
+
+    def recorded(training, epoch, *arguments):
+        weight = training.network.layers[0].weight.detach().clone()
+        ends[training.stage.name, epoch + 1] = weight
+        return finish(training, epoch, *arguments)
+
+    monkeypatch.setattr(StageTraining, "_finish_epoch", recorded)
+    train(tmp_path / "run", tiny(f"ann.keep={keep}", "ann.epochs=2", "timesteps=[1]"))
+    stage = tmp_path / "run" / "stages" / "ann"
+    kept, header = atomic_files.load(stage / "best.safetensors")
+    assert torch.equal(kept["layers.0.weight"], ends["ann", kept_epoch])
+    assert not torch.equal(ends["ann", 1], ends["ann", 2])
+    result = json.loads((stage / "result.json").read_text())
+    assert result["epoch"] == header["epoch"] == kept_epoch
+    assert result["validation_accuracy"] == [0.9, 0.8][kept_epoch - 1]
 
 
 @pytest.mark.parametrize(
