@@ -170,16 +170,22 @@ def lif_contenders(case: Case, x: Tensor, device: Device) -> tuple[dict[str, Any
         config = torch._functorch.config
         compiled = config.patch(donated_buffer=False)(torch.compile(eager, dynamic=False))
         found["torch.compile"] = (lambda: compiled(leaf, threshold, leak), (leaf, threshold, leak))
-    for name, make in (("spikingjelly", _spikingjelly), ("snntorch", _snntorch)):
-        if importlib.util.find_spec(name) is None:
-            missing[name] = "not installed"
-            continue
+    made, without = peers(device, "spikingjelly", "snntorch")
+    found |= {label: (lambda f=f: f(leaf), (leaf,)) for label, f in made.items()}
+    return found, missing | without
+
+
+def peers(
+    device: Device, *names: str
+) -> tuple[dict[str, Callable[[Tensor], Tensor]], dict[str, str]]:
+    """{label: f(x) -> s} of other libraries, and for each that cannot run the reason."""
+    found: dict[str, Callable[[Tensor], Tensor]] = {}
+    missing: dict[str, str] = {}
+    for name in names:
         try:
-            made = make(device)
+            found |= {"spikingjelly": _spikingjelly, "snntorch": _snntorch}[name](device)
         except Exception as error:  # another library's: it costs its rows alone
             missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-            continue
-        found |= {label: (lambda f=f: f(leaf), (leaf,)) for label, f in made.items()}
     return found, missing
 
 
@@ -304,9 +310,9 @@ def run_call(case: Case, device: Device) -> list[Row]:
             neuron = FusedLIF(1.0, 0.9, backend=name, learn_threshold=learned, learn_leak=learned)
             run = step(neuron.to(device.name), x, torch.ones_like(x))
             calls[f"{name}, {label}"] = run
-    if importlib.util.find_spec("spikingjelly"):
-        for name, run in _spikingjelly(device).items():
-            calls[name] = step(run, x, torch.ones_like(x))
+    made, missing = peers(device, "spikingjelly")
+    for name, run in made.items():
+        calls[name] = step(run, x, torch.ones_like(x))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(device.rounds + 2):  # the first ones warm up
         for name, call in calls.items():
@@ -319,10 +325,11 @@ def run_call(case: Case, device: Device) -> list[Row]:
                 times[name].append((time.perf_counter() - start) / 50)
     microseconds = {name: 1e6 * statistics.median(t) for name, t in times.items()}
     relu = microseconds["torch.relu"]
-    return [
+    rows: list[Row] = [
         {"what": "forward and backward", "implementation": name, "us": us, "ratio": us / relu}
         for name, us in microseconds.items()
     ]
+    return rows + [{"implementation": name, "missing": why} for name, why in missing.items()]
 
 
 def run_limit(case: Case, device: Device) -> list[Row]:

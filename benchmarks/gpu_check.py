@@ -124,6 +124,9 @@ def check(path: Path, device: str, chosen: list[Case], seconds: float) -> Row:
         for following in left_out[number + len(started) : number + 1 + AHEAD]:
             started.append(start(following, device))
         found = run_case(started.popleft(), min(case.seconds, left))
+        if "seconds" not in found and left < case.seconds:  # it is no failure to be out of time
+            print(f"not done: {len(left_out) - number} cases are left: call again for them")
+            break
         results["cases"][case.name] = found
         write(path, results)
         print(summary(found), flush=True)
