@@ -38,12 +38,11 @@ from .lif import segmented
 from .moments import moments_kernel, totals_kernel
 from .step import RESETS, SURROGATES
 from .sums import workspace_of
-from .tiles import COLUMN, tile
+from .tiles import tile
 
 # Of x that a program asks for before it needs the first: with 4 warps, 16 bytes a thread are 2 KiB.
 _LOADS_BYTES = 8192
 _BLOCK_BYTES = 2048  # the least of a timestep
-_PROGRAMS = 1024  # enough for every device of today; a constant, so that sums have the same bits
 _CHANNELS = 128  # of the sums of several processes
 
 
@@ -69,22 +68,16 @@ def plan(
     """
     block = max(_BLOCK_BYTES, _LOADS_BYTES // together)
     tiling = tile(shape, strides, shape[2], block // dtype.itemsize)
-    columns_each = tiling.index == COLUMN.value
-    groups = tiling.col_blocks if columns_each else tiling.planes
-    tiles = tiling.row_blocks if columns_each else tiling.row_blocks * tiling.col_blocks
-    splits = torch.sym_min(tiles, max(1, _PROGRAMS // groups))
     arguments = {
         **tiling.arguments,
+        **tiling.summing,
         "x_stride_t": strides[0],
         "channels": shape[2],
-        "groups": groups,
-        "tiles": tiles,
-        "splits": splits,
         "INDEX": tiling.index,
         "VEC": tiling.vector(dtype, *between),
     }
     strides_of_all = (tiling.N, *strides[1:])
-    return Plan(groups * splits, (splits, shape[2], groups), strides_of_all, arguments)
+    return Plan(tiling.groups * tiling.splits, tiling.shared, strides_of_all, arguments)
 
 
 def _together(timesteps: int) -> int:

@@ -11,12 +11,10 @@ import triton.language as tl
 
 from .lif import SEGMENT, advance, load_same, load_steps
 from .normalised import (
-    SIZES,
     channel_value,
     gain_and_shift,
     normalised,
     normalised_steps,
-    place,
 )
 from .step import backward_step, charge, discharge, discharge_again, number
 from .sums import (
@@ -28,7 +26,7 @@ from .sums import (
     store_over_channels,
     store_row,
 )
-from .tiles import columns, multiple, rows_of
+from .tiles import SIZES, columns, multiple, place, rows_of
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -41,6 +41,7 @@ from .step import (
     spike,
 )
 from .tiles import (
+    SIZES,
     columns,
     multiple,
     parameter,
@@ -51,10 +52,6 @@ from .tiles import (
 
 SEGMENT = tl.constexpr(8)
 BLOCK_BYTES = 2048
-SIZES = [
-    *("N", "x_stride_t", "grad_stride_t", "segments", "planes"),
-    *("rows", "width", "row_stride", "plane_stride", "row_programs", "col_blocks"),
-]
 
 
 @triton.jit
@@ -116,7 +113,7 @@ def lif_forward_kernel(
     width,
     row_stride,
     plane_stride,
-    row_programs,
+    row_blocks,
     col_blocks,
     v_reset,
     RESET: tl.constexpr,
@@ -129,7 +126,7 @@ def lif_forward_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    plane, row_block, col_block = split(tl.program_id(0), col_blocks, row_programs)
+    plane, row_block, col_block = split(tl.program_id(0), col_blocks, row_blocks)
     v_reset = number(v_reset)
     N = multiple(N, VEC)
     width = multiple(width, VEC)
@@ -181,7 +178,7 @@ def _plan_forward(
         "N": tiles.N,
         "x_stride_t": strides[0],
         "segments": segments,
-        "row_programs": tiles.row_blocks,
+        "row_blocks": tiles.row_blocks,
         "RESET": code(RESETS, "reset", reset),
         "FIRST": first,
         "LONG": segments > 0,
@@ -190,7 +187,7 @@ def _plan_forward(
         "LEAK_INDEX": tiles.index_of(leaks),
         "VEC": tiles.vector(dtype, strides[0]),
     }
-    launch = Launch(lif_forward_kernel, tiles.programs(tiles.row_blocks), arguments)
+    launch = Launch(lif_forward_kernel, tiles.programs, arguments)
     return launch, (tiles.N, *strides[1:])
 
 

@@ -22,7 +22,7 @@ from .launch import (
     planned,
     planned_in_order,
 )
-from .lif import BLOCK_BYTES, SEGMENT, SIZES, advance, load_same, load_steps, segmented
+from .lif import BLOCK_BYTES, SEGMENT, advance, load_same, load_steps, segmented
 from .step import (
     RESETS,
     SOFT_DELAYED,
@@ -34,13 +34,21 @@ from .step import (
     number,
     surrogate,
 )
-from .sums import empty_sums, fitted, store_over_programs, workspace_of
+from .sums import (
+    channels_of,
+    count_of,
+    empty_sums,
+    fitted,
+    store_over_programs,
+    workspace_of,
+)
 from .tiles import (
+    SIZES,
     columns,
     multiple,
     parameter,
+    place,
     rows_of,
-    split,
     tile,
 )
 
@@ -118,13 +126,14 @@ def lif_backward_kernel(
     x_stride_t,
     grad_stride_t,
     segments,
-    planes,
     rows,
     width,
     row_stride,
     plane_stride,
-    row_programs,
     col_blocks,
+    groups,
+    tiles,
+    splits,
     v_reset,
     scale,
     RESET: tl.constexpr,
@@ -141,12 +150,13 @@ def lif_backward_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    plane, row_program, col_block = split(tl.program_id(0), col_blocks, row_programs)
+    group, first = tl.program_id(0) % groups, tl.program_id(0) // groups
     v_reset, scale = number(v_reset), number(scale)
     N = multiple(N, VEC)
     width = multiple(width, VEC)
     x_stride = multiple(x_stride_t, VEC)
     g_stride = multiple(grad_stride_t, VEC)
+    plane, row_block, col_block = place(first, group, col_blocks, INDEX)
     cols = columns(col_block, COLS)
     threshold = parameter(threshold_ptr, plane, cols, width, THRESHOLD_INDEX)
     leak = parameter(leak_ptr, plane, cols, width, LEAK_INDEX)
@@ -154,9 +164,10 @@ def lif_backward_kernel(
     zero = tl.zeros([ROWS, COLS], tl.float32)
     sum_threshold = zero
     sum_leak = zero
-    for row_block in range(row_program, tl.cdiv(rows, ROWS), row_programs):
-        r = rows_of(row_block, ROWS)
-        n = plane * multiple(plane_stride, VEC) + r * multiple(row_stride, VEC) + cols
+    for j in range(first, tiles, splits):
+        plane_j, row_block, col_block = place(j, group, col_blocks, INDEX)
+        cols, r = columns(col_block, COLS), rows_of(row_block, ROWS)
+        n = plane_j * multiple(plane_stride, VEC) + r * multiple(row_stride, VEC) + cols
         mask = (r < rows) & (cols < width)
         x_ptrs = x_ptr + n  # [ROWS, COLS]
         g_ptrs = grad_s_ptr + n
@@ -175,11 +186,11 @@ def lif_backward_kernel(
             xs_0 = load_steps(x_ptrs, x_stride, mask, same_x, FIRST)
             v = advance(v0, xs_0, None, N, mask, threshold, leak, v_reset, RESET, FIRST)
             tl.store(checkpoint_ptr + n, v, mask=mask)
-            for j in range(1, segments):
-                t = FIRST + SEGMENT * tl.cast(j - 1, tl.int64)
-                xs_j = load_steps(x_ptrs + t * x_stride, x_stride, mask, same_x, SEGMENT)
-                v = advance(v, xs_j, None, N, mask, threshold, leak, v_reset, RESET, SEGMENT)
-                tl.store(checkpoint_ptr + j * N + n, v, mask=mask)
+            for i in range(1, segments):
+                t = FIRST + SEGMENT * tl.cast(i - 1, tl.int64)
+                xs_i = load_steps(x_ptrs + t * x_stride, x_stride, mask, same_x, SEGMENT)
+                v = advance(v, xs_i, None, N, mask, threshold, leak, v_reset, RESET, SEGMENT)
+                tl.store(checkpoint_ptr + i * N + n, v, mask=mask)
             tl.debug_barrier()  # a checkpoint may come back to another thread than wrote it
             for i in range(segments):
                 k = tl.cast(segments - 1 - i, tl.int64)
@@ -241,14 +252,11 @@ def lif_backward_kernel(
             (grad_threshold_ptr, grad_leak_ptr),
             partial_ptr,
             counters_ptr,
-            plane,
-            row_program,
-            col_block,
-            cols,
-            planes,
-            width,
-            row_programs,
-            col_blocks,
+            channels_of(plane, cols, INDEX),
+            count_of(groups, width, INDEX),
+            first,
+            splits,
+            group,
             2,
             INDEX,
         )
@@ -286,8 +294,7 @@ def _plan_backward(
         "x_stride_t": strides[0],
         "grad_stride_t": grad_strides[0],
         "segments": segments,
-        "planes": tiles.planes,
-        "row_programs": tiles.row_programs,
+        **tiles.summing,
         "RESET": code(RESETS, "reset", reset),
         "DETACH": detach_reset,
         "SURROGATE": code(SURROGATES, "surrogate", surrogate),
@@ -300,7 +307,7 @@ def _plan_backward(
         "INDEX": tiles.index,
         "VEC": tiles.vector(dtype, strides[0], grad_strides[0]),
     }
-    launch = Launch(lif_backward_kernel, tiles.programs(tiles.row_programs), arguments)
+    launch = Launch(lif_backward_kernel, tiles.groups * tiles.splits, arguments)
     checkpoints = (segments, tiles.N) if segments else None
     return BackwardPlan(launch, (tiles.N, *strides[1:]), tiles.shared, checkpoints)
 

@@ -13,9 +13,9 @@ import os
 import triton
 import triton.language as tl
 
-from .normalised import SIZES, channel_value, place
+from .normalised import channel_value
 from .sums import all_brought, channels_of, is_last, over_neurons, over_programs, store_row
-from .tiles import columns, multiple, rows_of
+from .tiles import SIZES, columns, multiple, place, rows_of
 
 # The interpreter rounds a fused multiply-add twice.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")

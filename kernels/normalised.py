@@ -7,12 +7,6 @@ import triton.language as tl
 
 from .tiles import COLUMN
 
-SIZES = [
-    *("N", "x_stride_t", "grad_stride_t", "timesteps", "segments", "channels"),
-    *("rows", "width", "row_stride", "plane_stride", "col_blocks", "groups", "tiles", "splits"),
-    *("count", "repeated"),
-]
-
 
 @triton.jit
 def channel_value(ptr, plane, cols, mask, INDEX: tl.constexpr, MANY: tl.constexpr = True):
@@ -54,16 +48,3 @@ def gain_and_shift(
     if bias_ptr is not None:
         bias = channel_value(bias_ptr, plane, cols, mask, INDEX)
     return mean, gain, bias - tl.fma(mean, gain, 0.0)
-
-
-@triton.jit
-def place(tile_number, group, col_blocks, INDEX: tl.constexpr):
-    """-> plane, row block, column block of a tile of a group."""
-    plane = group
-    row_block = tile_number // col_blocks
-    col_block = tile_number % col_blocks
-    if INDEX == COLUMN:
-        plane = 0
-        row_block = tile_number
-        col_block = group
-    return plane, row_block, col_block

@@ -29,19 +29,27 @@ from .launch import (
     planned_in_order,
 )
 from .step import SURROGATES, number, spike, surrogate
-from .sums import empty_sums, fitted, store_over_programs, workspace_of
+from .sums import (
+    channels_of,
+    count_of,
+    empty_sums,
+    fitted,
+    store_over_programs,
+    workspace_of,
+)
 from .tiles import (
+    SIZES,
     columns,
     is_whole,
     multiple,
     parameter,
+    place,
     rows_of,
     split,
     tile,
 )
 
 _BLOCK_BYTES = 4096
-_SIZES = ("planes", "rows", "width", "row_stride", "plane_stride", "row_programs", "col_blocks")
 
 
 @triton.jit
@@ -50,7 +58,7 @@ def fire(x_ptrs, s_ptrs, threshold, mask):
     tl.store(s_ptrs, s.to(s_ptrs.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def single_step_forward_kernel(
     x_ptr,
     threshold_ptr,
@@ -59,14 +67,14 @@ def single_step_forward_kernel(
     width,
     row_stride,
     plane_stride,
-    row_programs,
+    row_blocks,
     col_blocks,
     THRESHOLD_INDEX: tl.constexpr,
     VEC: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    plane, row_block, col_block = split(tl.program_id(0), col_blocks, row_programs)
+    plane, row_block, col_block = split(tl.program_id(0), col_blocks, row_blocks)
     width = multiple(width, VEC)
     cols, r = columns(col_block, COLS), rows_of(row_block, ROWS)
     threshold = parameter(threshold_ptr, plane, cols, width, THRESHOLD_INDEX)
@@ -99,7 +107,7 @@ def fire_backward(
     return sum_threshold - g_h * u
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def single_step_backward_kernel(
     grad_s_ptr,
     x_ptr,
@@ -108,13 +116,14 @@ def single_step_backward_kernel(
     grad_threshold_ptr,  # [planes or columns] float32, or None
     partial_ptr,  # see all_brought
     counters_ptr,
-    planes,
     rows,
     width,
     row_stride,
     plane_stride,
-    row_programs,
     col_blocks,
+    groups,
+    tiles,
+    splits,
     scale,
     SURROGATE: tl.constexpr,
     THRESHOLD_INDEX: tl.constexpr,
@@ -122,15 +131,17 @@ def single_step_backward_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    plane, row_program, col_block = split(tl.program_id(0), col_blocks, row_programs)
+    group, first = tl.program_id(0) % groups, tl.program_id(0) // groups
     scale = number(scale)
     width = multiple(width, VEC)
+    plane, row_block, col_block = place(first, group, col_blocks, THRESHOLD_INDEX)
     cols = columns(col_block, COLS)
     threshold = parameter(threshold_ptr, plane, cols, width, THRESHOLD_INDEX)
     total = tl.zeros([ROWS, COLS], tl.float32)
-    for row_block in range(row_program, tl.cdiv(rows, ROWS), row_programs):
-        r = rows_of(row_block, ROWS)
-        n = plane * multiple(plane_stride, VEC) + r * multiple(row_stride, VEC) + cols
+    for j in range(first, tiles, splits):
+        plane_j, row_block, col_block = place(j, group, col_blocks, THRESHOLD_INDEX)
+        cols, r = columns(col_block, COLS), rows_of(row_block, ROWS)
+        n = plane_j * multiple(plane_stride, VEC) + r * multiple(row_stride, VEC) + cols
         g_ptrs, x_ptrs, out_ptrs = grad_s_ptr + n, x_ptr + n, grad_x_ptr + n
         if is_whole(row_block, col_block, rows, width, ROWS, COLS):
             total = fire_backward(
@@ -147,14 +158,11 @@ def single_step_backward_kernel(
             (grad_threshold_ptr,),
             partial_ptr,
             counters_ptr,
-            plane,
-            row_program,
-            col_block,
-            cols,
-            planes,
-            width,
-            row_programs,
-            col_blocks,
+            channels_of(plane, cols, THRESHOLD_INDEX),
+            count_of(groups, width, THRESHOLD_INDEX),
+            first,
+            splits,
+            group,
             1,
             THRESHOLD_INDEX,
         )
@@ -168,11 +176,11 @@ def _plan_forward(
     tiles = tile(shape, strides, thresholds, _BLOCK_BYTES // dtype.itemsize)
     arguments = {
         **tiles.arguments,
-        "row_programs": tiles.row_blocks,
+        "row_blocks": tiles.row_blocks,
         "THRESHOLD_INDEX": tiles.index,
         "VEC": tiles.vector(dtype),
     }
-    launch = Launch(single_step_forward_kernel, tiles.programs(tiles.row_blocks), arguments)
+    launch = Launch(single_step_forward_kernel, tiles.programs, arguments)
     return launch, (tiles.N, *strides[1:])
 
 
@@ -202,13 +210,12 @@ def _plan_backward(
     tiles = tile(shape, strides, thresholds, _BLOCK_BYTES // dtype.itemsize)
     arguments = {
         **tiles.arguments,
-        "planes": tiles.planes,
-        "row_programs": tiles.row_programs,
+        **tiles.summing,
         "SURROGATE": code(SURROGATES, "surrogate", surrogate),
         "THRESHOLD_INDEX": tiles.index,
         "VEC": tiles.vector(dtype),
     }
-    launch = Launch(single_step_backward_kernel, tiles.programs(tiles.row_programs), arguments)
+    launch = Launch(single_step_backward_kernel, tiles.groups * tiles.splits, arguments)
     return launch, (tiles.N, *strides[1:]), tiles.shared
 
 

@@ -92,6 +92,15 @@ def channels_of(plane, cols, INDEX: tl.constexpr):
 
 
 @triton.jit
+def count_of(groups, width, INDEX: tl.constexpr):
+    """Of all channels."""
+    count = groups
+    if INDEX == COLUMN:
+        count = width
+    return count
+
+
+@triton.jit
 def over_neurons(total, INDEX: tl.constexpr):
     """[ROWS, COLS] -> its sums for the channels of a program [1, n]."""
     if INDEX == COLUMN:
@@ -187,23 +196,15 @@ def store_over_programs(
     grad_ptrs,  # [C] each
     partial_ptr,  # see all_brought
     counters_ptr,
-    plane,
-    row_program,
-    col_block,
-    cols,
-    planes,
-    width,
-    row_programs,
-    col_blocks,
+    at,
+    channels,
+    program,
+    programs,
+    group,
     VALUES: tl.constexpr,
     INDEX: tl.constexpr,
 ):
     """The sums of each channel, by the last program that has some."""
-    program, programs, group, channels = row_program, row_programs, col_block, width
-    if INDEX != COLUMN:
-        program, programs = row_program * col_blocks + col_block, row_programs * col_blocks
-        group, channels = plane, planes
-    at = channels_of(plane, cols, INDEX)
     sums = ()
     for value in tl.static_range(VALUES):
         sums += (over_neurons(totals[value], INDEX),)

@@ -22,11 +22,18 @@ ONE = tl.constexpr(0)
 PLANE = tl.constexpr(1)
 COLUMN = tl.constexpr(2)
 
+#: Of the arguments of kernels, those that are sizes and strides: none of them is compiled in.
+SIZES = [
+    *("N", "x_stride_t", "grad_stride_t", "timesteps", "segments", "channels", "count", "repeated"),
+    *("rows", "width", "row_stride", "plane_stride", "row_blocks", "col_blocks"),
+    *("groups", "tiles", "splits"),
+]
+
 # Columns of a tile whose parameters differ by column: short rows leave more neurons of a channel in
 # the tile, hence fewer partial sums; 64 are still 128 bytes of bfloat16, a whole cache line.
 _COLUMNS = 64
-# Most programs of a backward pass with a parameter per column: enough to fill every device of
-# today (8 blocks of 128 threads on each of 148 processors), few enough for small partial sums.
+# Programs of a pass that sums. One ends by handing over its sums, which takes some microseconds, so
+# those that are resident at once should do all the work.
 _PROGRAMS = 2048
 
 
@@ -58,14 +65,24 @@ class Tiling(NamedTuple):
         return triton.cdiv(self.width, self.cols_per_tile)
 
     @property
-    def row_programs(self) -> int:
-        """Programs that share the row blocks in a backward pass, where each sums over its own."""
-        if self.index != COLUMN.value:
-            return self.row_blocks
-        return torch.sym_min(self.row_blocks, max(1, _PROGRAMS // self.col_blocks))
+    def programs(self) -> int:
+        """One a tile."""
+        return self.planes * self.row_blocks * self.col_blocks
 
-    def programs(self, row_programs: int) -> int:
-        return self.planes * row_programs * self.col_blocks
+    @property
+    def groups(self) -> int:
+        """Of tiles that share channels: a plane or a block of columns each."""
+        return self.col_blocks if self.index == COLUMN.value else self.planes
+
+    @property
+    def tiles(self) -> int:
+        """Of a group."""
+        return self.row_blocks if self.index == COLUMN.value else self.row_blocks * self.col_blocks
+
+    @property
+    def splits(self) -> int:
+        """Programs that share the tiles of a group, where each sums over its own."""
+        return torch.sym_min(self.tiles, max(1, _PROGRAMS // self.groups))
 
     def vector(self, dtype: torch.dtype, *strides: int) -> int:
         """What divides every step from one row to another; see `vector`."""
@@ -74,9 +91,8 @@ class Tiling(NamedTuple):
     @property
     def shared(self) -> tuple[int, int, int]:
         """Programs that share each channel, channels, and groups of them: see workspace_of."""
-        if self.index == COLUMN.value:
-            return self.row_programs, self.width, self.col_blocks
-        return self.row_programs * self.col_blocks, self.planes, self.planes
+        channels = self.width if self.index == COLUMN.value else self.planes
+        return self.splits, channels, self.groups
 
     def index_of(self, elements: int) -> int:
         return self.index if elements > 1 else ONE.value
@@ -93,6 +109,11 @@ class Tiling(NamedTuple):
             "ROWS": self.rows_per_tile,
             "COLS": self.cols_per_tile,
         }
+
+    @property
+    def summing(self) -> dict[str, int]:
+        """What one that sums takes as well."""
+        return {"groups": self.groups, "tiles": self.tiles, "splits": self.splits}
 
 
 def vector(dtype: torch.dtype, *sizes: int) -> int:
@@ -125,10 +146,23 @@ def multiple(n, VEC: tl.constexpr):
 
 
 @triton.jit
-def split(pid, col_blocks, row_programs):
-    """Program number -> (plane, row program, column block)."""
+def split(pid, col_blocks, row_blocks):
+    """Program number, where each has one tile -> (plane, row block, column block)."""
     rest = pid // col_blocks
-    return rest // row_programs, rest % row_programs, pid % col_blocks
+    return rest // row_blocks, rest % row_blocks, pid % col_blocks
+
+
+@triton.jit
+def place(tile_number, group, col_blocks, INDEX: tl.constexpr):
+    """-> plane, row block, column block of a tile of a group."""
+    plane = group
+    row_block = tile_number // col_blocks
+    col_block = tile_number % col_blocks
+    if INDEX == COLUMN:
+        plane = 0
+        row_block = tile_number
+        col_block = group
+    return plane, row_block, col_block
 
 
 @triton.jit
