@@ -5,7 +5,7 @@ import copy
 import iirsnn.kernels.ops  # noqa: F401  # defines them
 import pytest
 import torch
-from iirsnn.kernels import tiles
+from iirsnn.kernels import batch_norm, tiles
 from iirsnn.kernels.launch import forget_plans
 from torch import nn
 from torch.library import opcheck

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 
 #include "lif/cuda/launch.h"
 
@@ -15,7 +16,6 @@ constexpr int kArchitecture = __CUDA_ARCH__;
 #else
 constexpr int kArchitecture = 0;
 #endif
-constexpr int64_t kWalkBlocks = 2048;  // enough for every device of today; a constant, so that sums have the same bits
 constexpr int64_t kLine = 128;         // bytes that threads side by side should read
 constexpr int64_t kCluster = 32;       // blocks whose sums one of them adds up, before one adds up those of clusters
 
@@ -32,6 +32,18 @@ struct Walk {
   __host__ __device__ int64_t clusters() const { return (splits + kCluster - 1) / kCluster; }
 };
 
+// Blocks of a launch with sums: as many as are resident at once. A block ends by handing over its sums, a wait of 2 us
+// or more, and so would every one that takes its place.
+inline int64_t walk_blocks() {
+  static const char* const blocks = getenv("IIRSNN_WALK_BLOCKS");
+  static const char* const each = getenv("IIRSNN_WALK_EACH");
+  if (blocks) return atoi(blocks);
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return int64_t(count) * (each ? atoi(each) : 4);
+}
+
 inline bool in_columns(const LifShape& shape) { return shape.channels > 1 && shape.inner == 1; }
 
 inline Walk walk_of(const LifShape& shape, int size) {
@@ -42,7 +54,7 @@ inline Walk walk_of(const LifShape& shape, int size) {
   while (cols < 32 && cols < beside && cols * per_row * size * size_of(shape.dtype) < kLine) cols *= 2;
   const int64_t packets = shape.neurons / (shape.channels * (columns ? 1 : size)), rows = kWalkThreads / cols;
   const int64_t groups = ceil_div(beside, cols);
-  const int64_t splits = std::clamp(ceil_div(packets, rows), int64_t(1), std::max(kWalkBlocks / groups, int64_t(1)));
+  const int64_t splits = std::clamp(ceil_div(packets, rows), int64_t(1), std::max(walk_blocks() / groups, int64_t(1)));
   return {shape.channels, inner, packets, per_row, shape.channels * inner, groups, splits, Divider(per_row), cols};
 }
 
