@@ -32,7 +32,7 @@ from gpu_cases import ROOT, Case, Row, cases
 
 import iirsnn
 from iirsnn.measure.provenance import commit
-from iirsnn.ops.environment import installed
+from iirsnn.versions import installed
 
 #: Processes that import what they need while a case runs before them.
 AHEAD = min(3, (os.cpu_count() or 1) - 1)

@@ -29,7 +29,7 @@ LINES = [
     ["iirsnn.ops.reference"],
     ["iirsnn.ops.surrogates"],
     ["iirsnn.runtime"],
-    ["iirsnn.atomic_files", "iirsnn.cache"],
+    ["iirsnn.atomic_files", "iirsnn.cache", "iirsnn.versions"],
     ["iirsnn.errors"],
 ]
 LINE_OF = {name: number for number, line in enumerate(LINES) for name in line}

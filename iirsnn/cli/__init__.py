@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import os
 import sys
-from importlib.metadata import version
 
 from ..errors import IirsnnError
 from ..train.stopping import Stopped
+from ..versions import installed
 from . import ending
 
 #: Modules of the packages that the extra [train] brings.
@@ -68,7 +68,7 @@ def _run(arguments: list[str]) -> None:
         if missing not in EXTRA:
             raise
         if arguments == ["--version"]:
-            print(f"iirsnn {version('iirsnn')}")
+            print(f"iirsnn {installed('iirsnn')}")
         elif arguments == ["env"]:
             from ..ops.environment import env_report
 

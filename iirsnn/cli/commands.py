@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
+from ..versions import installed
 from . import deploy, export, results, train
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"iirsnn {version('iirsnn')}")
+        typer.echo(f"iirsnn {installed('iirsnn')}")
         raise typer.Exit
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import platform
 import subprocess
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+from ..versions import installed
 
 
 def commit(ignore: Sequence[str] = ()) -> str:
@@ -24,7 +25,7 @@ def commit(ignore: Sequence[str] = ()) -> str:
         paths = [":/", *(f":(exclude,top){path}" for path in ignore)]
         changed = _output([*git, "status", "--porcelain", "--untracked-files=no", "--", *paths])
     except (OSError, subprocess.CalledProcessError):
-        return "iirsnn " + version("iirsnn")
+        return "iirsnn " + installed("iirsnn")
     return head + ("-modified" if changed else "")
 
 

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from ..versions import installed
 from .backend import why_not
-
-
-def installed(package: str) -> str:
-    """The version of a package, or that it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def env_report() -> str:

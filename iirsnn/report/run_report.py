@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from ..measure.provenance import commit, machine
 from ..train.data import Splits
 from ..train.pipeline import Pipeline
 from ..train.run_folder import RunFolder
+from ..versions import installed
 from . import engine_energy, html_page, plot_files, run_times
 from .run_times import ENGINE, PYTORCH, fastest
 from .tables import Column, print_table, short
@@ -75,7 +75,7 @@ def build(folder: RunFolder, splits: Splits) -> dict[str, Any]:
         "engine_missing": missing,
         "commit": commit(),
         "machine": machine(),
-        "versions": {name: version(name) for name in ("iirsnn", "torch", "torchvision", "numpy")},
+        "versions": {name: installed(name) for name in ("iirsnn", "torch", "torchvision", "numpy")},
     }
 
 
