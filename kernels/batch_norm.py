@@ -33,16 +33,18 @@ from .launch import (
     now,
     planned,
     planned_in_order,
+    processors,
 )
 from .lif import segmented
 from .moments import moments_kernel, totals_kernel
 from .step import RESETS, SURROGATES
 from .sums import workspace_of
-from .tiles import tile
+from .tiles import AT_ONCE, tile
 
 # Of x that a program asks for before it needs the first: with 4 warps, 16 bytes a thread are 2 KiB.
 _LOADS_BYTES = 8192
 _BLOCK_BYTES = 2048  # the least of a timestep
+_FIRING = 1024  # programs that hand over no sums: enough for every device of today
 _CHANNELS = 128  # of the sums of several processes
 
 
@@ -60,14 +62,15 @@ def plan(
     shape: Sequence[int],
     strides: Sequence[int],
     dtype: torch.dtype,
+    programs: int,
     together: int,
     *between: int,
 ) -> Plan:
-    """together: the loads of one position that a program has in flight, a power of two; between:
-    the strides over timesteps of what it loads.
+    """programs: at most; together: the loads of one position that a program has in flight, a power
+    of two; between: the strides over timesteps of what it loads.
     """
     block = max(_BLOCK_BYTES, _LOADS_BYTES // together)
-    tiling = tile(shape, strides, shape[2], block // dtype.itemsize)
+    tiling = tile(shape, strides, shape[2], block // dtype.itemsize, programs)
     arguments = {
         **tiling.arguments,
         **tiling.summing,
@@ -93,10 +96,10 @@ def check_input(x: Tensor) -> None:
 
 @planned
 def _plan_moments(
-    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype
+    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, processors: int
 ) -> tuple[Launch, tuple[int, int, int]]:
     """A launch, and what its programs share."""
-    p = plan(shape, strides, dtype, 1, strides[0])
+    p = plan(shape, strides, dtype, AT_ONCE * processors, 1, strides[0])
     timesteps = shape[0] if strides[0] != 0 else 1
     arguments = {
         **p.arguments,
@@ -128,7 +131,7 @@ def statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [T, B, C, ...] -> mean, var, rstd float32 [C]. Fills sums, float64 [2, C]: of x, of x^2."""
     check_input(x)
-    over_tiles, shared = _plan_moments(x.shape, x.stride(), x.dtype)
+    over_tiles, shared = _plan_moments(x.shape, x.stride(), x.dtype, processors(x.device))
     workspace = workspace_of(x, *shared, 2, launch, running.calls is not None)
     mean, var, rstd = (x.new_empty(x.shape[2], dtype=torch.float32) for _ in range(3))
     tensors = x, *workspace, sums, mean, var, rstd, *running[:3]
@@ -166,7 +169,7 @@ def _plan_fire(
     reset: str,
 ) -> tuple[Launch, tuple[int, ...]]:
     """A launch, and the strides of the spikes."""
-    p = plan(shape, strides, dtype, _together(shape[0]), strides[0])
+    p = plan(shape, strides, dtype, _FIRING, _together(shape[0]), strides[0])
     first, segments = segmented(shape[0])
     arguments = {
         **p.arguments,
@@ -218,6 +221,7 @@ def _plan_backward(
     strides: tuple[int, ...],
     grad_strides: tuple[int, ...],
     dtype: torch.dtype,
+    processors: int,
     thresholds: int,
     leaks: int,
     reset: str,
@@ -227,7 +231,10 @@ def _plan_backward(
     """None where grad_s is in another order than x."""
     if not is_in_order(grad_strides, strides, shape):
         return None
-    p = plan(shape, strides, dtype, 2 * _together(shape[0]), strides[0], grad_strides[0])
+    together = 2 * _together(shape[0])
+    # of so many registers that a multiprocessor holds three
+    programs = (AT_ONCE if together < 8 else 3) * processors
+    p = plan(shape, strides, dtype, programs, together, strides[0], grad_strides[0])
     first, segments = segmented(shape[0])
     arguments = {
         **p.arguments,

@@ -101,6 +101,14 @@ def planned(plan: Callable[..., Any]) -> Callable[..., Any]:
     return look_up
 
 
+@functools.lru_cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; where there is none those of an H100, as if it were one."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def check_current(x: Tensor) -> None:
     """x [T, *neurons] with T >= 1 in a dtype of DTYPES: else TypeError or ValueError."""
     if x.dtype not in DTYPES:
@@ -146,10 +154,11 @@ def planned_in_order(
     plan: Callable[..., Any], grad_s: Tensor, x: Tensor, *rest: Any
 ) -> tuple[Tensor, Any]:
     """grad_s in the order of x, and the plan, which is None for strides of another order."""
-    found = plan(x.shape, x.stride(), grad_s.stride(), x.dtype, *rest)
+    how = x.dtype, processors(x.device), *rest
+    found = plan(x.shape, x.stride(), grad_s.stride(), *how)
     if found is None:
         grad_s = gradient_in_order(grad_s, x)
-        found = plan(x.shape, x.stride(), grad_s.stride(), x.dtype, *rest)
+        found = plan(x.shape, x.stride(), grad_s.stride(), *how)
     return grad_s, found
 
 

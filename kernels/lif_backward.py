@@ -43,6 +43,7 @@ from .sums import (
     workspace_of,
 )
 from .tiles import (
+    AT_ONCE,
     SIZES,
     columns,
     multiple,
@@ -277,6 +278,7 @@ def _plan_backward(
     strides: tuple[int, ...],
     grad_strides: tuple[int, ...],
     dtype: torch.dtype,
+    processors: int,
     thresholds: int,
     leaks: int,
     reset: str,
@@ -287,7 +289,8 @@ def _plan_backward(
     if not is_in_order(grad_strides, strides, shape):
         return None
     first, segments = segmented(shape[0])
-    tiles = tile(shape, strides, max(thresholds, leaks), BLOCK_BYTES // dtype.itemsize)
+    block, most = BLOCK_BYTES // dtype.itemsize, AT_ONCE * processors
+    tiles = tile(shape, strides, max(thresholds, leaks), block, most)
     arguments = {
         **tiles.arguments,
         "N": tiles.N,

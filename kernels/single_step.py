@@ -38,6 +38,7 @@ from .sums import (
     workspace_of,
 )
 from .tiles import (
+    AT_ONCE,
     SIZES,
     columns,
     is_whole,
@@ -201,13 +202,15 @@ def _plan_backward(
     strides: tuple[int, ...],
     grad_strides: tuple[int, ...],
     dtype: torch.dtype,
+    processors: int,
     thresholds: int,
     surrogate: str,
 ) -> tuple[Launch, tuple[int, ...], tuple[int, int, int]] | None:
     """A launch, strides of grad_x, how sums are shared (see workspace_of); None as in lif.py."""
     if not is_in_order(grad_strides, strides, shape):
         return None
-    tiles = tile(shape, strides, thresholds, _BLOCK_BYTES // dtype.itemsize)
+    block, most = _BLOCK_BYTES // dtype.itemsize, AT_ONCE * processors
+    tiles = tile(shape, strides, thresholds, block, most)
     arguments = {
         **tiles.arguments,
         **tiles.summing,

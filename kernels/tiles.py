@@ -29,12 +29,12 @@ SIZES = [
     *("groups", "tiles", "splits"),
 ]
 
+# Programs of 128 threads, on a multiprocessor, that share a pass with sums.
+AT_ONCE = 4
+
 # Columns of a tile whose parameters differ by column: short rows leave more neurons of a channel in
 # the tile, hence fewer partial sums; 64 are still 128 bytes of bfloat16, a whole cache line.
 _COLUMNS = 64
-# Programs of a pass that sums. One ends by handing over its sums, which takes some microseconds, so
-# those that are resident at once should do all the work.
-_PROGRAMS = 2048
 
 
 class Tiling(NamedTuple):
@@ -51,6 +51,7 @@ class Tiling(NamedTuple):
     rows_per_tile: int
     cols_per_tile: int
     index: int  # of a parameter with C elements: PLANE or COLUMN; ONE when C is 1
+    most: int  # programs of a pass that sums
 
     @property
     def N(self) -> int:
@@ -82,7 +83,7 @@ class Tiling(NamedTuple):
     @property
     def splits(self) -> int:
         """Programs that share the tiles of a group, where each sums over its own."""
-        return torch.sym_min(self.tiles, max(1, _PROGRAMS // self.groups))
+        return torch.sym_min(self.tiles, max(1, self.most // self.groups))
 
     def vector(self, dtype: torch.dtype, *strides: int) -> int:
         """What divides every step from one row to another; see `vector`."""
@@ -122,11 +123,18 @@ def vector(dtype: torch.dtype, *sizes: int) -> int:
     return next(v for v in (8, 4, 2, 1) if v <= most and all(n % v == 0 for n in sizes))
 
 
-def tile(shape: Sequence[int], strides: Sequence[int], channels: int, block: int) -> Tiling:
-    """Tiles of `block` neurons for x [T, *neurons] with parameters of `channels` elements."""
+def tile(
+    shape: Sequence[int], strides: Sequence[int], channels: int, block: int, most: int = 1
+) -> Tiling:
+    """Tiles of `block` neurons for x [T, *neurons] with parameters of `channels` elements.
+
+    most: programs of a pass that sums. One ends by handing over its sums, which takes some
+    microseconds, and so does each that takes its place: those that a GPU holds at once should do
+    all the work.
+    """
     neurons = math.prod(shape[1:])
     if channels == 1:
-        return Tiling(1, 1, neurons, neurons, 0, 1, block, ONE.value)
+        return Tiling(1, 1, neurons, neurons, 0, 1, block, ONE.value, most)
     inner = strides[2]
     index = COLUMN.value if inner == 1 else PLANE.value
     if inner == 1:
@@ -136,7 +144,7 @@ def tile(shape: Sequence[int], strides: Sequence[int], channels: int, block: int
         planes, width, row_stride, plane_stride = channels, inner, channels * inner, inner
         cols = min(triton.next_power_of_2(width), block)
     rows = neurons // row_stride
-    return Tiling(planes, rows, width, row_stride, plane_stride, block // cols, cols, index)
+    return Tiling(planes, rows, width, row_stride, plane_stride, block // cols, cols, index, most)
 
 
 @triton.jit

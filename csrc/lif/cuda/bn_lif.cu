@@ -413,11 +413,12 @@ void backward(const BnLifCuda& args, void* stream_) {
     using scalar_t = decltype(dtype);
     const auto grad_s = static_cast<const scalar_t*>(args.grad_s), x = static_cast<const scalar_t*>(args.x);
     const auto grad_x = static_cast<scalar_t*>(args.grad_x);
-    const int64_t blocks = walk.groups * walk.splits;
     if (shape.timesteps == 1) {
       with_packet<scalar_t, false>(shape, size, [&](auto packet, auto columns) {
-        single_backward_kernel<scalar_t, packet, columns, kPass>
-            <<<blocks, kWalkThreads, 0, stream>>>(grad_s, x, grad_x, options, out, inputs_of(args), walk);
+        constexpr auto kKernel = single_backward_kernel<scalar_t, packet, columns, kPass>;
+        const Walk all = at_once<kKernel>(walk, 0);
+        kKernel<<<all.groups * all.splits, kWalkThreads, 0, stream>>>(grad_s, x, grad_x, options, out, inputs_of(args),
+                                                                      all);
       });
       return;
     }
@@ -425,9 +426,11 @@ void backward(const BnLifCuda& args, void* stream_) {
       const int sums = kPass == Pass::sums ? kSums * Place<packet, columns>::kChannels : 0;
       const int memory = stage_bytes<scalar_t, packet>(shape.timesteps, sums);
       with_reset<kEveryKernel>(args.reset, [&](auto reset) {
-        backward_kernel<scalar_t, packet, columns, reset, kPass><<<blocks, kWalkThreads, memory, stream>>>(
+        constexpr auto kKernel = backward_kernel<scalar_t, packet, columns, reset, kPass>;
+        const Walk all = at_once<kKernel>(walk, memory);
+        kKernel<<<all.groups * all.splits, kWalkThreads, memory, stream>>>(
             grad_s, args.grad_s_stride_t, x, shape.x_stride_t, grad_x, membranes, shape.timesteps, shape.neurons,
-            options, out, inputs_of(args), walk);
+            options, out, inputs_of(args), all);
       });
     });
   });

@@ -37,10 +37,7 @@ __device__ __forceinline__ void update(const BnLifRunning& running, int64_t chan
 // after.
 __device__ __forceinline__ void count_call(const BnLifRunning& running, int64_t blocks, uint32_t* counter) {
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  __threadfence();
-  if (atomicAdd(counter, 1u) + 1 != blocks) return;
-  __threadfence();
+  if (threadIdx.x != 0 || count_up(counter) + 1 != blocks) return;
   *counter = 0;
   ++*running.calls;
 }
@@ -153,8 +150,10 @@ void bn_lif_moments_cuda(const BnLifMoments& args, void* stream_) {
   with_float(shape.dtype, [&](auto dtype) {
     using scalar_t = decltype(dtype);
     with_packet<scalar_t, false>(shape, size, [&](auto packet, auto columns) {
-      moments_kernel<scalar_t, packet, columns><<<walk.groups * walk.splits, kWalkThreads, 0, stream>>>(
-          static_cast<const scalar_t*>(args.x), timesteps, shape.x_stride_t, out, walk);
+      constexpr auto kKernel = moments_kernel<scalar_t, packet, columns>;
+      const Walk all = at_once<kKernel>(walk, 0);
+      kKernel<<<all.groups * all.splits, kWalkThreads, 0, stream>>>(static_cast<const scalar_t*>(args.x), timesteps,
+                                                                    shape.x_stride_t, out, all);
     });
   });
   check_launch("bn_lif_moments");

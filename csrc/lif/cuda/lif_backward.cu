@@ -281,7 +281,6 @@ void lif_backward_cuda(const LifBackward& args, void* stream_) {
   const LifShape& shape = args.shape;
   int size;
   const Walk walk = plan(args, size);
-  const int64_t blocks = walk.groups * walk.splits;
   with_dtype(shape.dtype, [&](auto dtype) {
     using scalar_t = decltype(dtype);
     using acc_t = acc_of<scalar_t>;
@@ -303,8 +302,10 @@ void lif_backward_cuda(const LifBackward& args, void* stream_) {
     if (from_rest(args)) {
       with_packet<scalar_t, false>(shape, size, [&](auto packet, auto columns) {
         with_sums([&](auto summed) {
-          single_backward_kernel<scalar_t, packet, columns, summed><<<blocks, kWalkThreads, 0, stream>>>(
-              grad_s, x, inputs.threshold, grad_x, shape.neurons, options, out, walk);
+          constexpr auto kKernel = single_backward_kernel<scalar_t, packet, columns, summed>;
+          const Walk all = summed ? at_once<kKernel>(walk, 0) : walk;
+          kKernel<<<all.groups * all.splits, kWalkThreads, 0, stream>>>(grad_s, x, inputs.threshold, grad_x,
+                                                                        shape.neurons, options, out, all);
         });
       });
       return;
@@ -314,9 +315,11 @@ void lif_backward_cuda(const LifBackward& args, void* stream_) {
       const int memory = stage_bytes<scalar_t, packet>(shape.timesteps, args.grad_threshold ? kSums : 0);
       with_reset<kEveryKernel || std::is_same_v<scalar_t, float>>(args.reset, [&](auto reset) {
         with_sums([&](auto summed) {
-          backward_kernel<scalar_t, packet, columns, reset, summed><<<blocks, kWalkThreads, memory, stream>>>(
+          constexpr auto kKernel = backward_kernel<scalar_t, packet, columns, reset, summed>;
+          const Walk all = summed ? at_once<kKernel>(walk, memory) : walk;
+          kKernel<<<all.groups * all.splits, kWalkThreads, memory, stream>>>(
               grad_s, args.grad_s_stride_t, x, shape.x_stride_t, inputs, grad_x, static_cast<acc_t*>(args.grad_v0),
-              reinterpret_cast<acc_t*>(workspace), shape.timesteps, shape.neurons, options, out, walk);
+              reinterpret_cast<acc_t*>(workspace), shape.timesteps, shape.neurons, options, out, all);
         });
       });
     });

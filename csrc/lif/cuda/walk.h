@@ -2,7 +2,7 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
+#include <atomic>
 
 #include "lif/cuda/launch.h"
 
@@ -16,8 +16,10 @@ constexpr int kArchitecture = __CUDA_ARCH__;
 #else
 constexpr int kArchitecture = 0;
 #endif
+constexpr int64_t kWalkBlocks = 2048;  // at most: enough for every device of today
 constexpr int64_t kLine = 128;         // bytes that threads side by side should read
 constexpr int64_t kCluster = 32;       // blocks whose sums one of them adds up, before one adds up those of clusters
+constexpr int64_t kFew = 2048;         // sums that one block adds up at once, 16 a thread
 
 // A thread takes packets of kSize neighbours: of one channel, or where channels are innermost (in columns) of kSize
 // channels, the same in each packet. The packets of a channel at one timestep lie in rows. `cols` threads stand side by
@@ -32,18 +34,6 @@ struct Walk {
   __host__ __device__ int64_t clusters() const { return (splits + kCluster - 1) / kCluster; }
 };
 
-// Blocks of a launch with sums: as many as are resident at once. A block ends by handing over its sums, a wait of 2 us
-// or more, and so would every one that takes its place.
-inline int64_t walk_blocks() {
-  static const char* const blocks = getenv("IIRSNN_WALK_BLOCKS");
-  static const char* const each = getenv("IIRSNN_WALK_EACH");
-  if (blocks) return atoi(blocks);
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return int64_t(count) * (each ? atoi(each) : 4);
-}
-
 inline bool in_columns(const LifShape& shape) { return shape.channels > 1 && shape.inner == 1; }
 
 inline Walk walk_of(const LifShape& shape, int size) {
@@ -54,8 +44,34 @@ inline Walk walk_of(const LifShape& shape, int size) {
   while (cols < 32 && cols < beside && cols * per_row * size * size_of(shape.dtype) < kLine) cols *= 2;
   const int64_t packets = shape.neurons / (shape.channels * (columns ? 1 : size)), rows = kWalkThreads / cols;
   const int64_t groups = ceil_div(beside, cols);
-  const int64_t splits = std::clamp(ceil_div(packets, rows), int64_t(1), std::max(walk_blocks() / groups, int64_t(1)));
+  const int64_t splits = std::clamp(ceil_div(packets, rows), int64_t(1), std::max(kWalkBlocks / groups, int64_t(1)));
   return {shape.channels, inner, packets, per_row, shape.channels * inner, groups, splits, Divider(per_row), cols};
+}
+
+// Blocks of a kernel that the current device holds at once. `memory`: shared, in bytes, of a block.
+template <auto kKernel>
+int64_t resident_blocks(int memory) {
+  static std::atomic<int64_t> kept{-1};  // device, memory, blocks of the call before
+  int device = 0, processors = 0, each = 0;
+  cudaGetDevice(&device);
+  const int64_t key = int64_t(device) << 24 | memory, before = kept.load(std::memory_order_relaxed);
+  if (before >> 24 == key) return before & 0xffffff;
+  const auto kernel = reinterpret_cast<const void*>(kKernel);
+  if (cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kWalkThreads, memory) != cudaSuccess)
+    return cudaGetLastError(), kWalkBlocks;  // the launch will say why
+  const int64_t blocks = std::min<int64_t>(processors * each, 0xffffff);
+  kept.store(key << 24 | blocks, std::memory_order_relaxed);
+  return blocks;
+}
+
+// For a kernel with sums: all of its blocks at once. One ends by handing over its sums, a wait of some microseconds,
+// and so would each that takes its place. Sums have the same bits on the same kind of device.
+template <auto kKernel>
+Walk at_once(Walk walk, int memory) {
+  const int64_t most = resident_blocks<kKernel>(memory) / walk.groups;
+  walk.splits = std::clamp(most, int64_t(1), walk.splits);
+  return walk;
 }
 
 // Neurons of a packet: `most`, in columns four, so that not many parameters have to be held; 1 where rows are no whole
@@ -110,6 +126,14 @@ struct Place {
 template <int kCount>
 constexpr int kGroupDoubles = kWalkWarps * 32 * kCount;
 
+// Counts up and returns how many were counted before. What the block wrote is seen by whom it counts before, and what
+// those wrote by the block, after the barrier that has to follow.
+__device__ __forceinline__ uint32_t count_up(uint32_t* counter) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+
 // total[0, values) is row `mine` of `count`. The last block to bring its row adds them all up into total, in the order
 // of rows, and returns true there. counter: 0 before and after.
 __device__ __forceinline__ bool add_rows(double* total, int values, double* rows, int64_t mine, int64_t count,
@@ -119,11 +143,7 @@ __device__ __forceinline__ bool add_rows(double* total, int values, double* rows
 #pragma unroll 1
   for (int value = thread; value < values; value += kWalkThreads) rows[mine * values + value] = total[value];
   __syncthreads();
-  if (thread == 0) {
-    __threadfence();
-    arrived = atomicAdd(counter, 1u);
-    __threadfence();
-  }
+  if (thread == 0) arrived = count_up(counter);
   __syncthreads();
   if (arrived + 1 != count) return false;
   if (thread == 0) *counter = 0;
@@ -147,8 +167,8 @@ __device__ __forceinline__ bool add_rows(double* total, int values, double* rows
   return true;
 }
 
-// Sums of the threads that stand on the same channels, over all blocks of a group, by clusters of kCluster: were all
-// added up by one block, thousands of loads would wait for each other. partials: [groups, splits + clusters, values],
+// Sums of the threads that stand on the same channels, over all blocks of a group: kFew by one block, more by clusters
+// of kCluster, for else thousands of loads would wait for each other. partials: [groups, splits + clusters, values],
 // values = cols * kCount; counters: [groups, 1 + clusters]. In the last block to come here it returns true, and `total`
 // holds value i of column c at [c * kCount + i]. Always the same order of additions.
 template <int kCount, int kSize, bool kColumns>
@@ -174,6 +194,7 @@ __device__ __forceinline__ bool sum_group(double* total, double (&mine)[kCount],
     const int64_t clusters = walk.clusters(), cluster = place.split / kCluster, start = cluster * kCluster;
     double* const rows = partials + place.group * (walk.splits + clusters) * values;
     uint32_t* const counter = counters + place.group * (1 + clusters);
+    if (walk.splits * values <= kFew) return add_rows(total, values, rows, place.split, walk.splits, counter);
     if (!add_rows(total, values, rows + start * values, place.split - start, min(kCluster, walk.splits - start),
                   counter + 1 + cluster))
       return false;
