@@ -21,6 +21,9 @@ def lif_call(
     return_v: bool,
     /,
 ) -> Tensor | tuple[Tensor, Tensor] | None: ...
+def neuron_call(
+    neuron: dict[str, Any], x: Tensor, scales: dict[str, float], /
+) -> Tensor | tuple[Tensor, Tensor] | None: ...
 def bn_lif_call(
     backend: str,
     x: Tensor,

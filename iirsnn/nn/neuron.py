@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import check_choice
-from ..functional import SCALES, lif, short_way
+from ..functional import SCALES, lif
+from ..ops.backend import direct
 from ..ops.reference import RESETS, acc_dtype
 from ..ops.surrogates import SURROGATES
 
@@ -100,46 +101,26 @@ class FusedLIF(nn.Module):
             getattr(self, name).fill_(value)
 
     def forward(self, x: Tensor) -> Any:
-        held: Any = self._parameters.get  # self.threshold takes a failed look-up first
-        threshold, leak = held("threshold"), held("leak")
-        if threshold is None:
-            threshold = self.threshold
-        if leak is None:
-            leak = self.leak
+        if not torch.compiler.is_compiling():
+            call = direct("neuron_call")  # lif, but for looking up a dozen attributes
+            result = None if call is None else call(self.__dict__, x, SCALES)
+            if result is not None:
+                return result
         v0 = self._before(x) if self.stateful else None
-        return_v = self.return_v or self.stateful
-        result = None
-        call = None if self.packed else short_way()
-        if call is not None:
-            scale = self.surrogate_scale
-            result = call(
-                self.backend,
-                x,
-                threshold,
-                leak,
-                v0,
-                self.reset,
-                self.v_reset,
-                self.detach_reset,
-                self.surrogate,
-                SCALES.get(self.surrogate) if scale is None else scale,
-                return_v,
-            )
-        if result is None:
-            result = lif(
-                x,
-                threshold,
-                leak,
-                v0,
-                reset=self.reset,
-                v_reset=self.v_reset,
-                detach_reset=self.detach_reset,
-                surrogate=self.surrogate,
-                surrogate_scale=self.surrogate_scale,
-                packed=self.packed,
-                return_v=return_v,
-                backend=self.backend,
-            )
+        result = lif(
+            x,
+            self.threshold,
+            self.leak,
+            v0,
+            reset=self.reset,
+            v_reset=self.v_reset,
+            detach_reset=self.detach_reset,
+            surrogate=self.surrogate,
+            surrogate_scale=self.surrogate_scale,
+            packed=self.packed,
+            return_v=self.return_v or self.stateful,
+            backend=self.backend,
+        )
         if not self.stateful:
             return result
         s, v = result

@@ -204,8 +204,9 @@ def direct(name: str = "lif_call") -> Callable[..., Any] | None:
     """iirsnn._C.lif_call, the shortest way to lif_forward; None where it is not compiled.
 
     It takes the name of a backend and the arguments of `iirsnn.functional.lif`, and returns None
-    where that has to take them. bn_lif_call does the same for `BatchNormLIF` in training, and
-    spike_origin, spike_product and spike_average_pool for spike layers.
+    where that has to take them. neuron_call does the same for a `FusedLIF`, whose attributes it
+    reads itself, bn_lif_call for `BatchNormLIF` in training, and spike_origin, spike_product and
+    spike_average_pool for spike layers.
     """
     reason = _compiled_reason.get("import", "")
     if reason == "":

@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
+import iirsnn
 import iirsnn._C
-from iirsnn.functional import lif
+from iirsnn.functional import SCALES, lif
 from iirsnn.ops import backend, batch_norm, spike
 from iirsnn.ops import lif as contract
 
@@ -58,6 +59,69 @@ def test_the_short_way_is_the_long_one(way, layout, monkeypatch):
     for got, wanted in zip(short, everything(x, options), strict=True):
         assert got.stride() == wanted.stride()
         torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+NEURONS = {
+    "learned": {},
+    "fixed": {"learn_threshold": False, "learn_leak": False},
+    "one fixed": {"learn_leak": False},
+    "channels": {"channels": 3, "leak": 0.8},
+    "membrane": {"return_v": True},
+    "how": {"reset": "hard", "v_reset": 1, "detach_reset": False, "surrogate": "atan"},
+    "scale": {"surrogate_scale": 2, "backend": "cpu"},
+}
+
+
+def of_a_neuron(neuron, x):
+    x = x.detach().requires_grad_()
+    outputs = neuron(x)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    leaves = [x, *neuron.parameters()]
+    return [*outputs, *torch.autograd.grad([o.sum() for o in outputs], leaves)]
+
+
+@pytest.mark.parametrize("how", NEURONS)
+def test_a_neuron_s_short_way_is_its_long_one(how, monkeypatch):
+    x = torch.randn(3, 2, 3, 4, generator=torch.Generator().manual_seed(0)) + 0.4
+    neuron = iirsnn.FusedLIF(0.7, **NEURONS[how])
+    short = of_a_neuron(neuron, x)
+    assert iirsnn._C.neuron_call(neuron.__dict__, x, SCALES) is not None
+    monkeypatch.setattr("iirsnn.nn.neuron.direct", lambda name: None)
+    monkeypatch.setattr("iirsnn.functional.direct", lambda: None)
+    for got, wanted in zip(short, of_a_neuron(neuron, x), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_what_the_short_way_of_a_neuron_leaves():
+    class Property(iirsnn.FusedLIF):
+        reset = property(lambda self: "hard", lambda self, value: None)
+
+    x = torch.rand(3, 2)
+    parametrized = iirsnn.FusedLIF()
+    softplus = torch.nn.Softplus()
+    torch.nn.utils.parametrize.register_parametrization(parametrized, "threshold", softplus)
+    without, doubled, named = iirsnn.FusedLIF(), iirsnn.FusedLIF().double(), iirsnn.FusedLIF()
+    del without.leak
+    named.surrogate = "no such"
+    left = [
+        iirsnn.FusedLIF(stateful=True),
+        iirsnn.FusedLIF(packed=True),
+        iirsnn.FusedLIF(backend="reference"),
+        *(Property(), parametrized, without, doubled, named),
+    ]
+    for neuron in left:
+        assert iirsnn._C.neuron_call(neuron.__dict__, x, SCALES) is None
+    assert iirsnn._C.neuron_call([], x, SCALES) is None
+    assert iirsnn._C.neuron_call(iirsnn.FusedLIF().__dict__, "x", SCALES) is None
+    with pytest.raises(TypeError, match="expected 3 arguments, got 1"):
+        iirsnn._C.neuron_call({})
+    hard = iirsnn.FusedLIF(reset="hard", learn_threshold=False, learn_leak=False)
+    assert torch.equal(Property()(4 * x), hard(4 * x))
+    assert torch.equal(parametrized(4 * x), iirsnn.FusedLIF(float(softplus(torch.ones(1))))(4 * x))
+    with pytest.raises(AttributeError, match="leak"):
+        without(x)
+    with pytest.raises(ValueError, match="surrogate: expected"):
+        named(x)
 
 
 def test_what_the_short_way_takes_and_what_it_leaves():

@@ -1,4 +1,4 @@
-// The shortest way from Python to lif_forward: arguments read in C++, and no dispatch
+// The shortest way from Python to lif_forward: arguments, or those that a FusedLIF holds, read in C++, and no dispatch
 // where nobody watches ops.
 #include "lif/torch/lif_call.h"
 
@@ -9,6 +9,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
 
+#include <array>
 #include <cmath>
 #include <optional>
 #include <utility>
@@ -45,11 +46,12 @@ Tensor parameter(PyObject* value, const Tensor& x, bool positive) {
   return *tensor;
 }
 
+enum { kBackend, kX, kThreshold, kLeak, kV0, kReset, kReturnV = kReset + CallOptions::kCount, kCount };
+
 // (s, v) or s of a call that needs no conversion; None where it does, or where something is wrong:
 // iirsnn.functional.lif then takes the long way, which says what.
 PyObject* lif_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  enum { kBackend, kX, kThreshold, kLeak, kV0, kReset, kReturnV = kReset + CallOptions::kCount, kCount };
   TORCH_CHECK_TYPE(count == kCount, "lif_call: expected ", int(kCount), " arguments, got ", count);
   const auto leave = [] { Py_RETURN_NONE; };
   const Tensor* x_pointer = plain_tensor(arguments[kX]);
@@ -105,6 +107,56 @@ PyObject* lif_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// Of a dict, borrowed; null where it is none, or has no such key.
+PyObject* look_up(PyObject* dict, PyObject* key) {
+  return dict != nullptr && PyDict_Check(dict) ? PyDict_GetItemWithError(dict, key) : nullptr;
+}
+
+// lif_call with what the __dict__ of a FusedLIF holds, whose attributes Python looks up for as long as the call takes.
+// None as there, and where a neuron is stateful or packs its spikes.
+PyObject* neuron_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  enum { kDict, kInput, kScales, kGiven };
+  static const char* const words[kCount] = {"backend", "",        "threshold",    "leak",      "",
+                                            "reset",   "v_reset", "detach_reset", "surrogate", "surrogate_scale",
+                                            "return_v"};
+  static const auto names = [] {
+    std::array<PyObject*, kCount> all;
+    for (int i = 0; i < kCount; ++i) all[i] = PyUnicode_InternFromString(words[i]);
+    return all;
+  }();
+  static PyObject* const held[] = {PyUnicode_InternFromString("_parameters"), PyUnicode_InternFromString("_buffers")};
+  static PyObject* const flags[] = {PyUnicode_InternFromString("stateful"), PyUnicode_InternFromString("packed")};
+  if (count != kGiven) return PyErr_Format(PyExc_TypeError, "neuron_call: expected 3 arguments, got %zd", count);
+  PyObject* const dict = given[kDict];
+  for (PyObject* flag : flags)
+    if (look_up(dict, flag) != Py_False) Py_RETURN_NONE;
+  PyObject* arguments[kCount];
+  for (int i = 0; i < kCount; ++i) {
+    if (i == kThreshold || i == kLeak) {
+      arguments[i] = nullptr;
+      for (PyObject* kind : held)
+        if (arguments[i] == nullptr) arguments[i] = look_up(look_up(dict, kind), names[i]);
+    } else {
+      arguments[i] = look_up(dict, names[i]);
+    }
+  }
+  arguments[kX] = given[kInput];
+  arguments[kV0] = Py_None;
+  PyObject*& scale = arguments[kReturnV - 1];
+  if (scale == Py_None && arguments[kReturnV - 2] != nullptr) scale = look_up(given[kScales], arguments[kReturnV - 2]);
+  for (PyObject* argument : arguments)
+    if (argument == nullptr) {
+      if (PyErr_Occurred()) return nullptr;
+      Py_RETURN_NONE;
+    }
+  return lif_call(nullptr, arguments, kCount);
+}
+
+PyMethodDef neuron_method{"neuron_call", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&neuron_call)),
+                          METH_FASTCALL,
+                          "neuron_call(arg0: dict, arg1: Tensor, arg2: dict) -> object\n\n"
+                          "lif_call with what the __dict__ of a FusedLIF holds, and the scales of surrogates by name."};
+
 PyMethodDef method{
     "lif_call", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&lif_call)), METH_FASTCALL,
     "lif_call(arg0: str, arg1: Tensor, arg2: object, arg3: object, arg4: object, arg5: str, arg6: float, "
@@ -113,6 +165,9 @@ PyMethodDef method{
 
 }  // namespace
 
-void bind_lif_call(py::module_& m) { m.add_object("lif_call", PyCFunction_New(&method, nullptr)); }
+void bind_lif_call(py::module_& m) {
+  m.add_object("lif_call", PyCFunction_New(&method, nullptr));
+  m.add_object("neuron_call", PyCFunction_New(&neuron_method, nullptr));
+}
 
 }  // namespace iirsnn
