@@ -43,6 +43,17 @@ class Empty(torch.autograd.Function):
         return grad
 
 
+class TwoNumbers(nn.Module):
+    """What an op of torch costs with two learned numbers beside its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(x, self.one, self.two)
+
+
 class TwoModules(nn.Module):
     """What BatchNormLIF stands for."""
 
@@ -78,6 +89,7 @@ def neurons() -> Contenders:
         RELU: torch.relu,
         "nn.ReLU": nn.ReLU(),
         "empty autograd.Function": Empty.apply,
+        "torch.addcmul, learned": TwoNumbers(),
         "FusedLIF, learned": FusedLIF(1.0, 0.9),
         "FusedLIF, fixed": FusedLIF(1.0, 0.9, **FIXED),
         "lif, numbers": lambda x: lif(x, 1.0, 0.9),
