@@ -88,15 +88,15 @@ def from_bytes(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return _whole(deserialized(content), header, "checkpoint")
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the header of a checkpoint.
+def load(path: Path, kind: str = "checkpoint") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the header of a checkpoint, or of what errors call its `kind`.
 
     Raises:
         Damaged: truncated, changed since it was written, or no checkpoint at all.
         RunError: missing, or of another program or a newer version of this one.
     """
-    name = f"checkpoint {path}"
-    with _reading(name), safe_open(path, framework="pt") as file:
+    name = f"{kind} {path}"
+    with _reading(name, kind), safe_open(path, framework="pt") as file:
         with path.open("rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as content:
             header = _header(file.metadata() or {}, content, name)
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -114,13 +114,13 @@ def read_header(path: Path) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _reading(name: str) -> Iterator[None]:
+def _reading(name: str, kind: str = "checkpoint") -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
         raise RunError(f"{name}: no such file") from error
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{name}: truncated or no checkpoint ({error})") from error
+        raise Damaged(f"{name}: truncated or no {kind} ({error})") from error
 
 
 def _header(metadata: Mapping[str, str], content: bytes | mmap.mmap, name: str) -> dict[str, Any]:

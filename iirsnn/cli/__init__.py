@@ -5,11 +5,16 @@ from __future__ import annotations
 import io
 import os
 import sys
+import warnings
+from pathlib import Path
+from typing import TextIO
 
 from ..errors import IirsnnError
 from ..train.stopping import Stopped
 from ..versions import installed
 from . import ending
+
+_PACKAGE = Path(__file__).resolve().parent.parent
 
 #: Modules of the packages that the extra [train] brings.
 EXTRA = frozenset(
@@ -26,6 +31,24 @@ EXTRA = frozenset(
 )
 
 
+_show_as_python_does = warnings.showwarning
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """What this package warns of is a line for whoever runs a command, without its source."""
+    if Path(filename).is_relative_to(_PACKAGE):
+        print(f"warning: {message}", file=file or sys.stderr)
+    else:
+        _show_as_python_does(message, category, filename, lineno, file, line)
+
+
 def main() -> None:
     """Run the command line; an error the user can mend is one line, without a traceback."""
     if not os.path.isabs(os.environ.get("XDG_CACHE_HOME", "/")):
@@ -37,6 +60,7 @@ def main() -> None:
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
+    warnings.showwarning = _show_warning
     try:
         _run(sys.argv[1:])
     except Stopped as stopped:

@@ -12,9 +12,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import IirsnnError, UsageError
+from ..errors import IirsnnError, RunError, UsageError
 from . import watching
-from .console import Run, console
+from .console import Run, console, timesteps_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ COMPARED_IMAGES = 256
 
 def deploy(
     run: Run,
-    stage: Annotated[int, typer.Option(metavar="T", help="The stage, by its timesteps.")] = 1,
+    stage: Annotated[str, typer.Option(metavar="T", help="The stage, by its timesteps.")] = "1",
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="FILE", help="File of the network.")
     ] = Path("net.iirsnn"),
@@ -42,10 +42,11 @@ def deploy(
     from ..train.deployment import event_network, may_be_written
 
     may_be_written(out, force)
+    timesteps = timesteps_of(stage)
     pipeline = _open(run)
-    net = event_network(pipeline, stage, precision)
+    net = event_network(pipeline, timesteps, precision)
     images = pipeline.calibration_images(COMPARED_IMAGES)
-    model = pipeline.trained(f"T{stage}")
+    model = pipeline.trained(f"T{timesteps}")
     with evaluating(model):
         same = int((net(images).argmax(1) == model(images).cpu().argmax(1)).sum())
     net.notes.update(
@@ -55,7 +56,7 @@ def deploy(
     )
     net.save(out)
     console.print(
-        f"Written: {out} ({out.stat().st_size / 1e6:.1f} MB, {precision}, T = {stage}); "
+        f"Written: {out} ({out.stat().st_size / 1e6:.1f} MB, {precision}, T = {timesteps}); "
         f"predicts as the PyTorch model on {same} of {len(images)} training images",
         highlight=False,
         soft_wrap=True,
@@ -100,6 +101,7 @@ def predict(
             arriving = watching.named(sys.stdin, begun)
         else:
             arriving = watching.appearing(watch, SUFFIXES, begun)
+            print(f"watching {watch}", file=sys.stderr, flush=True)
         for path, given in arriving:
             if isinstance(given, IirsnnError):
                 print(f"error: {given}", file=sys.stderr, flush=True)
@@ -127,13 +129,21 @@ def _names(network: EventNetwork) -> list[str]:
 def _print_table(network: EventNetwork, images: list[Path]) -> None:
     from ..train.deployment import read_image
 
-    batch = [read_image(path, network) for path in images]
+    batch: list[tuple[Path, Tensor]] = []
+    errors: list[IirsnnError] = []
+    for path in images:
+        try:
+            batch.append((path, read_image(path, network)))
+        except IirsnnError as error:
+            errors.append(error)
+    if not batch:
+        raise errors[0]
     names = _names(network)
     table = Table(box=box.SIMPLE)
     table.add_column("image", overflow="fold")
     for column in ("class", "probability", "ms"):
         table.add_column(column, no_wrap=True)
-    for path, image in zip(images, batch, strict=True):
+    for path, image in batch:
         start = time.perf_counter()
         logits = network(image)
         milliseconds = 1e3 * (time.perf_counter() - start)
@@ -145,12 +155,15 @@ def _print_table(network: EventNetwork, images: list[Path]) -> None:
             f"{milliseconds:.3f}",
         )
     console.print(table)
+    if errors:
+        of_all = f"{len(errors)} of {len(images)} images" if len(errors) > 1 else "one image"
+        raise RunError(f"{of_all} could not be classified: {'; '.join(map(str, errors))}")
 
 
 def energy(
     run: Run,
     stage: Annotated[
-        int | None, typer.Option(metavar="T", help="The stage  [default: the last one finished]")
+        str | None, typer.Option(metavar="T", help="The stage  [default: the last one finished]")
     ] = None,
     precision: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or int8.")] = "fp32",
 ) -> None:
@@ -158,8 +171,9 @@ def energy(
     from ..report import engine_energy
     from ..train.deployment import finished_timesteps
 
+    asked = None if stage is None else timesteps_of(stage)
     pipeline = _open(run)
-    timesteps = finished_timesteps(pipeline)[-1] if stage is None else stage
+    timesteps = finished_timesteps(pipeline)[-1] if asked is None else asked
     report = engine_energy.measure(pipeline, timesteps, precision)
     engine_energy.write(report, run)
     engine_energy.show(report, console)

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from .console import Run, console
+from .console import Run, console, timesteps_of
 
 
 def export(
     run: Run,
     format: Annotated[str, typer.Option(metavar="nir|onnx", help="Of the file.")] = "onnx",
-    stage: Annotated[int, typer.Option(metavar="T", help="The stage, by its timesteps.")] = 1,
+    stage: Annotated[str, typer.Option(metavar="T", help="The stage, by its timesteps.")] = "1",
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="The file  [default: net.nir, net.onnx]"),
@@ -32,8 +32,9 @@ def export(
     from ..train.run_folder import RunFolder
 
     check_choice("--format", format, ("nir", "onnx"))
-    if format == "onnx" and stage != 1:
-        raise UsageError(f"--stage: expected 1 for ONNX, which has no time, got {stage}")
+    timesteps = timesteps_of(stage)
+    if format == "onnx" and timesteps != 1:
+        raise UsageError(f"--stage: expected 1 for ONNX, which has no time, got {timesteps}")
     out = out or Path(f"net.{format}")
     if out.exists() and not force:
         raise UsageError(f"--out {out}: is there already; --force writes over it")
@@ -44,10 +45,10 @@ def export(
     folder = RunFolder.read(run)
     pipeline = Pipeline(folder, open_data(folder.recipe))
     finished = finished_timesteps(pipeline)
-    if stage not in finished:
+    if timesteps not in finished:
         wanted = ", ".join(map(str, finished))
-        raise UsageError(f"--stage: expected one of {wanted} timesteps, got {stage}")
-    network = pipeline.trained(f"T{stage}").eval().cpu()
+        raise UsageError(f"--stage: expected one of {wanted} timesteps, got {timesteps}")
+    network = pipeline.trained(f"T{timesteps}").eval().cpu()
     shape = pipeline.splits.image_shape
     try:
         if format == "onnx":
@@ -57,4 +58,4 @@ def export(
     except ValueError as error:
         raise UsageError(str(error)) from error
     size = f"{out.stat().st_size / 1e6:.1f} MB"
-    console.print(f"Written: {out} ({size}, T = {stage})", highlight=False, soft_wrap=True)
+    console.print(f"Written: {out} ({size}, T = {timesteps})", highlight=False, soft_wrap=True)

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from ..errors import RunError, check_choice
-from .console import Run, console
+from .console import Run, console, stage_named
 
 if TYPE_CHECKING:
     from ..train.data import Splits
@@ -31,6 +31,7 @@ def evaluate(
     names = [s.name for s in pipeline.stages if folder.result(s.name) is not None]
     if not names:
         raise RunError(f"run {run}: no stage is finished yet")
+    stage = stage_named(stage)
     if stage is not None:
         check_choice("stage", stage, names)
         names = [stage]
@@ -78,7 +79,8 @@ def diagnose(
     found = []
     for path in compare.find(runs):
         folder = RunFolder.read(path)
-        found.append(diagnosis.build(Pipeline(folder, open_data(folder.recipe)), stage))
+        pipeline = Pipeline(folder, open_data(folder.recipe))
+        found.append(diagnosis.build(pipeline, stage_named(stage)))
     groups = diagnosis.compare(found)
     diagnosis.show(groups, console)
     if out is not None:

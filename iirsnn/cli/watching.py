@@ -26,14 +26,24 @@ def appearing(
 ) -> Iterator[tuple[Path, T | IirsnnError]]:
     """Every file that is written into the folder from now on, once it is whole, as `read` reads it.
 
-    A file that stays as it is for a moment and can be read is whole. One that cannot be read gets
-    its error, after `PATIENCE` without a change. A file that is written anew is a new one. Hidden
-    files, and those with other suffixes, are left alone. Never ends.
+    "Now" is the call, not the first file that is asked for. A file that stays as it is for a moment
+    and can be read is whole. One that cannot be read gets its error, after `PATIENCE` without a
+    change. A file that is written anew is a new one. Hidden files, and those with other suffixes,
+    are left alone. Never ends.
 
     Raises:
         UsageError: it is no folder, or is one no longer.
     """
-    known = _files(folder, suffixes)
+    return _appearing(folder, suffixes, read, _files(folder, suffixes))
+
+
+def _appearing(
+    folder: Path,
+    suffixes: tuple[str, ...],
+    read: Callable[[Path], T],
+    known: dict[Path, _Stamp],
+) -> Iterator[tuple[Path, T | IirsnnError]]:
+    """known: the files that are no new ones."""
     growing: dict[Path, tuple[_Stamp, float, bool]] = {}  # since when, and whether it was tried
     while True:
         time.sleep(POLL)

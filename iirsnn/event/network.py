@@ -251,7 +251,7 @@ class EventNetwork:
             RunError: missing, truncated, damaged, of a newer format, or no such network.
         """
         try:
-            tensors, header = atomic_files.load(Path(path))
+            tensors, header = atomic_files.load(Path(path), "network")
         except RunError:
             raise
         except (

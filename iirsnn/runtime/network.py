@@ -81,7 +81,7 @@ class Network:
     """
 
     def __init__(self, content: bytes | str | os.PathLike[str], threads: int = 0) -> None:
-        """content: of a file, or the file's path."""
+        """content: of a file, or the file's path. Raises UsageError for threads that are none."""
         self._engine = Engine(content)
         facts = self._engine.facts
         self.image_shape: tuple[int, int, int] = (facts.channels, facts.height, facts.width)
@@ -90,6 +90,8 @@ class Network:
         handle = self._engine.handle
         names = [library().iirsnn_class_name(handle, index) for index in range(self.classes)]
         self.class_names = None if None in names else [name.decode() for name in names]
+        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 0:
+            raise UsageError(f"threads: expected an integer of at least 0, got {threads!r}")
         self.threads = threads
         self._last = threading.local()
 
@@ -212,5 +214,6 @@ def load(path: str | os.PathLike[str], *, threads: int = 0) -> Network:
 
     Raises:
         RunError: missing, truncated, damaged, of a newer or older format, or no such network.
+        UsageError: threads is no integer of at least 0.
     """
     return Network(path, threads)

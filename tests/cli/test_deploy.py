@@ -60,6 +60,34 @@ def test_predict_names_the_class_of_each_file(iirsnn, finished, deployed, tmp_pa
     assert all(float(row[-1]) >= 0 for row in rows)
 
 
+def test_a_network_that_is_no_faster_than_the_dense_one_is_a_line(finished, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "iirsnn", "deploy", str(finished), "--stage", "T2"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("warning: this network makes 0.")
+    assert line.endswith("the dense network is faster")
+
+
+def test_predict_classifies_what_it_can_read(iirsnn, deployed, tmp_path):
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "good.png")
+    Image.fromarray(np.zeros((9, 8), np.uint8)).save(tmp_path / "tall.png")
+    result = iirsnn("predict", deployed, "none.png", "good.png")
+    assert result.code == 1
+    assert "good.png" in result.out
+    assert result.err == (
+        "error: one image could not be classified: image none.png: no such file\n"
+    )
+    result = iirsnn("predict", deployed, "tall.png", "good.png", "none.png")
+    assert "good.png" in result.out
+    assert "error: 2 of 3 images could not be classified: image tall.png: expected" in result.err
+    assert "; image none.png: no such file" in result.err
+
+
 @pytest.mark.parametrize("name", ["", "avx512"])
 def test_predict_runs_on_the_instruction_set_that_is_asked_for(finished, deployed, tmp_path, name):
     """Of the processor's own; any other name is one line."""
@@ -85,7 +113,7 @@ def test_predict_runs_on_the_instruction_set_that_is_asked_for(finished, deploye
 
 def test_deploy_takes_any_stage_and_precision(iirsnn, finished, tmp_path):
     for stage, precision in ((2, "fp32"), (1, "bf16"), (1, "int8")):
-        arguments = ("--stage", stage, "--precision", precision)
+        arguments = ("--stage", f"T{stage}" if stage == 2 else stage, "--precision", precision)
         assert iirsnn("deploy", finished, *arguments, "--out", "x.iirsnn").code == 0
         net = EventNetwork.load(tmp_path / "x.iirsnn")
         assert (net.timesteps, net.precision) == (stage, precision)
@@ -159,12 +187,13 @@ def test_bad_input(iirsnn, finished, deployed, tmp_path):
     assert_one_line(iirsnn(*predict, "-", "good.png"), 2, "- or --watch DIR, and one of them alone")
     assert_one_line(iirsnn(*predict, "none.png"), 1, "image none.png: no such file")
     assert_one_line(iirsnn(*predict, "broken.png"), 1, "image broken.png: cannot be read")
-    assert_one_line(iirsnn("predict", "none", "good.png"), 1, "checkpoint none: no such file")
+    assert_one_line(iirsnn("predict", "none", "good.png"), 1, "network none: no such file")
     assert_one_line(iirsnn("predict", "short.iirsnn", "good.png"), 1, "truncated")
     assert_one_line(iirsnn("predict", "anonymous.iirsnn", "good.png"), 2, "deploy wrote")
     assert_one_line(
         iirsnn("deploy", finished, "--stage", 7), 2, "expected one of 2, 1 timesteps, got 7"
     )
+    assert_one_line(iirsnn("deploy", finished, "--stage", "x"), 2, "like 1 or T1, got 'x'")
     assert_one_line(iirsnn("deploy", finished, "--precision", "fp8"), 2, "precision", "'fp8'")
     assert_one_line(iirsnn("deploy", finished, "-o", "no/net"), 1, "no/net: cannot be written")
     assert_one_line(iirsnn("deploy", tmp_path), 2, "no run there")

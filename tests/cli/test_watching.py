@@ -99,14 +99,8 @@ def test_a_folder_is_watched(tmp_path, net, how):
     image(folder / "old.png")
     (folder / "notes.txt").write_text("no image")
     predicting = Predicting(net, "--watch", folder)
-    probes = iter(range(1000))
-
-    def watching():  # from when on, nothing tells: images come until one is seen
-        image(folder / f"probe{next(probes)}.png")
-        time.sleep(0.2)
-        return predicting.lines
-
-    predicting.until(watching)
+    predicting.until(lambda: predicting.errors)
+    assert predicting.errors.pop() == f"watching {folder}\n"
     new = image(folder / "new.png", 1)
     predicting.until(lambda: any("new.png" in line for line in predicting.lines))
     (folder / "bad.png").write_bytes(b"no image at all")
@@ -193,14 +187,7 @@ def watched(tmp_path, monkeypatch):
             raise UsageError(f"image {path}: tall")
         return content
 
-    started = threading.Event()
-    watch = appearing(tmp_path, (".png",), lambda path: (started.set(), read(path))[1])
-    first = threading.Thread(target=lambda: next(watch), daemon=True)
-    first.start()
-    while first.is_alive():  # until it looks, its first file is written again and again
-        (tmp_path / "first.png").write_text(f"{time.monotonic()}end")
-        first.join(0.1)
-    return watch
+    return appearing(tmp_path, (".png",), read)
 
 
 def test_a_file_that_grows_slowly_is_read_when_it_is_whole(tmp_path, watched):

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -79,6 +80,13 @@ def digits(tmp_path):
     preparation = {"mean": [0.25], "std": [0.5], "fit": "whole"}
     saved(path, model, x, class_names=CLASSES, images=preparation)
     return path
+
+
+@pytest.mark.parametrize("threads", [2.5, "2", None, True, -1])
+def test_threads_that_are_no_count(digits, threads):
+    expected = f"threads: expected an integer of at least 0, got {threads!r}"
+    with pytest.raises(UsageError, match=re.escape(expected)):
+        runtime.load(digits, threads=threads)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
