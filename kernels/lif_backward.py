@@ -284,12 +284,13 @@ def _plan_backward(
     reset: str,
     detach_reset: bool,
     surrogate: str,
+    sums: bool,
 ) -> BackwardPlan | None:
     """None where grad_s is in another order than x."""
     if not is_in_order(grad_strides, strides, shape):
         return None
     first, segments = segmented(shape[0])
-    block, most = BLOCK_BYTES // dtype.itemsize, AT_ONCE * processors
+    block, most = BLOCK_BYTES // dtype.itemsize, AT_ONCE * processors if sums else 0
     tiles = tile(shape, strides, max(thresholds, leaks), block, most)
     arguments = {
         **tiles.arguments,
@@ -336,7 +337,7 @@ def lif_backward(
     """
     check_current(x)
     thresholds, leaks = threshold.numel(), leak.numel()
-    how = thresholds, leaks, reset, detach_reset, surrogate
+    how = thresholds, leaks, reset, detach_reset, surrogate, need_parameter_grads
     grad_s, plan = planned_in_order(_plan_backward, grad_s, x, *how)
     grad_x = x.new_empty_strided(x.shape, plan.strides)
     grad_v0 = None if v0 is None else empty_membrane(x, True)

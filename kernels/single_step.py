@@ -205,12 +205,13 @@ def _plan_backward(
     processors: int,
     thresholds: int,
     surrogate: str,
+    sums: bool,
 ) -> tuple[Launch, tuple[int, ...], tuple[int, int, int]] | None:
     """A launch, strides of grad_x, how sums are shared (see workspace_of); None as in lif.py."""
     if not is_in_order(grad_strides, strides, shape):
         return None
-    block, most = _BLOCK_BYTES // dtype.itemsize, AT_ONCE * processors
-    tiles = tile(shape, strides, thresholds, block, most)
+    most = AT_ONCE * processors if sums else 0
+    tiles = tile(shape, strides, thresholds, _BLOCK_BYTES // dtype.itemsize, most)
     arguments = {
         **tiles.arguments,
         **tiles.summing,
@@ -233,7 +234,8 @@ def single_step_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """-> grad_x [1, *neurons] in the dtype of x, grad_threshold (or None)."""
     check_current(x)
-    grad_s, plan = planned_in_order(_plan_backward, grad_s, x, threshold.numel(), surrogate)
+    how = threshold.numel(), surrogate, need_parameter_grads
+    grad_s, plan = planned_in_order(_plan_backward, grad_s, x, *how)
     planned_launch, strides, shared = plan
     grad_x, grad_threshold = x.new_empty_strided(x.shape, strides), None
     if grad_x.numel() > 0:

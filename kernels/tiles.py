@@ -31,6 +31,8 @@ SIZES = [
 
 # Programs of 128 threads, on a multiprocessor, that share a pass with sums.
 AT_ONCE = 4
+# Most programs of a pass without, where columns have parameters, which each program loads.
+_PROGRAMS = 2048
 
 # Columns of a tile whose parameters differ by column: short rows leave more neurons of a channel in
 # the tile, hence fewer partial sums; 64 are still 128 bytes of bfloat16, a whole cache line.
@@ -51,7 +53,7 @@ class Tiling(NamedTuple):
     rows_per_tile: int
     cols_per_tile: int
     index: int  # of a parameter with C elements: PLANE or COLUMN; ONE when C is 1
-    most: int  # programs of a pass that sums
+    most: int  # programs of a pass that sums, or 0
 
     @property
     def N(self) -> int:
@@ -82,8 +84,10 @@ class Tiling(NamedTuple):
 
     @property
     def splits(self) -> int:
-        """Programs that share the tiles of a group, where each sums over its own."""
-        return torch.sym_min(self.tiles, max(1, self.most // self.groups))
+        """Programs that share the tiles of a group, where each may sum over its own."""
+        if self.most == 0 and self.index != COLUMN.value:
+            return self.tiles
+        return torch.sym_min(self.tiles, max(1, (self.most or _PROGRAMS) // self.groups))
 
     def vector(self, dtype: torch.dtype, *strides: int) -> int:
         """What divides every step from one row to another; see `vector`."""
@@ -124,13 +128,13 @@ def vector(dtype: torch.dtype, *sizes: int) -> int:
 
 
 def tile(
-    shape: Sequence[int], strides: Sequence[int], channels: int, block: int, most: int = 1
+    shape: Sequence[int], strides: Sequence[int], channels: int, block: int, most: int = 0
 ) -> Tiling:
     """Tiles of `block` neurons for x [T, *neurons] with parameters of `channels` elements.
 
-    most: programs of a pass that sums. One ends by handing over its sums, which takes some
-    microseconds, and so does each that takes its place: those that a GPU holds at once should do
-    all the work.
+    most: programs of a pass that sums; 0 for one that does not. One ends by handing over its sums,
+    which takes some microseconds, and so does each that takes its place: those that a GPU holds at
+    once should do all the work.
     """
     neurons = math.prod(shape[1:])
     if channels == 1:
