@@ -184,6 +184,7 @@ struct BackwardBlock {
   const scalar_t* next;  // x of the block after
   int passes;            // that the block is of: 1, or several of one timestep that rows of sums are for
   int64_t pass;          // neurons of one
+  int64_t step;          // from the block to the one that comes next
   const acc_t* v0;       // or null
   const acc_t* grad_v;   // or null
   acc_t* grad_v0;        // or null
@@ -198,12 +199,16 @@ using ThroughTimeLoop = void (*)(const BackwardBlock<scalar_t>*, const BackwardR
 template <typename scalar_t, Pass kPass>
 ThroughTimeLoop<scalar_t> through_time(const LifBackward& args);
 
-// Whether blocks are of whole channels: those of loops that may compute a neuron twice, as they only read what they
-// are given. Streams past the caches want vectors that start where cache lines do.
+// Whole channels for loops that may compute a neuron twice, as they only read what they are given; but streams past the
+// caches want vectors that start where cache lines do. Columns for gradients of parameters of small maps: so rows of
+// sums and parameters are short, and sums of many passes are added up at once.
 template <typename scalar_t, Pass kPass>
-bool walks_channels(const LifBackward& args) {
+Walk walk_of(const LifBackward& args) {
+  if (!through_time<kernel_t<scalar_t>, kPass>(args)) return Walk::blocks;
   const bool streams = args.shape.timesteps == 1 && large(args.shape);
-  return whole_channels(args.shape) && !streams && through_time<kernel_t<scalar_t>, kPass>(args);
+  if (whole_channels(args.shape)) return streams ? Walk::blocks : Walk::channels;
+  const bool summed = kPass == Pass::all && args.grad_threshold && !std::is_same_v<scalar_t, Half>;
+  return summed && args.shape.inner < 8 * kSmallMap && Chunks(args.shape).whole ? Walk::columns : Walk::blocks;
 }
 
 // The loops over rows, of the instruction set in force.
@@ -320,7 +325,7 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
   const Buffer<x_t> copies(some_staged<scalar_t>(shape, last_chunk) ? 3 * steps * stride : 0);
   BackwardScratch<acc_t> scratch(shape);
   const bool in_rows = sums && shape.channels > 1 && !channels.whole();
-  ChannelSums<acc_t> channel_sums(shape, in_rows ? kCount : 0, steps > 1 || args.v0);
+  ChannelSums<acc_t> channel_sums(shape, in_rows ? kCount : 0, steps > 1 || args.v0, channels.walk());
   BackwardRow<x_t> row{};
   row.v_reset = acc_t(args.v_reset);
   row.scale = acc_t(args.surrogate_scale);
@@ -334,7 +339,7 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
   for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
     const int64_t totals = kCount * shape.channels;
     if (sums) std::fill_n(sums + chunk * totals, totals, 0.0);
-    for_each_block(shape, chunk, most_passes, whole, [&](const Range& range) {
+    for_each_block(shape, chunk, most_passes, channels.walk(), [&](const Range& range) {
       const int n = range.n;
       const bool copied = whole ? std::is_same_v<scalar_t, Half> : staged<scalar_t>(n);
       const auto at = [&](auto* type, const void* tensor) {
@@ -349,6 +354,7 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
       row.sums = in_rows ? channel_sums.rows(range) : nullptr;
       row.totals = sums ? sums + chunk * totals : nullptr;
       block.passes = range.passes;
+      block.step = channels.walk() == Walk::columns ? range.passes * block.pass : n;
       block.v0 = v0;
       block.grad_v = grad_v;
       block.grad_v0 = grad_v0;

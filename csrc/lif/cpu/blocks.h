@@ -19,8 +19,10 @@ constexpr int kBlock = 1024;             // neurons of a block at most; a multip
 constexpr int kSegment = 16;             // timesteps between checkpoints
 constexpr int64_t kChunk = 16 * kBlock;  // neurons a thread takes at least
 constexpr int64_t kMaxChunks = 256;
-constexpr int kHeldTerms = 16;  // of a neuron, that rows sum as acc_t, at most, where blocks are no longer
-constexpr int kSmallMap = 16;   // neurons of a channel, below which rows are added up neuron by neuron first
+constexpr int kHeldTerms = 16;     // of a neuron, that rows sum as acc_t, at most, where blocks are no longer
+constexpr int kColumnTerms = 128;  // the same, of columns
+constexpr int kColumn = 4096;      // neurons of one at least
+constexpr int kSmallMap = 16;      // neurons of a channel, below which rows are added up neuron by neuron first
 
 // Numbers that go together in a kernel.
 template <typename acc_t>
@@ -80,6 +82,10 @@ inline bool whole_channels(const LifShape& shape) {
   return wide_numbers && shape.channels > 1 && shape.inner <= kBlock && small_rest;
 }
 
+// How a kernel walks a chunk: in blocks of up to kBlock neurons; in blocks of whole channels; or, where chunks are of
+// whole passes, a part of the channels through some passes, each time as one block.
+enum class Walk { blocks, channels, columns };
+
 // How neurons are divided into chunks: into whole passes over all channels where these are longer than blocks, and rows
 // are kept for one, so that no block has parts of two; else into so many neurons each. Sums are added up after each
 // chunk: it has some passes, of small maps, whose sums cost the most, more, where enough chunks remain.
@@ -98,6 +104,12 @@ struct Chunks {
       size = round_up(std::max(least, some), kBlock);
       count = ceil_div(neurons, size);
     }
+  }
+  // Into how many columns a pass is divided, where chunks are of columns. As many chunks share the passes.
+  int64_t columns() const {
+    int64_t some = std::max<int64_t>(1, std::min(count, pass / kColumn));
+    while (count % some != 0) --some;
+    return some;
   }
   int64_t begin(int64_t chunk) const {
     return whole ? chunk * (neurons / pass) / count * pass : std::min(chunk * size, neurons) / unit * unit;
@@ -118,10 +130,31 @@ struct Range {
   bool last;  // of its chunk
 };
 
-// most_passes: that a block may be of. whole_channels: see there.
+// Of the longest column.
+inline int64_t column_neurons(const LifShape& shape) {
+  const Chunks chunks(shape);
+  return round_up(ceil_div(chunks.pass, chunks.columns()), kWord);
+}
+
+// for_each_block, where chunks are of columns: then a pass may belong to several.
 template <typename F>
-void for_each_block(const LifShape& shape, int64_t chunk, int most_passes, bool whole_channels, F f) {
+void for_each_pass_of_column(const Chunks& chunks, int64_t chunk, int most_passes, F f) {
+  const int64_t columns = chunks.columns(), column = chunk % columns, runs = chunks.count / columns;
+  const int64_t passes = chunks.neurons / chunks.pass, run = chunk / columns;
+  const auto edge = [&](int64_t k) { return k * (chunks.pass / kWord) / columns * kWord; };
+  const int64_t begin = edge(column), end = (run + 1) * passes / runs;
+  for (int64_t pass = run * passes / runs, some; pass < end; pass += some) {
+    some = std::min<int64_t>(most_passes, end - pass);
+    f(Range{pass * chunks.pass + begin, int(edge(column + 1) - begin), int(some), pass + some >= end});
+  }
+}
+
+// most_passes: that a block may be of.
+template <typename F>
+void for_each_block(const LifShape& shape, int64_t chunk, int most_passes, Walk walk, F f) {
+  const bool whole_channels = walk == Walk::channels;
   const Chunks chunks(shape, whole_channels);
+  if (walk == Walk::columns) return for_each_pass_of_column(chunks, chunk, most_passes, f);
   const int64_t block = block_neurons(shape, whole_channels), first = chunks.begin(chunk),
                 end = chunks.begin(chunk + 1);
   const int64_t pass = chunks.whole ? chunks.pass : end - first;
@@ -137,7 +170,7 @@ void for_each_block(const LifShape& shape, int64_t chunk, int most_passes, bool 
 }
 template <typename F>
 void for_each_block(const LifShape& shape, int64_t chunk, F f) {
-  for_each_block(shape, chunk, 1, false, f);
+  for_each_block(shape, chunk, 1, Walk::blocks, f);
 }
 
 inline int64_t channel_of(const LifShape& shape, int64_t neuron) { return neuron / shape.inner % shape.channels; }

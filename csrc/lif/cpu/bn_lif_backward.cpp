@@ -82,7 +82,7 @@ void backward(const BnLif& args, int64_t first_chunk, int64_t last_chunk) {
   const LifBackward call = backward_of(args);
   const NormalisedChannels normalised(args);
   const bool twice = through_time<scalar_t, kPass>(call);
-  Channels<float> channels = normalised.backward(args, walks_channels<scalar_t, kPass>(call));
+  Channels<float> channels = normalised.backward(args, walk_of<scalar_t, kPass>(call));
   if (kPass == Pass::grad_x && !twice) return grad_x_blocks<scalar_t>(args, channels, first_chunk, last_chunk);
   backward_blocks<scalar_t, kPass>(call, channels, args.sums, first_chunk, last_chunk);
 }

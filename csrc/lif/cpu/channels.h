@@ -40,14 +40,15 @@ class Channels {
   using Values = std::array<const acc_t*, kParameters>;
 
   // values: [channels] each, or null where no kernel reads it
-  Channels(const LifShape& shape, const Values& values, bool whole = false);
+  Channels(const LifShape& shape, const Values& values, Walk walk = Walk::blocks);
 
   // Those of a block, until the next call.
   const Parameters<acc_t>& of(const Range& range);
   // Whether no block has a piece of one channel: then kernels may take blocks of several passes.
-  bool several() const { return !whole_ && !wide_; }
+  bool several() const { return !whole() && !wide_; }
   // Whether blocks are of whole channels, without rows.
-  bool whole() const { return whole_; }
+  bool whole() const { return walk_ == Walk::channels; }
+  Walk walk() const { return walk_; }
 
  private:
   void cut(const Range& range);
@@ -57,7 +58,8 @@ class Channels {
 
   const LifShape shape_;
   const Values values_;
-  const bool whole_, wide_, once_;
+  const Walk walk_;
+  const bool wide_, once_;
   const int64_t stride_;
   int used_[kParameters] = {}, slots_[kParameters] = {}, count_ = 0;  // of the values that are given, and their rows
   Buffer<acc_t> rows_;
@@ -71,7 +73,7 @@ class Channels {
 template <typename acc_t>
 class ChannelSums {
  public:
-  ChannelSums(const LifShape& shape, int count, bool charged);
+  ChannelSums(const LifShape& shape, int count, bool charged, Walk walk);
 
   // Where kernels add sum k of a block, at [k * stride()]: of a piece of several channels, each neuron's.
   acc_t* rows(const Range& range);
@@ -82,7 +84,7 @@ class ChannelSums {
  private:
   const LifShape shape_;
   const int count_;
-  const bool charged_, wide_, once_;
+  const bool charged_, columns_, wide_, once_;
   const int64_t stride_, most_;  // neurons that rows_ hold before they are added up
   Buffer<acc_t> rows_;
   const bool folds_;

@@ -16,7 +16,7 @@ void backward(const LifBackward& args, int64_t first_chunk, int64_t last_chunk) 
   Channels<acc_t> channels(
       args.shape,
       {charged ? threshold : nullptr, charged ? static_cast<const acc_t*>(args.leak) : nullptr, inverse.data()},
-      walks_channels<scalar_t, Pass::all>(args));
+      walk_of<scalar_t, Pass::all>(args));
   double* sums = args.grad_threshold ? static_cast<double*>(args.workspace) : nullptr;
   backward_blocks<scalar_t, Pass::all>(args, channels, sums, first_chunk, last_chunk);
 }

@@ -17,6 +17,11 @@ int64_t long_row(const LifShape& shape) {
   return shape.channels * shape.inner + (Chunks(shape).whole ? 0 : row_neurons(shape));
 }
 
+// Of one that is filled for each block.
+int64_t row_of(const LifShape& shape, Walk walk) {
+  return walk == Walk::columns ? column_neurons(shape) : row_neurons(shape);
+}
+
 // Where channels are too narrow to be pieces of their own, rows are filled: once, if that is not too long.
 template <typename acc_t>
 bool wide(const LifShape& shape) {
@@ -122,13 +127,15 @@ struct SumShared {  // vectors of two channels in a block of wide ones -> added 
 }  // namespace
 
 template <typename acc_t>
-Channels<acc_t>::Channels(const LifShape& shape, const Values& values, bool whole)
+Channels<acc_t>::Channels(const LifShape& shape, const Values& values, Walk walk)
     : shape_(shape),
       values_(values),
-      whole_(whole),
+      walk_(walk),
       wide_(wide<acc_t>(shape)),
-      once_(!wide_ && filled_once(shape)),
-      stride_(shape.channels == 1 || whole ? 0 : (once_ ? long_row(shape) : row_neurons(shape)) + 2 * kLanes<acc_t>),
+      once_(!wide_ && walk != Walk::columns && filled_once(shape)),
+      stride_(shape.channels == 1 || walk == Walk::channels
+                  ? 0
+                  : 2 * kLanes<acc_t> + (once_ ? long_row(shape) : row_of(shape, walk))),
       rows_([&] {
         for (int k = 0; k < kParameters; ++k) {
           if (!values[k]) continue;
@@ -143,7 +150,7 @@ Channels<acc_t>::Channels(const LifShape& shape, const Values& values, bool whol
 
 template <typename acc_t>
 const Parameters<acc_t>& Channels<acc_t>::of(const Range& range) {
-  if (whole_) {
+  if (whole()) {
     parameters_.first = {int(shape_.inner), channel_of(shape_, range.begin), 0};
     return parameters_;
   }
@@ -204,16 +211,18 @@ void Channels<acc_t>::add_piece(int end, int64_t channel, int shared) {
 }
 
 template <typename acc_t>
-ChannelSums<acc_t>::ChannelSums(const LifShape& shape, int count, bool charged)
+ChannelSums<acc_t>::ChannelSums(const LifShape& shape, int count, bool charged, Walk walk)
     : shape_(shape),
       count_(count),
       charged_(charged),
+      columns_(walk == Walk::columns),
       wide_(wide<acc_t>(shape)),
-      once_(!wide_ && in_one_row(shape, 1, Chunks(shape).begin(1))),
+      once_(!wide_ && !columns_ && in_one_row(shape, 1, Chunks(shape).begin(1))),
       stride_(2 * kLanes<acc_t> + (shape.channels == 1 ? 0
                                    : once_             ? long_row(shape)
-                                                       : int64_t(row_neurons(shape)))),
-      most_(held_passes(shape) * std::max<int64_t>(shape.channels * shape.inner, block_neurons(shape))),
+                                                       : row_of(shape, walk))),
+      most_(columns_ ? std::max<int64_t>(1, kColumnTerms / shape.timesteps) * column_neurons(shape)
+                     : held_passes(shape) * std::max<int64_t>(shape.channels * shape.inner, block_neurons(shape))),
       rows_(count * stride_),
       folds_(once_ && shape.inner > 1 && shape.inner < kSmallMap),
       sums_(folds_ ? count * stride_ : 0) {
@@ -229,7 +238,7 @@ acc_t* ChannelSums<acc_t>::rows(const Range& range) {
 template <typename acc_t>
 void ChannelSums<acc_t>::add(const Range& range, const Parameters<acc_t>& parameters, double* totals) {
   held_ += range.passes * range.n;
-  if (once_ && !range.last && held_ < most_) return;
+  if ((once_ || columns_) && !range.last && held_ < most_) return;
   held_ = 0;
   for (int k = 0; k < count_; ++k) {
     if (k == kLeakSum && !charged_) continue;

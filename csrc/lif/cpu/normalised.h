@@ -15,12 +15,12 @@ class NormalisedChannels {
   Channels<float> forward(const BnLif& args) const {
     return {args.shape, {args.threshold, args.shape.timesteps > 1 ? args.leak : nullptr, nullptr, gain(), shift(args)}};
   }
-  Channels<float> backward(const BnLif& args, bool whole) const {
+  Channels<float> backward(const BnLif& args, Walk walk) const {
     const bool charged = args.shape.timesteps > 1;
     return {args.shape,
             {charged ? args.threshold : nullptr, charged ? args.leak : nullptr, shift(args) + args.shape.channels,
              gain(), shift(args), args.mean, args.grad_mean, args.slope},
-            whole};
+            walk};
   }
 
  private:

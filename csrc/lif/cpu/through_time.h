@@ -40,8 +40,9 @@ struct ThroughTime {
     const auto ahead = [](int) {};
     for_each_part<kCount, P, kBytes, kLoops>(
         r, ahead, [&](int j, const auto& parameters, auto&& sums) IIRSNN_INLINE_LAMBDA {
-          constexpr bool kPasses =
-              kPass == Pass::all && kCount > 0 && kTimesteps == 1 && std::decay_t<decltype(parameters)>::kSeveral;
+          constexpr bool kColumns = kPass == Pass::all && kCount > 0 && std::decay_t<decltype(parameters)>::kSeveral;
+          constexpr bool kPasses = kColumns && kTimesteps == 1;
+          const int64_t next = !kColumns || j < r.n - kAhead ? kAhead : kAhead - r.n + b.step;
           const Neuron<P> neuron = parameters.neuron(j, r.v_reset);
           P totals[kCount > 0 ? kCount : 1];
           const auto through = [&](int64_t i) IIRSNN_INLINE_LAMBDA {
@@ -49,7 +50,7 @@ struct ThroughTime {
             IIRSNN_REGISTERS
             for (int t = 0; t < kTimesteps; ++t) {
               const scalar_t* x = b.x + t * b.x_stride + i;
-              prefetch<P>(x + kAhead);
+              prefetch<P>(x + next);
               h[t] = current_at<kNormalised, P>(x, parameters, j);
               if (t > 0) h[t] = charge<kReset>(h[t], discharge<kReset>(h[t - 1], neuron), neuron);
             }
@@ -60,7 +61,7 @@ struct ThroughTime {
             IIRSNN_REGISTERS
             for (int t = kTimesteps - 1; t >= 0; --t) {
               const scalar_t* grad_s = b.grad_s + t * b.grad_s_stride + i;
-              prefetch<P>(grad_s + kAhead);
+              prefetch<P>(grad_s + next);
               const P v = kCount > 0 && t > 0 ? discharge<kReset>(h[t - 1], neuron) : zero;
               const StepGrad<P> grad =
                   backward_step<kReset, kSurrogate>(load<P>(grad_s), h[t], v, neuron, scale, true, carry);
@@ -69,7 +70,7 @@ struct ThroughTime {
                 if (t > 0) add(kLeakSum, t, grad.leak);
               }
               scalar_t* grad_x = b.grad_x + t * b.grad_x_stride + i;
-              if (kTimesteps == 1 && kPass != Pass::sums && !r.past_caches) prefetch<P>(grad_x + kAhead);
+              if (kTimesteps == 1 && kPass != Pass::sums && !r.past_caches) prefetch<P>(grad_x + next);
               if constexpr (kPass == Pass::all) {
                 store(grad_x, grad.x, kTimesteps == 1 && r.past_caches);
               } else {
