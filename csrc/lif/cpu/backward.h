@@ -205,10 +205,10 @@ ThroughTimeLoop<scalar_t> through_time(const LifBackward& args);
 template <typename scalar_t, Pass kPass>
 Walk walk_of(const LifBackward& args) {
   if (!through_time<kernel_t<scalar_t>, kPass>(args)) return Walk::blocks;
-  const bool streams = args.shape.timesteps == 1 && large(args.shape);
-  if (whole_channels(args.shape)) return streams ? Walk::blocks : Walk::channels;
   const bool summed = kPass == Pass::all && args.grad_threshold && !std::is_same_v<scalar_t, Half>;
-  return summed && args.shape.inner < 8 * kSmallMap && Chunks(args.shape).whole ? Walk::columns : Walk::blocks;
+  if (summed && args.shape.inner < 8 * kSmallMap && Chunks(args.shape).whole) return Walk::columns;
+  const bool streams = args.shape.timesteps == 1 && large(args.shape);
+  return whole_channels(args.shape) && !streams ? Walk::channels : Walk::blocks;
 }
 
 // The loops over rows, of the instruction set in force.
