@@ -69,7 +69,8 @@ IIRSNN_INLINE void store_register(void* to, const register_t& r) {
 // A number in all lanes; as an integer: GCC fills a float in lane by lane, inlined into a wider instruction set.
 template <int kBytes, typename number_t>
 IIRSNN_INLINE Register<number_t, kBytes> spread(number_t number) {
-  using bits_t = std::conditional_t<sizeof(number_t) == 4, uint32_t, uint64_t>;
+  using wide_t = std::conditional_t<sizeof(number_t) == 4, uint32_t, uint64_t>;
+  using bits_t = std::conditional_t<sizeof(number_t) == 2, uint16_t, wide_t>;
   return (Register<number_t, kBytes>)(bit_cast<bits_t>(number) - Register<bits_t, kBytes>{});
 }
 

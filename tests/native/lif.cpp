@@ -46,6 +46,8 @@ constexpr Layout kLayouts[] = {
     {"scalar", 1037, 1, 1037}, {"few", 7, 1, 7},      {"inner", 1065, 3, 5},  {"last", 1280, 64, 1},
     {"odd", 1233, 9, 1},       {"rows", 1152, 2, 64}, {"wide", 1584, 4, 132},
 };
+// Columns of narrow channels: one or two a pass, passes that go together, and what is left of them and of a word.
+constexpr Layout kColumns[] = {{"column", 6015, 3, 5}, {"columns", 17820, 9, 60}};
 
 template <typename scalar_t>
 LifShape shape_of(const Layout& layout, int64_t timesteps) {
@@ -163,6 +165,25 @@ void cases() {
   }
 }
 
+template <typename scalar_t>
+void in_columns() {
+  for (const Layout& layout : kColumns) {
+    for (const int64_t timesteps : {1, 2, 5, 7}) {
+      const LifShape shape = shape_of<scalar_t>(layout, timesteps);
+      Hash hash;
+      for (const bool state : {false, true}) {
+        forward<scalar_t>(Reset::soft, shape, state, false, hash);
+        for (const Surrogate surrogate : {Surrogate::triangle, Surrogate::atan}) {
+          for (const bool parameters : {false, true}) {
+            backward<scalar_t>(Reset::soft, surrogate, shape, state, parameters, true, hash);
+          }
+        }
+      }
+      print(name_of("lif", Type<scalar_t>::name, int(Reset::soft), timesteps, layout), hash);
+    }
+  }
+}
+
 // The same current, and the same gradient, at every timestep; and what is so large that it is written past the caches.
 void special_cases() {
   LifShape constant = shape_of<float>(kLayouts[0], 5);
@@ -194,7 +215,7 @@ void batch_norm(Reset reset, Surrogate surrogate, const LifShape& shape, bool af
   const int64_t chunks = lif_chunks_cpu(shape);
   std::vector<double> moments(chunks * kMoments * channels), sums(chunks * kBnLifSums * channels);
   in_parts(chunks, [&](int64_t first, int64_t last) { moments_cpu(shape, x.data(), moments.data(), first, last); });
-  add_chunks_cpu(shape, kMoments, moments.data());
+  moments_finish_cpu(shape, moments.data());
   std::vector<float> mean(channels), rstd(channels);
   const double count = double(steps) * double(n / channels);
   for (int64_t c = 0; c < channels; ++c) {
@@ -224,7 +245,7 @@ void batch_norm(Reset reset, Surrogate surrogate, const LifShape& shape, bool af
   args.sums = sums.data();
   in_parts(chunks, [&](int64_t first, int64_t last) { bn_lif_forward_cpu(args, first, last); });
   in_parts(chunks, [&](int64_t first, int64_t last) { bn_lif_backward_cpu(args, first, last); });
-  add_chunks_cpu(shape, kBnLifSums, sums.data());
+  bn_lif_backward_finish_cpu(args);
   hash.add(moments).add(s).add(sums);
   in_parts(chunks, [&](int64_t first, int64_t last) { bn_lif_grad_x_cpu(args, first, last); });
   hash.add(grad_x);
@@ -244,6 +265,13 @@ void batch_norm_of() {
       }
     }
   }
+  for (const Layout& layout : kColumns) {
+    Hash hash;
+    for (const int64_t timesteps : {1, 5, 7}) {
+      batch_norm<scalar_t>(Reset::soft, Surrogate::triangle, shape_of<scalar_t>(layout, timesteps), true, true, hash);
+    }
+    print(std::string("bn_lif/") + Type<scalar_t>::name + "/" + layout.name, hash);
+  }
 }
 
 }  // namespace
@@ -253,6 +281,10 @@ void lif_cases() {
   cases<double>();
   cases<Half>();
   cases<BFloat16>();
+  in_columns<float>();
+  in_columns<double>();
+  in_columns<Half>();
+  in_columns<BFloat16>();
   special_cases();
 }
 

@@ -258,7 +258,8 @@ MAPS = [
     ((5, 64, 20, 20), True),
 ]
 # In chunks of some passes over all channels, not of one or two: two of them at once past a row, and
-# the third of three; passes that are no whole words; maps below a vector; rows too long to be kept.
+# the third of three; passes that are no whole words, of which one is left; maps below a vector; many
+# channels.
 MANY = [
     ((180, 64, 7, 7), False),
     ((12, 256, 14, 14), False),
@@ -268,6 +269,11 @@ MANY = [
     ((200, 512, 2, 2), False),
     ((45, 100, 7, 7), False),
     ((3, 1400, 7, 7), False),
+    ((4, 2048, 7, 7), False),
+    ((333, 64, 2, 2), False),
+    ((70, 20, 7, 7), False),
+    ((1001, 10, 1, 1), False),
+    ((135, 65, 7, 7), False),
 ]
 
 
@@ -290,7 +296,7 @@ def on_map(shape, last, timesteps):
 # Neurons go through three timesteps in registers where the reset is detached, else row by row.
 ANY_SIZE = [
     *itertools.product(MAPS, [(1, True), (3, True), (3, False)]),
-    *((many, (1, True)) for many in MANY),
+    *itertools.product(MANY, [(1, True), (2, True), (5, True)]),
 ]
 
 

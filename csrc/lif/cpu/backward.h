@@ -199,17 +199,23 @@ using ThroughTimeLoop = void (*)(const BackwardBlock<scalar_t>*, const BackwardR
 template <typename scalar_t, Pass kPass>
 ThroughTimeLoop<scalar_t> through_time(const LifBackward& args);
 
+// Timesteps up to which the gradients of parameters take two passes at once past each row.
+constexpr int kPassesAtOnce = 2;
+
 // Whole channels for loops that may compute a neuron twice, as they only read what they are given; but streams past the
 // caches want vectors that start where cache lines do. Columns for gradients of parameters of small maps: so rows of
 // sums and parameters are short, and sums of many passes are added up at once.
 template <typename scalar_t, Pass kPass>
 Walk walk_of(const LifBackward& args) {
-  if (!through_time<kernel_t<scalar_t>, kPass>(args)) return Walk::blocks;
-  const bool summed = kPass == Pass::all && args.grad_threshold && !std::is_same_v<scalar_t, Half>;
-  if (summed && args.shape.inner < 8 * kSmallMap && Chunks(args.shape).whole) return Walk::columns;
-  const bool streams = args.shape.timesteps == 1 && large(args.shape);
-  return whole_channels(args.shape) && !streams ? Walk::channels : Walk::blocks;
+  const LifShape& shape = args.shape;
+  const bool fast = through_time<kernel_t<scalar_t>, kPass>(args);
+  const bool streams = shape.timesteps == 1 && large(shape);
+  return fast && whole_channels(shape) && !streams ? Walk::channels : walk_of(shape);
 }
+
+// Partial sums [chunks, count, C] of a walk: those of a chunk to 0, and all, in order, into those of the first.
+void clear_sums(const LifShape& shape, Walk walk, int64_t chunk, int count, double* sums);
+void add_sums(const LifShape& shape, Walk walk, int count, double* sums);
 
 // The loops over rows, of the instruction set in force.
 template <typename scalar_t>
@@ -310,7 +316,7 @@ void backward_block(const BackwardBlock<scalar_t>& b, const RowLoops<scalar_t>& 
   }
 }
 
-// sums: [chunks, kSums, C], or null: not wanted.
+// sums: [chunks, kSums, C], or null: not wanted. Of a chunk those of the channels that it meets, of the first all.
 template <typename scalar_t, Pass kPass>
 void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t>::acc_t>& channels, double* sums,
                      int64_t first_chunk, int64_t last_chunk) {
@@ -322,7 +328,7 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
   const int64_t steps = shape.timesteps, stride = row_stride<x_t>(shape), acc_stride = row_stride<acc_t>(shape);
   const auto fast = through_time<x_t, kPass>(args);
   const RowLoops<x_t> loops = row_loops<x_t, kPass != Pass::all>(args);
-  const Buffer<x_t> copies(some_staged<scalar_t>(shape, last_chunk) ? 3 * steps * stride : 0);
+  const Buffer<x_t> copies(some_staged<scalar_t>(shape, channels.walk(), last_chunk) ? 3 * steps * stride : 0);
   BackwardScratch<acc_t> scratch(shape);
   const bool in_rows = sums && shape.channels > 1 && !channels.whole();
   ChannelSums<acc_t> channel_sums(shape, in_rows ? kCount : 0, steps > 1 || args.v0, channels.walk());
@@ -333,13 +339,15 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
   row.sums_stride = channel_sums.stride();
   BackwardBlock<x_t> block{};
   block.timesteps = steps;
-  block.pass = shape.channels * shape.inner;
+  const Columns columns(shape);
+  block.pass = columns.pass;
+  const int64_t most = fast && !std::is_same_v<scalar_t, Half> ? columns.pass : block_neurons(shape);
   const bool whole = channels.whole(), summed = sums && kPass == Pass::all && channels.several();
-  const int most_passes = summed && fast && steps == 1 && !std::is_same_v<scalar_t, Half> ? 2 : 1;
+  const int most_passes = summed && fast && steps <= kPassesAtOnce && !std::is_same_v<scalar_t, Half> ? 2 : 1;
   for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
     const int64_t totals = kCount * shape.channels;
-    if (sums) std::fill_n(sums + chunk * totals, totals, 0.0);
-    for_each_block(shape, chunk, most_passes, channels.walk(), [&](const Range& range) {
+    if (sums) clear_sums(shape, channels.walk(), chunk, kCount, sums);
+    for_each_block(shape, chunk, channels.walk(), most, most_passes, [&](const Range& range) {
       const int n = range.n;
       const bool copied = whole ? std::is_same_v<scalar_t, Half> : staged<scalar_t>(n);
       const auto at = [&](auto* type, const void* tensor) {

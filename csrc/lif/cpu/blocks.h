@@ -19,10 +19,11 @@ constexpr int kBlock = 1024;             // neurons of a block at most; a multip
 constexpr int kSegment = 16;             // timesteps between checkpoints
 constexpr int64_t kChunk = 16 * kBlock;  // neurons a thread takes at least
 constexpr int64_t kMaxChunks = 256;
-constexpr int kHeldTerms = 16;     // of a neuron, that rows sum as acc_t, at most, where blocks are no longer
-constexpr int kColumnTerms = 128;  // the same, of columns
-constexpr int kColumn = 4096;      // neurons of one at least
-constexpr int kSmallMap = 16;      // neurons of a channel, below which rows are added up neuron by neuron first
+constexpr int kHeldTerms = 128;     // of a neuron, that rows of a column sum as acc_t, at most
+constexpr int kColumn = 4096;       // neurons of one at least, where a pass has as many
+constexpr int kNarrow = 512;        // neurons of a channel from which on there are none
+constexpr int kWholeChannel = 256;  // from which on blocks may be of whole channels
+constexpr int kSmallMap = 16;       // neurons of a channel, below which rows are added up neuron by neuron first
 
 // Numbers that go together in a kernel.
 template <typename acc_t>
@@ -70,107 +71,134 @@ inline int block_neurons(const LifShape& shape, bool whole_channels = false) {
   return passes > most ? most : int(most / passes * passes);
 }
 
-// Neurons of all channels that have rows filled once, or summed into, at most; of more timesteps there are more rows.
-inline int64_t longest_row(const LifShape& shape) { return (shape.timesteps == 1 ? 64 : 32) * kBlock; }
-inline int64_t held_passes(const LifShape& shape) { return std::max<int64_t>(1, kHeldTerms / shape.timesteps); }
-
-// Whether blocks are of whole channels, each walked from its first neuron to its last: where few of them are computed
-// twice for that. Of 16-bit numbers, more of which go together, rows of parameters and sums are faster.
+// Whether blocks may be of whole channels, each walked from its first neuron to its last: where few of them are
+// computed twice for that. Of 16-bit numbers, more of which go together, rows of parameters and sums are faster.
 inline bool whole_channels(const LifShape& shape) {
-  const bool small_rest = shape.inner >= 8 * kSmallMap || shape.inner % 64 == 0;
   const bool wide_numbers = shape.dtype == DType::float32 || shape.dtype == DType::float64;
-  return wide_numbers && shape.channels > 1 && shape.inner <= kBlock && small_rest;
+  return wide_numbers && shape.channels > 1 && shape.inner >= kWholeChannel && shape.inner <= kBlock;
 }
 
-// How a kernel walks a chunk: in blocks of up to kBlock neurons; in blocks of whole channels; or, where chunks are of
-// whole passes, a part of the channels through some passes, each time as one block.
+// How a kernel walks a chunk: in blocks of up to kBlock neurons; in blocks of whole channels; or in columns, a part of
+// the channels through some passes over all of them.
 enum class Walk { blocks, channels, columns };
 
-// How neurons are divided into chunks: into whole passes over all channels where these are longer than blocks, and rows
-// are kept for one, so that no block has parts of two; else into so many neurons each. Sums are added up after each
+// Columns of narrow channels: rows of parameters and sums are no longer than one, and serve many passes.
+struct Columns {
+  explicit Columns(const LifShape& shape) : neurons(shape.neurons) {
+    // short passes go together, and those that are no whole words
+    const int64_t words = std::lcm(shape.channels * shape.inner, int64_t(kWord));
+    pass = ceil_div(kColumn / 2, words) * words;
+    passes = neurons / pass;
+    if (shape.channels == 1 || shape.inner >= kNarrow || passes < 2) return;
+    // what is done once a column shows where it has few passes, and more where maps are small
+    const int64_t enough = shape.timesteps == 1 ? 16 : 8;
+    const int64_t each = std::max<int64_t>(16, (shape.inner < kSmallMap ? 128 : 64) / shape.timesteps);
+    const int64_t most = std::clamp<int64_t>(neurons / kChunk, 1, kMaxChunks);
+    columns = std::clamp<int64_t>(pass / kColumn, 1, most);
+    if (columns > enough) columns -= columns % enough;
+    while (columns < enough && enough % columns != 0) --columns;
+    runs = std::min({std::max({int64_t(1), enough / columns, passes / each}), passes, most / columns});
+  }
+  int64_t chunks() const { return columns * runs; }
+  // Where in a pass column k begins.
+  int64_t edge(int64_t k) const { return k * (pass / kWord) / columns * kWord; }
+  int64_t longest() const { return columns ? round_up(ceil_div(pass, columns), kWord) : 0; }
+
+  int64_t neurons, pass, passes;
+  int64_t columns = 0, runs = 0;  // of a pass, and of passes; 0: none
+};
+
+// How neurons are divided into chunks where these are not of columns: into so many each. Sums are added up after each
 // chunk: it has some passes, of small maps, whose sums cost the most, more, where enough chunks remain.
 struct Chunks {
   explicit Chunks(const LifShape& shape, bool whole_channels = false)
-      : pass(shape.channels * shape.inner), neurons(shape.neurons), unit(whole_channels ? shape.inner : 1) {
+      : neurons(shape.neurons), unit(whole_channels ? shape.inner : 1), count(Columns(shape).chunks()) {
+    const int64_t pass = shape.channels * shape.inner, passes = shape.inner < kSmallMap ? 64 : 16;
     const int64_t least = std::max({kChunk, 16 * shape.channels, ceil_div(neurons, kMaxChunks)});
-    const int64_t passes = shape.inner < kSmallMap ? 64 : 16, enough = shape.timesteps == 1 ? 16 : 8;
-    whole = shape.channels > 1 && pass > block_neurons(shape) && pass % kWord == 0 && pass <= longest_row(shape) &&
-            neurons >= 8 * pass;
-    if (whole) {
-      const int64_t wanted = std::max(enough, round_up(neurons / (passes * pass), enough));
-      count = std::max<int64_t>(1, std::min({wanted, neurons / pass, neurons / least}));
-    } else {
-      const int64_t some = shape.channels == 1 ? 0 : std::min(passes * pass, neurons / 32);
-      size = round_up(std::max(least, some), kBlock);
-      count = ceil_div(neurons, size);
-    }
+    const int64_t some = shape.channels == 1 ? 0 : std::min(passes * pass, neurons / 32);
+    size = round_up(count ? ceil_div(neurons, count) : std::max(least, some), kBlock);
+    if (!count) count = ceil_div(neurons, size);
   }
-  // Into how many columns a pass is divided, where chunks are of columns. As many chunks share the passes.
-  int64_t columns() const {
-    int64_t some = std::max<int64_t>(1, std::min(count, pass / kColumn));
-    while (count % some != 0) --some;
-    return some;
-  }
-  int64_t begin(int64_t chunk) const {
-    return whole ? chunk * (neurons / pass) / count * pass : std::min(chunk * size, neurons) / unit * unit;
-  }
+  int64_t begin(int64_t chunk) const { return std::min(chunk * size, neurons) / unit * unit; }
 
-  int64_t pass, neurons, unit;  // of a pass, of all, and those that no chunk divides
-  int64_t count, size = 0;
-  bool whole;
+  int64_t neurons, unit;  // of all, and those that no chunk divides
+  int64_t count, size;
 };
+
+inline Walk walk_of(const LifShape& shape) { return Columns(shape).columns > 0 ? Walk::columns : Walk::blocks; }
 
 inline int64_t chunks_of(const LifShape& shape) { return Chunks(shape).count; }
 
-// Neurons [begin, begin + n) of a chunk, and the same ones of the passes that follow, where it is of several.
+// f(first, last) for the channels that a chunk meets.
+template <typename F>
+void for_channels_of(const LifShape& shape, Walk walk, int64_t chunk, F f) {
+  const int64_t period = shape.channels * shape.inner;
+  int64_t begin, end;
+  if (walk == Walk::columns) {
+    const Columns c(shape);
+    begin = c.edge(chunk % c.columns);
+    end = c.edge(chunk % c.columns + 1);
+  } else {
+    const Chunks chunks(shape, walk == Walk::channels);
+    begin = chunks.begin(chunk);
+    end = chunks.begin(chunk + 1);
+  }
+  const int64_t neurons = end - begin, first = begin % period;
+  if (neurons >= period) return f(0, shape.channels);
+  f(first / shape.inner, ceil_div(std::min(first + neurons, period), shape.inner));
+  if (first + neurons > period) f(0, std::min(first / shape.inner, ceil_div(first + neurons - period, shape.inner)));
+}
+
+// Neurons [begin, begin + n) and the same ones of the passes that follow, where a block is of several: `at` neurons
+// after the first of a column that is `width` wide, where it is of one.
 struct Range {
   int64_t begin;
   int n;
   int passes;
-  bool last;  // of its chunk
+  bool last;  // of its chunk, or of what is summed in one row
+  int at, width;
 };
 
-// Of the longest column.
-inline int64_t column_neurons(const LifShape& shape) {
-  const Chunks chunks(shape);
-  return round_up(ceil_div(chunks.pass, chunks.columns()), kWord);
-}
-
-// for_each_block, where chunks are of columns: then a pass may belong to several.
+// f(Range) for the blocks of a column, pass by pass. The last run has what is left of a pass as well, first of all, and
+// what is left of a word on its own: all other blocks are whole vectors.
 template <typename F>
-void for_each_pass_of_column(const Chunks& chunks, int64_t chunk, int most_passes, F f) {
-  const int64_t columns = chunks.columns(), column = chunk % columns, runs = chunks.count / columns;
-  const int64_t passes = chunks.neurons / chunks.pass, run = chunk / columns;
-  const auto edge = [&](int64_t k) { return k * (chunks.pass / kWord) / columns * kWord; };
-  const int64_t begin = edge(column), end = (run + 1) * passes / runs;
-  for (int64_t pass = run * passes / runs, some; pass < end; pass += some) {
-    some = std::min<int64_t>(most_passes, end - pass);
-    f(Range{pass * chunks.pass + begin, int(edge(column + 1) - begin), int(some), pass + some >= end});
+void for_each_block_of_column(const Columns& c, int64_t chunk, int64_t block, int most_passes, F f) {
+  const int64_t run = chunk / c.columns, column = chunk % c.columns, begin = c.edge(column), end = c.edge(column + 1);
+  const auto blocks = [&](int64_t first, int64_t last, int64_t passes, bool done) {
+    for (int64_t at = first; at < last; at += block) {
+      const int64_t n = std::min(block, last - at);
+      f(Range{at, int(n), int(passes), done && at + n == last, int(at - first), int(last - first)});
+    }
+  };
+  if (run + 1 == c.runs) {
+    const int64_t start = c.passes * c.pass, last = std::min(start + end, c.neurons), words = last / kWord * kWord;
+    if (start + begin < last) {
+      blocks(words, last, 1, true);
+      blocks(start + begin, words, 1, false);
+    }
+  }
+  const int64_t stop = (run + 1) * c.passes / c.runs;
+  for (int64_t pass = run * c.passes / c.runs, some; pass < stop; pass += some) {
+    some = std::min<int64_t>(most_passes, stop - pass);
+    blocks(pass * c.pass + begin, pass * c.pass + end, some, pass + some == stop);
   }
 }
 
-// most_passes: that a block may be of.
+// most: neurons of a block of a column; most_passes: that it may be of.
 template <typename F>
-void for_each_block(const LifShape& shape, int64_t chunk, int most_passes, Walk walk, F f) {
+void for_each_block(const LifShape& shape, int64_t chunk, Walk walk, int64_t most, int most_passes, F f) {
+  if (walk == Walk::columns) return for_each_block_of_column(Columns(shape), chunk, most, most_passes, f);
   const bool whole_channels = walk == Walk::channels;
   const Chunks chunks(shape, whole_channels);
-  if (walk == Walk::columns) return for_each_pass_of_column(chunks, chunk, most_passes, f);
-  const int64_t block = block_neurons(shape, whole_channels), first = chunks.begin(chunk),
-                end = chunks.begin(chunk + 1);
-  const int64_t pass = chunks.whole ? chunks.pass : end - first;
-  for (int64_t start = first, after; start < end; start = after) {
-    const int64_t passes = chunks.whole ? std::min<int64_t>(most_passes, (end - start) / pass) : 1;
-    after = start + passes * pass;
-    const int64_t stop = std::min(start + pass, end);
-    for (int64_t begin = start; begin < stop; begin += block) {
-      const int n = int(std::min(block, stop - begin));
-      f(Range{begin, n, int(passes), begin + block >= stop && after >= end});
-    }
+  const int64_t block = block_neurons(shape, whole_channels), end = chunks.begin(chunk + 1);
+  for (int64_t begin = chunks.begin(chunk); begin < end; begin += block) {
+    const int n = int(std::min(block, end - begin));
+    f(Range{begin, n, 1, begin + n == end, 0, n});
   }
 }
 template <typename F>
 void for_each_block(const LifShape& shape, int64_t chunk, F f) {
-  for_each_block(shape, chunk, 1, Walk::blocks, f);
+  for_each_block(shape, chunk, Walk::blocks, kBlock, 1, f);
 }
 
 inline int64_t channel_of(const LifShape& shape, int64_t neuron) { return neuron / shape.inner % shape.channels; }

@@ -41,10 +41,11 @@ void grad_x_blocks(const BnLif& args, Channels<float>& channels, int64_t first_c
   const LifShape& shape = args.shape;
   const auto kernel = version<GradRows<scalar_t>>();
   const int64_t stride = row_stride<scalar_t>(shape);
-  const Buffer<scalar_t> copies(some_staged<scalar_t>(shape, last_chunk) ? 2 * shape.timesteps * stride : 0);
+  const Buffer<scalar_t> copies(some_staged<scalar_t>(shape, channels.walk(), last_chunk) ? 2 * shape.timesteps * stride
+                                                                                          : 0);
   // from the last chunk to the first: what the pass before has read last is still in the cache
   for (int64_t chunk = last_chunk - 1; chunk >= first_chunk; --chunk) {
-    for_each_block(shape, chunk, [&](const Range& range) {
+    for_each_block(shape, chunk, channels.walk(), kBlock, 1, [&](const Range& range) {
       const auto* x = static_cast<const scalar_t*>(args.x) + range.begin;
       auto* grad_x = static_cast<scalar_t*>(args.grad_x) + range.begin;
       GradBlock<scalar_t> block{whole_vectors<scalar_t>(range.n),
@@ -97,6 +98,13 @@ void backward(const BnLif& args, int64_t first_chunk, int64_t last_chunk) {
 
 void bn_lif_backward_cpu(const BnLif& args, int64_t first_chunk, int64_t last_chunk) {
   backward<Pass::sums>(args, first_chunk, last_chunk);
+}
+
+void bn_lif_backward_finish_cpu(const BnLif& args) {
+  const LifBackward call = backward_of(args);
+  const Walk walk =
+      args.shape.dtype == DType::float32 ? walk_of<float, Pass::sums>(call) : walk_of<BFloat16, Pass::sums>(call);
+  add_sums(args.shape, walk, kBnLifSums, args.sums);
 }
 
 void bn_lif_grad_x_cpu(const BnLif& args, int64_t first_chunk, int64_t last_chunk) {

@@ -43,8 +43,11 @@ constexpr int kBnLifSums = kSums<true>;
 // x and its square, summed over neurons and time, in double, where the square is exact: sums [chunks, kMoments, C].
 constexpr int kMoments = 2;
 void moments_cpu(const LifShape& shape, const void* x, double* sums, int64_t first_chunk, int64_t last_chunk);
+// Of all chunks, in order, into those of the first; after all are done.
+void moments_finish_cpu(const LifShape& shape, double* sums);
 void bn_lif_forward_cpu(const BnLif& args, int64_t first_chunk, int64_t last_chunk);
 void bn_lif_backward_cpu(const BnLif& args, int64_t first_chunk, int64_t last_chunk);
+void bn_lif_backward_finish_cpu(const BnLif& args);  // its sums, as those of moments_finish_cpu
 // Reads grad_mean and slope, and what the first pass left in grad_x.
 void bn_lif_grad_x_cpu(const BnLif& args, int64_t first_chunk, int64_t last_chunk);
 

@@ -182,4 +182,11 @@ void moments_cpu(const LifShape& shape, const void* x, double* sums, int64_t fir
   moments(shape, static_cast<const BFloat16*>(x), sums, first_chunk, last_chunk);
 }
 
+void moments_finish_cpu(const LifShape& shape, double* sums) {
+  const int64_t size = kMoments * shape.channels, chunks = chunks_of(shape);
+  for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+    for (int64_t i = 0; i < size; ++i) sums[i] += sums[chunk * size + i];
+  }
+}
+
 }  // namespace iirsnn

@@ -40,7 +40,7 @@ class Channels {
   using Values = std::array<const acc_t*, kParameters>;
 
   // values: [channels] each, or null where no kernel reads it
-  Channels(const LifShape& shape, const Values& values, Walk walk = Walk::blocks);
+  Channels(const LifShape& shape, const Values& values, Walk walk);
 
   // Those of a block, until the next call.
   const Parameters<acc_t>& of(const Range& range);
@@ -59,7 +59,7 @@ class Channels {
   const LifShape shape_;
   const Values values_;
   const Walk walk_;
-  const bool wide_, once_;
+  const bool wide_;
   const int64_t stride_;
   int used_[kParameters] = {}, slots_[kParameters] = {}, count_ = 0;  // of the values that are given, and their rows
   Buffer<acc_t> rows_;
@@ -84,8 +84,8 @@ class ChannelSums {
  private:
   const LifShape shape_;
   const int count_;
-  const bool charged_, columns_, wide_, once_;
-  const int64_t stride_, most_;  // neurons that rows_ hold before they are added up
+  const bool charged_, columns_, wide_;
+  const int64_t stride_, most_;  // passes that rows_ hold before they are added up
   Buffer<acc_t> rows_;
   const bool folds_;
   Buffer<double> sums_;  // like rows, where those are added up neuron by neuron first

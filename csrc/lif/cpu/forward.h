@@ -10,7 +10,7 @@ namespace iirsnn {
 constexpr int64_t kAtOnce = 5;
 
 // Of a block: n neurons, whole vectors; pointers to the first of them at its first timestep.
-template <typename scalar_t>
+template <typename scalar_t, typename parameter_t = typename Convert<scalar_t>::acc_t>
 struct ForwardBlock {
   using acc_t = typename Convert<scalar_t>::acc_t;
   int n;
@@ -22,7 +22,7 @@ struct ForwardBlock {
   bool past_caches;  // write s so
   const acc_t* v0;   // or null
   acc_t* v;          // or null
-  Parameters<acc_t> parameters;
+  Parameters<parameter_t> parameters;
   acc_t v_reset;
 };
 
@@ -36,12 +36,7 @@ struct ForwardRows {
     const Block b = *block;  // which stores cannot change
     using V = typename Parts<scalar_t, kBytes>::Held;
     for_each_piece<V>(b.parameters, b.n, [&](const auto& parameters, int begin, int end) IIRSNN_INLINE_LAMBDA {
-      constexpr bool kSeveral = std::decay_t<decltype(parameters)>::kSeveral;
-      const bool at_once = b.timesteps == 1 && !b.v0 && !b.v;
-      if constexpr (std::is_same_v<scalar_t, BFloat16> && !kNormalised && !kSeveral) {
-        if (at_once) return compare<kBytes>(b, parameters.of(kThreshold, begin).r[0][0], begin, end);
-      }
-      if (at_once) {  // in the loop below it takes a third more
+      if (b.timesteps == 1 && !b.v0 && !b.v) {  // in the loop below it takes a third more
         for (int i = begin; i < end; i += V::kSize) {
           if (b.past_caches) prefetch<V>(b.x + i + kAhead);  // which streaming stores hold up (Cascade Lake: 0.95)
           const V h = current_at<kNormalised, V>(b.x + i, parameters, i);
@@ -55,30 +50,6 @@ struct ForwardRows {
 
  private:
   static constexpr int kAhead = 512 / sizeof(scalar_t);
-
-  // One timestep of 16-bit numbers: as whole numbers in their order, without widening.
-  template <int kBytes>
-  static IIRSNN_INLINE void compare(const Block& b, float threshold, int begin, int end) {
-    using Bits = Register<int16_t, kBytes>;
-    const Bits size = Bits{} + int16_t(0x7fff), infinity = Bits{} + int16_t(0x7f80), one = Bits{} + int16_t(0x3f80);
-    const Bits bound = Bits{} + ordered_below(threshold);
-    for (int i = begin; i < end; i += kBytes / 2) {
-      const Bits x = load_loose<Bits>(b.x + i), ordered = x ^ ((x >> 15) & size);
-      const Bits s = (x & size) > infinity ? x : (ordered > bound) & one;  // a NaN stays
-      if (__builtin_expect(b.past_caches, false)) {
-        stream(b.s + i, s);
-      } else {
-        store_loose(b.s + i, s);
-      }
-    }
-  }
-  // The whole number of the largest bfloat16 that is not above: of all for a NaN.
-  static IIRSNN_INLINE int16_t ordered_below(float value) {
-    if (value != value) return 0x7fff;
-    if (value == 0) return 0;
-    const uint32_t bits = bit_cast<uint32_t>(value), below = value < 0 ? bits + 0xffffu : bits;
-    return value < 0 ? int16_t((below >> 16) ^ 0x7fffu) : int16_t(below >> 16);
-  }
 
   template <typename V, typename PartParameters>
   static IIRSNN_INLINE void neurons(const Block& b, int i, const PartParameters& parameters) {
@@ -98,25 +69,65 @@ struct ForwardRows {
   }
 };
 
+// One timestep of bfloat16 numbers from v = 0: as whole numbers in their order, without widening. The threshold of a
+// channel is ordered_below() it.
+struct OrderedRows {
+  template <int kBytes>
+  static IIRSNN_INLINE void run(const ForwardBlock<BFloat16, int16_t>* block) {
+    const ForwardBlock<BFloat16, int16_t> b = *block;
+    using Bits = Register<int16_t, kBytes>;
+    const Bits size = Bits{} + int16_t(0x7fff), infinity = Bits{} + int16_t(0x7f80), one = Bits{} + int16_t(0x3f80);
+    using V = Lanes<int16_t, kBytes, kBytes>;
+    for_each_piece<V>(b.parameters, b.n, [&](const auto& parameters, int begin, int end) IIRSNN_INLINE_LAMBDA {
+      for (int i = begin; i < std::min(end, b.n); i += V::kSize) {
+        const Bits x = load_loose<Bits>(b.x + i), ordered = x ^ ((x >> 15) & size);
+        const Bits s = (x & size) > infinity ? x : (ordered > parameters.of(kThreshold, i).r[0]) & one;  // a NaN stays
+        if (__builtin_expect(b.past_caches, false)) {
+          stream(b.s + i, s);
+        } else {
+          store_loose(b.s + i, s);
+        }
+      }
+    });
+  }
+};
+
+// The whole number of the largest bfloat16 that is not above: of all for a NaN.
+inline int16_t ordered_below(float value) {
+  if (value != value) return 0x7fff;
+  if (value == 0) return 0;
+  const uint32_t bits = bit_cast<uint32_t>(value), below = value < 0 ? bits + 0xffffu : bits;
+  return value < 0 ? int16_t((below >> 16) ^ 0x7fffu) : int16_t(below >> 16);
+}
+
+template <typename scalar_t, typename parameter_t, bool kNormalised>
+auto forward_kernel(Reset reset) {
+  if constexpr (std::is_same_v<parameter_t, int16_t>) {
+    return version<OrderedRows>();
+  } else {
+    return with_reset(reset,
+                      [](auto reset) { return version<ForwardRows<scalar_t, decltype(reset)::value, kNormalised>>(); });
+  }
+}
+
 // Calls f(range, rows of spikes, their stride) where kPacked, after each block; there s is null.
-template <typename scalar_t, bool kNormalised, typename F>
-void forward_blocks(const LifForward& args, Channels<typename Convert<scalar_t>::acc_t>& channels, int64_t first_chunk,
-                    int64_t last_chunk, F packed) {
+template <typename scalar_t, bool kNormalised, typename parameter_t, typename F>
+void forward_blocks(const LifForward& args, Channels<parameter_t>& channels, int64_t first_chunk, int64_t last_chunk,
+                    F packed) {
   using acc_t = typename Convert<scalar_t>::acc_t;
   using x_t = kernel_t<scalar_t>;
   const LifShape& shape = args.shape;
   const int64_t steps = shape.timesteps, stride = row_stride<x_t>(shape), acc_stride = row_stride<acc_t>(shape);
-  const auto kernel = with_reset(
-      args.reset, [](auto reset) { return version<ForwardRows<x_t, decltype(reset)::value, kNormalised>>(); });
-  const bool copies = some_staged<scalar_t>(shape, last_chunk);
+  const auto kernel = forward_kernel<x_t, parameter_t, kNormalised>(args.reset);
+  const bool copies = some_staged<scalar_t>(shape, channels.walk(), last_chunk);
   const Buffer<x_t> x_rows(copies ? steps * stride : 0), s_rows(copies || args.bits ? steps * stride : 0);
   const Buffer<acc_t> membranes(copies || steps > kAtOnce ? 3 * acc_stride : 0);
   acc_t* const held = membranes.get() + 2 * acc_stride;
-  ForwardBlock<x_t> block{};
+  ForwardBlock<x_t, parameter_t> block{};
   block.v_reset = acc_t(args.v_reset);
   // from the last chunk to the first: what a pass before has read last is still in the cache
   for (int64_t chunk = last_chunk - 1; chunk >= first_chunk; --chunk) {
-    for_each_block(shape, chunk, [&](const Range& range) {
+    for_each_block(shape, chunk, channels.walk(), kBlock, 1, [&](const Range& range) {
       const int n = range.n;
       const bool copied = staged<scalar_t>(n);
       const auto* x = static_cast<const scalar_t*>(args.x) + range.begin;

@@ -7,19 +7,8 @@
 namespace iirsnn {
 namespace {
 
-bool in_one_row(const LifShape& shape, int64_t passes, int64_t neurons) {
-  const int64_t period = shape.channels * shape.inner;
-  return period <= longest_row(shape) && neurons >= passes * period;
-}
-bool filled_once(const LifShape& shape) { return in_one_row(shape, 4, shape.neurons); }
-// Of such a row: a block that begins in the last neurons of a pass ends in the next one.
-int64_t long_row(const LifShape& shape) {
-  return shape.channels * shape.inner + (Chunks(shape).whole ? 0 : row_neurons(shape));
-}
-
-// Of one that is filled for each block.
 int64_t row_of(const LifShape& shape, Walk walk) {
-  return walk == Walk::columns ? column_neurons(shape) : row_neurons(shape);
+  return walk == Walk::columns ? Columns(shape).longest() : row_neurons(shape);
 }
 
 // Where channels are too narrow to be pieces of their own, rows are filled: once, if that is not too long.
@@ -27,7 +16,7 @@ template <typename acc_t>
 bool wide(const LifShape& shape) {
   const int64_t vectors = shape.inner / kLanes<acc_t>;
   if (shape.channels == 1 || vectors >= 4 * kWide) return true;
-  return shape.timesteps == 1 && vectors >= kWide && !filled_once(shape);
+  return shape.timesteps == 1 && vectors >= kWide;
 }
 
 // As for_each_channel, where each channel has one neuron: for each pass over the channels, whose first is `channel`.
@@ -131,11 +120,8 @@ Channels<acc_t>::Channels(const LifShape& shape, const Values& values, Walk walk
     : shape_(shape),
       values_(values),
       walk_(walk),
-      wide_(wide<acc_t>(shape)),
-      once_(!wide_ && walk != Walk::columns && filled_once(shape)),
-      stride_(shape.channels == 1 || walk == Walk::channels
-                  ? 0
-                  : 2 * kLanes<acc_t> + (once_ ? long_row(shape) : row_of(shape, walk))),
+      wide_(walk != Walk::columns && wide<acc_t>(shape)),
+      stride_(shape.channels == 1 || walk == Walk::channels ? 0 : 2 * kLanes<acc_t> + row_of(shape, walk)),
       rows_([&] {
         for (int k = 0; k < kParameters; ++k) {
           if (!values[k]) continue;
@@ -192,16 +178,17 @@ void Channels<acc_t>::cut(const Range& range) {
 
 template <typename acc_t>
 void Channels<acc_t>::fill(const Range& range) {
-  const int64_t period = shape_.channels * shape_.inner, phase = range.begin % period;
+  const int64_t period = shape_.channels * shape_.inner;
+  const int64_t first = (range.begin - range.at) % period;
   const int n = (range.n + kLanes<acc_t> - 1) / kLanes<acc_t> * kLanes<acc_t>;
-  if (phase < first_ || phase + n > first_ + filled_) {
-    first_ = once_ ? 0 : phase;
-    filled_ = once_ ? long_row(shape_) : n;
+  if (first != first_ || range.at + n > filled_) {
+    first_ = first;
+    filled_ = std::max(range.at + n, range.width);
     for (int i = 0; i < count_; ++i) {
       run<SpreadRow<acc_t>>(&shape_, values_[used_[i]], first_, int(filled_), row(used_[i]));
     }
   }
-  for (int k = 0; k < kParameters; ++k) parameters_.rows[k] += phase - first_;
+  for (int k = 0; k < kParameters; ++k) parameters_.rows[k] += range.at;
   add_piece(n, -1, 0);
 }
 
@@ -216,15 +203,11 @@ ChannelSums<acc_t>::ChannelSums(const LifShape& shape, int count, bool charged, 
       count_(count),
       charged_(charged),
       columns_(walk == Walk::columns),
-      wide_(wide<acc_t>(shape)),
-      once_(!wide_ && !columns_ && in_one_row(shape, 1, Chunks(shape).begin(1))),
-      stride_(2 * kLanes<acc_t> + (shape.channels == 1 ? 0
-                                   : once_             ? long_row(shape)
-                                                       : row_of(shape, walk))),
-      most_(columns_ ? std::max<int64_t>(1, kColumnTerms / shape.timesteps) * column_neurons(shape)
-                     : held_passes(shape) * std::max<int64_t>(shape.channels * shape.inner, block_neurons(shape))),
+      wide_(!columns_ && wide<acc_t>(shape)),
+      stride_(2 * kLanes<acc_t> + (shape.channels == 1 ? 0 : row_of(shape, walk))),
+      most_(std::max<int64_t>(1, kHeldTerms / shape.timesteps)),
       rows_(count * stride_),
-      folds_(once_ && shape.inner > 1 && shape.inner < kSmallMap),
+      folds_(shape.inner > 1 && shape.inner < kSmallMap && row_of(shape, walk) >= 2 * shape.channels * shape.inner),
       sums_(folds_ ? count * stride_ : 0) {
   std::fill_n(rows_.get(), count * stride_, acc_t(0));
   if (folds_) std::fill_n(sums_.get(), count * stride_, 0.0);
@@ -232,38 +215,40 @@ ChannelSums<acc_t>::ChannelSums(const LifShape& shape, int count, bool charged, 
 
 template <typename acc_t>
 acc_t* ChannelSums<acc_t>::rows(const Range& range) {
-  return rows_.get() + (once_ ? range.begin % (shape_.channels * shape_.inner) : 0);
+  return rows_.get() + range.at;
 }
 
 template <typename acc_t>
 void ChannelSums<acc_t>::add(const Range& range, const Parameters<acc_t>& parameters, double* totals) {
-  held_ += range.passes * range.n;
-  if ((once_ || columns_) && !range.last && held_ < most_) return;
+  const bool pass_done = range.at + range.n == range.width;
+  if (pass_done) held_ += range.passes;
+  if (columns_ && !range.last && (!pass_done || held_ < most_)) return;
   held_ = 0;
+  const int64_t width = range.width, begin = range.begin - range.at;
   for (int k = 0; k < count_; ++k) {
     if (k == kLeakSum && !charged_) continue;
     acc_t* row = rows_.get() + k * stride_;
     double* total = totals + k * shape_.channels;
     if (wide_) {
       run<SumShared<acc_t>>(row, &range, &parameters, total);
-    } else {
-      const int width = once_ ? int(long_row(shape_)) : range.n;
-      if (folds_) {
-        double* sums = sums_.get() + k * stride_;
-        run<FoldRow<acc_t>>(row, width, sums);
-        if (!range.last) continue;
-        run<SumRow<double>>(&shape_, sums, 0, width, total);
-        std::fill_n(sums, width, 0.0);
-      } else {
-        run<SumRow<acc_t>>(&shape_, row, once_ ? 0 : range.begin, width, total);
-        std::fill_n(row, width, acc_t(0));
+    } else if (folds_) {  // what belongs to the same neuron of a pass
+      double* sums = sums_.get() + k * stride_;
+      const int64_t period = std::min(shape_.channels * shape_.inner, width);
+      for (int64_t i = 0; i < width; i += period) {
+        run<FoldRow<acc_t>>(row + i, int(std::min(period, width - i)), sums);
       }
+      run<SumRow<double>>(&shape_, sums, begin, int(period), total);
+      std::fill_n(sums, period, 0.0);
+    } else {
+      run<SumRow<acc_t>>(&shape_, row, begin, int(width), total);
+      std::fill_n(row, width, acc_t(0));
     }
   }
 }
 
 template class Channels<float>;
 template class Channels<double>;
+template class Channels<int16_t>;
 template class ChannelSums<float>;
 template class ChannelSums<double>;
 

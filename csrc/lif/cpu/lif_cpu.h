@@ -12,8 +12,6 @@ int64_t lif_backward_workspace_cpu(const LifBackward& args);  // bytes; 0 withou
 // True when packed output met a NaN, which a bit cannot hold.
 bool lif_forward_cpu(const LifForward& args, int64_t first_chunk, int64_t last_chunk);
 void lif_backward_cpu(const LifBackward& args, int64_t first_chunk, int64_t last_chunk);
-// Partial sums [chunks, count, C] of all chunks, in order, into those of the first.
-void add_chunks_cpu(const LifShape& shape, int count, double* sums);
 // Sums the chunks' partial sums, in order; after all chunks are done.
 void lif_backward_finish_cpu(const LifBackward& args);
 // Timesteps [first, last) of bits [T, packed_bytes(N)] -> s [T, N], 0 or 1.

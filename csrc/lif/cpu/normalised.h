@@ -13,7 +13,9 @@ class NormalisedChannels {
   explicit NormalisedChannels(const BnLif& args) : derived_(derived(args)) {}
 
   Channels<float> forward(const BnLif& args) const {
-    return {args.shape, {args.threshold, args.shape.timesteps > 1 ? args.leak : nullptr, nullptr, gain(), shift(args)}};
+    return {args.shape,
+            {args.threshold, args.shape.timesteps > 1 ? args.leak : nullptr, nullptr, gain(), shift(args)},
+            walk_of(args.shape)};
   }
   Channels<float> backward(const BnLif& args, Walk walk) const {
     const bool charged = args.shape.timesteps > 1;

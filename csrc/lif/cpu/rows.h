@@ -174,8 +174,9 @@ bool staged(int n) {
 }
 // Whether any block of some chunks is: of whole vectors all are but the last.
 template <typename scalar_t>
-bool some_staged(const LifShape& shape, int64_t last_chunk) {
-  const bool rest = last_chunk == chunks_of(shape) && shape.neurons % kLanes<typename Convert<scalar_t>::acc_t> != 0;
+bool some_staged(const LifShape& shape, Walk walk, int64_t last_chunk) {
+  const bool last = walk == Walk::columns || last_chunk == chunks_of(shape);
+  const bool rest = last && shape.neurons % kLanes<typename Convert<scalar_t>::acc_t> != 0;
   return std::is_same_v<scalar_t, Half> || rest;
 }
 

@@ -40,8 +40,8 @@ struct ThroughTime {
     const auto ahead = [](int) {};
     for_each_part<kCount, P, kBytes, kLoops>(
         r, ahead, [&](int j, const auto& parameters, auto&& sums) IIRSNN_INLINE_LAMBDA {
-          constexpr bool kColumns = kPass == Pass::all && kCount > 0 && std::decay_t<decltype(parameters)>::kSeveral;
-          constexpr bool kPasses = kColumns && kTimesteps == 1;
+          constexpr bool kColumns = std::decay_t<decltype(parameters)>::kSeveral;
+          constexpr bool kPasses = kColumns && kPass == Pass::all && kCount > 0 && kTimesteps <= kPassesAtOnce;
           const int64_t next = !kColumns || j < r.n - kAhead ? kAhead : kAhead - r.n + b.step;
           const Neuron<P> neuron = parameters.neuron(j, r.v_reset);
           P totals[kCount > 0 ? kCount : 1];

@@ -56,7 +56,7 @@ Statistics statistics(const Tensor& x, double eps) {
   double* sums = found.chunks.mutable_data_ptr<double>();
   for_all_chunks(shape,
                  [&](int64_t first, int64_t last) { moments_cpu(shape, x.const_data_ptr(), sums, first, last); });
-  add_chunks_cpu(shape, kMoments, sums);
+  moments_finish_cpu(shape, sums);
 
   float *mean = found.mean.mutable_data_ptr<float>(), *var = found.var.mutable_data_ptr<float>();
   float* rstd = found.rstd.mutable_data_ptr<float>();
@@ -103,9 +103,8 @@ std::pair<Tensor, Tensor> sum_gradients(BnLif& args, const Tensor& x) {
   args.grad_x = grad_x.mutable_data_ptr();
   Tensor chunks = empty_chunks(x, args.shape, kBnLifSums);
   args.sums = chunks.mutable_data_ptr<double>();
-  std::fill_n(args.sums, chunks.numel(), 0.0);
   for_all_chunks(args.shape, [&](int64_t first, int64_t last) { bn_lif_backward_cpu(args, first, last); });
-  add_chunks_cpu(args.shape, kBnLifSums, args.sums);
+  bn_lif_backward_finish_cpu(args);
   args.sums = nullptr;  // the second pass is to add nothing to them
   return {grad_x, chunks};
 }
