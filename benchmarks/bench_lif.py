@@ -154,15 +154,16 @@ def test_lif(race, timesteps, dtype, size, threads, what):
 
 
 def maps():
-    """Channels and side: of 64 channels; with --full, of as many as later layers have."""
+    """Channels and side: of 64 channels; with --full, of as many as other layers have."""
     for side in (7, 14, 28, 149):
         yield pytest.param(CHANNELS, side, id=str(side), marks=pytest.mark.telling)
-    for channels, side in ((128, 28), (256, 14), (512, 7), (512, 4), (512, 2)):
+    few = ((10, 1), (64, 2), (64, 4), (96, 7), (128, 28), (256, 14))
+    for channels, side in (*few, (512, 1), (512, 2), (512, 4), (512, 7), (1024, 14), (2048, 7)):
         yield pytest.param(channels, side, id=f"{channels}x{side}")
 
 
 @pytest.mark.parametrize("what", ["forward", "backward", "backward with parameters"])
-@pytest.mark.parametrize("timesteps", [1, 5])
+@pytest.mark.parametrize("timesteps", [1, 2, 5])
 @pytest.mark.parametrize(("channels", "side"), list(maps()))
 def test_channels(race, channels, side, timesteps, what):
     torch.manual_seed(0)

@@ -117,6 +117,7 @@ def _open_for_training(
             wanted = recipe.load(name, overrides)
         elif overrides:
             wanted = recipe.parse(recipe.dump(wanted), overrides, source=str(resume))
+    recipe.check_stages_named(wanted, overrides)
     if wanted.runtime.tensorboard:
         require_tensorboard()
     processes = Processes(device.choose(wanted.runtime))

@@ -294,6 +294,20 @@ def check(recipe: Recipe) -> None:
         _check_stage(name, recipe.stage_config(name))
 
 
+def check_stages_named(recipe: Recipe, overrides: Sequence[str]) -> None:
+    """Raises UsageError where an override is of a stage that is not trained: it changes nothing."""
+    names = [stage.name for stage in stages(recipe.timesteps) if stage.timesteps]
+    for override in overrides:
+        section, _, rest = override.partition("=")[0].partition(".")
+        name = rest.partition(".")[0]
+        if section == "stages" and name and name not in names:
+            timesteps = [int(t) for t in recipe.timesteps]
+            raise UsageError(
+                f"--set {override}: expected a stage of timesteps {timesteps} "
+                f"({', '.join(names)}), got {name}"
+            )
+
+
 def check_folder_name(key: str, name: str) -> None:
     """Raises UsageError unless a folder of that name lies in the folder it is made in."""
     if Path(name).name != name or name.startswith(".") or "\\" in name or not name.isprintable():

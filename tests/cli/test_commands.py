@@ -47,6 +47,14 @@ def test_train_without_a_terminal_prints_a_line_an_epoch(iirsnn, tmp_path):
     assert (tmp_path / "runs" / "digits" / "report.json").stat().st_size > 100
 
 
+def test_train_names_settings_of_a_stage_that_is_not_trained(iirsnn, tmp_path):
+    result = iirsnn("train", "digits", "--set", "timesteps=[5,1]", "--set", "stages.T9.epochs=3")
+    assert result.code == 2
+    line = "--set stages.T9.epochs=3: expected a stage of timesteps [5, 1] (T5, T1), got T9"
+    assert line in result.err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_evaluate_measures_the_same_again(iirsnn, finished):
     before = contents(finished)
     result = iirsnn("evaluate", finished)

@@ -257,9 +257,8 @@ MAPS = [
     ((3, 100, 14, 14), True),
     ((5, 64, 20, 20), True),
 ]
-# In chunks of some passes over all channels, not of one or two: two of them at once past a row, and
-# the third of three; passes that are no whole words, of which one is left; maps below a vector; many
-# channels.
+# In columns of some passes over all channels: two of them at once past a row, the third of three;
+# passes that are no whole words, of which one is left; maps below a vector; many channels.
 MANY = [
     ((180, 64, 7, 7), False),
     ((12, 256, 14, 14), False),
