@@ -382,6 +382,26 @@ def test_a_scalar_beside_a_per_channel_parameter_gets_one_gradient():
     assert torch.equal(got[1], spread[1])
 
 
+# Of scalar parameters, of channels narrow and wide, of one neuron each: thresholds that a half
+# holds and that it does not, the least and the largest.
+FIRING = [(1, 1, 65536), (64, 16, 64), (2, 8, 4096), (4096, 16, 1)]
+
+
+@pytest.mark.parametrize("shape", FIRING, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_half_value_fires_as_in_the_reference(level, dtype, shape):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = every.view(1, *shape)
+    thresholds = [1.0, 0.7501, 2.0**-126, 1e-40, 3e38, 0.1, 65504.0, 1.0 + 2.0**-20]
+    for first in range(len(thresholds) if shape[1] == 1 else 1):
+        threshold = torch.tensor(thresholds * 2).roll(-first)[: shape[1]]
+        how = (None, "soft", 0.0, True, "triangle", 1.0, False)
+        s, _ = OPS.forward(x, threshold, torch.ones(1), *how)
+        wanted, _ = reference.lif_forward(x, threshold, torch.ones(1), *how)
+        assert torch.equal(s.isnan(), wanted.isnan())
+        assert torch.equal(s.nan_to_num(7.0), wanted.nan_to_num(7.0))
+
+
 def test_special_values():
     x = torch.tensor([math.nan, math.inf, -math.inf, 1.0, 1.0 + 2.0**-23])
     one = torch.ones(1)
@@ -396,13 +416,14 @@ def test_special_values():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("position", [0, 63, 700, 1024])
+@pytest.mark.parametrize("position", [0, 63, 700, 1024, -1])
 @pytest.mark.parametrize("timesteps", [1, 3])
-def test_nan_cannot_be_packed(timesteps, position, dtype):
-    x = torch.zeros(timesteps, 1025, dtype=dtype)
-    one = torch.ones(1, dtype=reference.acc_dtype(dtype))
+@pytest.mark.parametrize("channels", [1, 64])
+def test_nan_cannot_be_packed(timesteps, position, dtype, channels):
+    x = torch.zeros(timesteps, 1025 if channels == 1 else 100, channels, dtype=dtype)
+    one = torch.ones(channels, dtype=reference.acc_dtype(dtype))
     OPS.packed(x, one, one, None, "soft", 0.0, False)
-    x[-1, position] = math.nan
+    x[-1].view(-1)[position] = math.nan
     with pytest.raises(ValueError, match="packed: expected a current without NaN, got NaN"):
         OPS.packed(x, one, one, None, "soft", 0.0, False)
 

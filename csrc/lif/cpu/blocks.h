@@ -21,8 +21,8 @@ constexpr int64_t kChunk = 16 * kBlock;  // neurons a thread takes at least
 constexpr int64_t kMaxChunks = 256;
 constexpr int kHeldTerms = 128;     // of a neuron, that rows of a column sum as acc_t, at most
 constexpr int kColumn = 4096;       // neurons of one at least, where a pass has as many
-constexpr int kNarrow = 512;        // neurons of a channel from which on there are none
-constexpr int kWholeChannel = 256;  // from which on blocks may be of whole channels
+constexpr int kNarrow = 512;        // neurons of a channel from which on there are no columns
+constexpr int kWholeChannel = 256;  // the same, from which on blocks may be of whole channels
 constexpr int kSmallMap = 16;       // neurons of a channel, below which rows are added up neuron by neuron first
 
 // Numbers that go together in a kernel.
@@ -85,11 +85,12 @@ enum class Walk { blocks, channels, columns };
 // Columns of narrow channels: rows of parameters and sums are no longer than one, and serve many passes.
 struct Columns {
   explicit Columns(const LifShape& shape) : neurons(shape.neurons) {
+    if (shape.channels == 1 || shape.inner >= kNarrow || neurons < kColumn) return;
     // short passes go together, and those that are no whole words
     const int64_t words = std::lcm(shape.channels * shape.inner, int64_t(kWord));
     pass = ceil_div(kColumn / 2, words) * words;
     passes = neurons / pass;
-    if (shape.channels == 1 || shape.inner >= kNarrow || passes < 2) return;
+    if (passes < 2) return;
     // what is done once a column shows where it has few passes, and more where maps are small
     const int64_t enough = shape.timesteps == 1 ? 16 : 8;
     const int64_t each = std::max<int64_t>(16, (shape.inner < kSmallMap ? 128 : 64) / shape.timesteps);
@@ -104,7 +105,7 @@ struct Columns {
   int64_t edge(int64_t k) const { return k * (pass / kWord) / columns * kWord; }
   int64_t longest() const { return columns ? round_up(ceil_div(pass, columns), kWord) : 0; }
 
-  int64_t neurons, pass, passes;
+  int64_t neurons, pass = 0, passes = 0;
   int64_t columns = 0, runs = 0;  // of a pass, and of passes; 0: none
 };
 

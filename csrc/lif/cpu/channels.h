@@ -3,8 +3,9 @@
 // A block is cut into pieces. In a piece of one channel, kernels spread its parameters over registers and sum in
 // registers. In a piece of several they read parameters from rows of one element a neuron, and sum into such rows.
 // Where channels are wide, a piece of several is no more than the vector that crosses from one to the next; where they
-// are narrow it is the whole block. No row grows with the map. Sums are double, but for the few terms of a neuron that
-// rows hold. Kernels that may compute a neuron twice walk blocks of whole channels: each is a piece, of any length.
+// are narrow it is the whole block, in a column whose rows serve many passes. No row grows with the map. Sums are
+// double, but for the terms of a neuron that rows hold. Kernels that may compute a neuron twice walk blocks of whole
+// channels: each is a piece, of any length.
 #pragma once
 
 #include <array>
