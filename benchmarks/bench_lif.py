@@ -157,7 +157,7 @@ def maps():
     """Channels and side: of 64 channels; with --full, of as many as other layers have."""
     for side in (7, 14, 28, 149):
         yield pytest.param(CHANNELS, side, id=str(side), marks=pytest.mark.telling)
-    few = ((10, 1), (64, 2), (64, 4), (96, 7), (128, 28), (256, 14))
+    few = ((10, 1), (64, 2), (64, 4), (96, 7), (64, 56), (128, 28), (256, 14))
     for channels, side in (*few, (512, 1), (512, 2), (512, 4), (512, 7), (1024, 14), (2048, 7)):
         yield pytest.param(channels, side, id=f"{channels}x{side}")
 

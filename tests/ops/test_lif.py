@@ -256,6 +256,8 @@ MAPS = [
     ((40, 1000, 1, 1), False),
     ((3, 100, 14, 14), True),
     ((5, 64, 20, 20), True),
+    ((2, 16, 56, 56), False),  # longer than a block, of whole cache lines, and not
+    ((2, 7, 50, 50), False),
 ]
 # In columns of some passes over all channels: two of them at once past a row, the third of three;
 # passes that are no whole words, of which one is left; maps below a vector; many channels.

@@ -210,7 +210,10 @@ Walk walk_of(const LifBackward& args) {
   const LifShape& shape = args.shape;
   const bool fast = through_time<kernel_t<scalar_t>, kPass>(args);
   const bool streams = shape.timesteps == 1 && large(shape);
-  return fast && whole_channels(shape) && !streams ? Walk::channels : walk_of(shape);
+  // long channels take blocks of pieces else, which cost less than vectors that lie in two cache lines, more with sums
+  const bool summed = kPass == Pass::sums || (kPass == Pass::all && args.grad_threshold);
+  const bool pays = summed || shape.inner <= kBlock || shape.inner % 16 == 0;
+  return fast && whole_channels(shape) && !streams && pays ? Walk::channels : walk_of(shape);
 }
 
 // Partial sums [chunks, count, C] of a walk: those of a chunk to 0, and all, in order, into those of the first.

@@ -63,7 +63,7 @@ inline bool large(const LifShape& shape) {
 // Neurons of a block: whole vectors, and whole passes over all channels where one fits. Half as many where membranes of
 // all timesteps, or parameters of each neuron, would leave no room in the L1 cache; but memory wants long rows.
 inline int block_neurons(const LifShape& shape, bool whole_channels = false) {
-  if (whole_channels) return int(kBlock / shape.inner * shape.inner);
+  if (whole_channels) return int(std::max<int64_t>(1, kBlock / shape.inner) * shape.inner);
   const bool crowded = shape.channels > 1 ? shape.timesteps > 1 : shape.timesteps > 4 && !large(shape);
   const int most = crowded ? kBlock / 2 : kBlock;
   if (shape.channels == 1 || shape.channels * shape.inner > most) return most;
@@ -75,7 +75,7 @@ inline int block_neurons(const LifShape& shape, bool whole_channels = false) {
 // computed twice for that. Of 16-bit numbers, more of which go together, rows of parameters and sums are faster.
 inline bool whole_channels(const LifShape& shape) {
   const bool wide_numbers = shape.dtype == DType::float32 || shape.dtype == DType::float64;
-  return wide_numbers && shape.channels > 1 && shape.inner >= kWholeChannel && shape.inner <= kBlock;
+  return wide_numbers && shape.channels > 1 && shape.inner >= kWholeChannel && shape.inner <= kChunk;
 }
 
 // How a kernel walks a chunk: in blocks of up to kBlock neurons; in blocks of whole channels; or in columns, a part of
