@@ -203,8 +203,7 @@ ThroughTimeLoop<scalar_t> through_time(const LifBackward& args);
 constexpr int kPassesAtOnce = 2;
 
 // Whole channels for loops that may compute a neuron twice, as they only read what they are given; but streams past the
-// caches want vectors that start where cache lines do. Columns for gradients of parameters of small maps: so rows of
-// sums and parameters are short, and sums of many passes are added up at once.
+// caches want vectors that start where cache lines do.
 template <typename scalar_t, Pass kPass>
 Walk walk_of(const LifBackward& args) {
   const LifShape& shape = args.shape;
@@ -215,10 +214,6 @@ Walk walk_of(const LifBackward& args) {
   const bool pays = summed || shape.inner <= kBlock || shape.inner % 16 == 0;
   return fast && whole_channels(shape) && !streams && pays ? Walk::channels : walk_of(shape);
 }
-
-// Partial sums [chunks, count, C] of a walk: those of a chunk to 0, and all, in order, into those of the first.
-void clear_sums(const LifShape& shape, Walk walk, int64_t chunk, int count, double* sums);
-void add_sums(const LifShape& shape, Walk walk, int count, double* sums);
 
 // The loops over rows, of the instruction set in force.
 template <typename scalar_t>
@@ -344,9 +339,10 @@ void backward_blocks(const LifBackward& args, Channels<typename Convert<scalar_t
   block.timesteps = steps;
   const Columns columns(shape);
   block.pass = columns.pass;
-  const int64_t most = fast && !std::is_same_v<scalar_t, Half> ? columns.pass : block_neurons(shape);
+  const bool in_place = fast && !std::is_same_v<scalar_t, Half>;
+  const int64_t most = in_place ? columns.pass : block_neurons(shape);
   const bool whole = channels.whole(), summed = sums && kPass == Pass::all && channels.several();
-  const int most_passes = summed && fast && steps <= kPassesAtOnce && !std::is_same_v<scalar_t, Half> ? 2 : 1;
+  const int most_passes = summed && in_place && steps <= kPassesAtOnce ? 2 : 1;
   for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
     const int64_t totals = kCount * shape.channels;
     if (sums) clear_sums(shape, channels.walk(), chunk, kCount, sums);

@@ -2,8 +2,8 @@
 // innermost, in columns whose sums stay in the L1 cache; where neither is as wide as a vector, each neuron has its own.
 #include <vector>
 
-#include "lif/cpu/blocks.h"
 #include "lif/cpu/bn_lif_cpu.h"
+#include "lif/cpu/channels.h"
 #include "simd/sums.h"
 #include "simd/versions.h"
 
@@ -182,11 +182,6 @@ void moments_cpu(const LifShape& shape, const void* x, double* sums, int64_t fir
   moments(shape, static_cast<const BFloat16*>(x), sums, first_chunk, last_chunk);
 }
 
-void moments_finish_cpu(const LifShape& shape, double* sums) {
-  const int64_t size = kMoments * shape.channels, chunks = chunks_of(shape);
-  for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-    for (int64_t i = 0; i < size; ++i) sums[i] += sums[chunk * size + i];
-  }
-}
+void moments_finish_cpu(const LifShape& shape, double* sums) { add_sums(shape, Walk::blocks, kMoments, sums); }
 
 }  // namespace iirsnn

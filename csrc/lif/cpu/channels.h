@@ -93,4 +93,9 @@ class ChannelSums {
   int64_t held_ = 0;
 };
 
+// Partial sums [chunks, count, C] of a walk: those of a chunk to 0, of the first those of all channels; and all, in
+// order, into those of the first.
+void clear_sums(const LifShape& shape, Walk walk, int64_t chunk, int count, double* sums);
+void add_sums(const LifShape& shape, Walk walk, int count, double* sums);
+
 }  // namespace iirsnn

@@ -32,31 +32,6 @@ void lif_backward_cpu(const LifBackward& args, int64_t first_chunk, int64_t last
   with_scalar(args.shape.dtype, [&](auto scalar) { backward<decltype(scalar)>(args, first_chunk, last_chunk); });
 }
 
-void clear_sums(const LifShape& shape, Walk walk, int64_t chunk, int count, double* sums) {
-  for (int k = 0; k < count; ++k) {
-    double* of_chunk = sums + (chunk * count + k) * shape.channels;
-    const auto clear = [&](int64_t first, int64_t last) { std::fill(of_chunk + first, of_chunk + last, 0.0); };
-    if (chunk == 0) {
-      clear(0, shape.channels);
-    } else {
-      for_channels_of(shape, walk, chunk, clear);
-    }
-  }
-}
-
-void add_sums(const LifShape& shape, Walk walk, int count, double* sums) {
-  const int64_t chunks = chunks_of(shape);
-  for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-    for (int k = 0; k < count; ++k) {
-      double* to = sums + k * shape.channels;
-      const double* from = to + chunk * count * shape.channels;
-      for_channels_of(shape, walk, chunk, [&](int64_t first, int64_t last) {
-        for (int64_t c = first; c < last; ++c) to[c] += from[c];
-      });
-    }
-  }
-}
-
 void lif_backward_finish_cpu(const LifBackward& args) {
   const int64_t channels = args.shape.channels;
   auto* sums = static_cast<double*>(args.workspace);

@@ -13,7 +13,8 @@ int64_t row_of(const LifShape& shape, Walk walk) {
 
 // Where channels are too narrow to be pieces of their own, rows are filled: once, if that is not too long.
 template <typename acc_t>
-bool wide(const LifShape& shape) {
+bool wide(const LifShape& shape, Walk walk) {
+  if (walk == Walk::columns) return false;
   const int64_t vectors = shape.inner / kLanes<acc_t>;
   if (shape.channels == 1 || vectors >= 4 * kWide) return true;
   return shape.timesteps == 1 && vectors >= kWide;
@@ -120,7 +121,7 @@ Channels<acc_t>::Channels(const LifShape& shape, const Values& values, Walk walk
     : shape_(shape),
       values_(values),
       walk_(walk),
-      wide_(walk != Walk::columns && wide<acc_t>(shape)),
+      wide_(wide<acc_t>(shape, walk)),
       stride_(shape.channels == 1 || walk == Walk::channels ? 0 : 2 * kLanes<acc_t> + row_of(shape, walk)),
       rows_([&] {
         for (int k = 0; k < kParameters; ++k) {
@@ -203,7 +204,7 @@ ChannelSums<acc_t>::ChannelSums(const LifShape& shape, int count, bool charged, 
       count_(count),
       charged_(charged),
       columns_(walk == Walk::columns),
-      wide_(!columns_ && wide<acc_t>(shape)),
+      wide_(wide<acc_t>(shape, walk)),
       stride_(2 * kLanes<acc_t> + (shape.channels == 1 ? 0 : row_of(shape, walk))),
       most_(std::max<int64_t>(1, kHeldTerms / shape.timesteps)),
       rows_(count * stride_),
@@ -243,6 +244,28 @@ void ChannelSums<acc_t>::add(const Range& range, const Parameters<acc_t>& parame
       run<SumRow<acc_t>>(&shape_, row, begin, int(width), total);
       std::fill_n(row, width, acc_t(0));
     }
+  }
+}
+
+void clear_sums(const LifShape& shape, Walk walk, int64_t chunk, int count, double* sums) {
+  double* const of_chunk = sums + chunk * count * shape.channels;
+  const auto clear = [&](int64_t first, int64_t last) {
+    for (int k = 0; k < count; ++k) std::fill_n(of_chunk + k * shape.channels + first, last - first, 0.0);
+  };
+  if (chunk == 0) return clear(0, shape.channels);
+  for_channels_of(shape, walk, chunk, clear);
+}
+
+void add_sums(const LifShape& shape, Walk walk, int count, double* sums) {
+  const int64_t chunks = chunks_of(shape);
+  for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+    const double* const of_chunk = sums + chunk * count * shape.channels;
+    for_channels_of(shape, walk, chunk, [&](int64_t first, int64_t last) {
+      for (int k = 0; k < count; ++k) {
+        const int64_t row = k * shape.channels;
+        for (int64_t c = row + first; c < row + last; ++c) sums[c] += of_chunk[c];
+      }
+    });
   }
 }
 
