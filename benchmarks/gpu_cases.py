@@ -1,5 +1,7 @@
 """The cases of gpu_check.py, each run in a process of its own: python gpu_cases.py CASE DEVICE.
 
+Several cases, a list, are run once and not timed: that leaves behind what they compile.
+
 A case prints its rows as one line of JSON, the last of its output. On the device "cpu", at a size
 of a few thousand numbers, the cases are rehearsed: what they print there is no result.
 
@@ -81,8 +83,18 @@ def cases() -> list[Case]:
     networks = [Case("test", 120, "networks")]
     networks += [
         Case("network", 90, what, timesteps, "bf16", last)
-        for what in ("vgg16", "vgg16 graph", "vgg16 bits", "resnet18")
+        for what in ("vgg16", "vgg16 graph", "vgg16 bits", "resnet18", "resnet18 graph")
         for timesteps in (1, 5)
+    ]
+    others = [
+        Case("network", 90, f"vgg16 {other}", timesteps, "bf16", last)
+        for other in ("two modules", "spikingjelly cupy", "spikingjelly triton", "snntorch")
+        for timesteps in (1, 5)
+    ]
+    compiled = [
+        Case("compiled", 120, what, 1, dtype, layout)
+        for what in ("lif", "batch_norm lif")
+        for dtype, layout in (("bf16", last), ("fp32", "contiguous"))
     ]
     rest = [
         Case(kind, timesteps=t, dtype=d, layout=layout, channels=channels, map=shape)
@@ -99,6 +111,8 @@ def cases() -> list[Case]:
         *first,
         *networks,
         *peers,
+        *others,
+        *compiled,
     ]
     ordered += [case for case in rest if case not in first]
     ordered += [Case("test", 240, "everything"), Case("network", 90, "vgg16", 5, "fp32", last)]
@@ -171,60 +185,70 @@ def lif_contenders(case: Case, x: Tensor, device: Device) -> tuple[dict[str, Any
         compiled = config.patch(donated_buffer=False)(torch.compile(eager, dynamic=False))
         found["torch.compile"] = (lambda: compiled(leaf, threshold, leak), (leaf, threshold, leak))
     made, without = peers(device, "spikingjelly", "snntorch")
-    found |= {label: (lambda f=f: f(leaf), (leaf,)) for label, f in made.items()}
+    neurons = {label: neuron() for label, neuron in made.items()}
+    found |= {label: (lambda f=f: f(leaf), (leaf,)) for label, f in neurons.items()}
     return found, missing | without
 
 
-def peers(
-    device: Device, *names: str
-) -> tuple[dict[str, Callable[[Tensor], Tensor]], dict[str, str]]:
-    """{label: f(x) -> s} of other libraries, and for each that cannot run the reason."""
-    found: dict[str, Callable[[Tensor], Tensor]] = {}
+def peers(device: Device, *names: str) -> tuple[dict[str, Callable[[], nn.Module]], dict[str, str]]:
+    """{label: f() -> a neuron} of other libraries, and for each that cannot run the reason."""
+    found: dict[str, Callable[[], nn.Module]] = {}
     missing: dict[str, str] = {}
     for name in names:
         try:
-            found |= {"spikingjelly": _spikingjelly, "snntorch": _snntorch}[name](device)
+            made = {"spikingjelly": _spikingjelly, "snntorch": _snntorch}[name](device)
+            for neuron in made.values():
+                neuron()
+            found |= made
         except Exception as error:  # another library's: it costs its rows alone
             missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     return found, missing
 
 
-def _spikingjelly(device: Device) -> dict[str, Callable[[Tensor], Tensor]]:
+def _spikingjelly(device: Device) -> dict[str, Callable[[], nn.Module]]:
     """SpikingJelly 2's LIFNode over many steps, by each of its backends for the device."""
     from spikingjelly.activation_based import functional, neuron, surrogate
 
-    def of(backend: str) -> Callable[[Tensor], Tensor]:
-        node = neuron.LIFNode(
-            **{"tau": 2.0, "decay_input": False, "v_reset": None, "detach_reset": True},
-            **{"surrogate_function": surrogate.ATan(), "step_mode": "m"},
-        ).to(device.name)
-        node.backend = backend
+    class Neuron(nn.Module):
+        over_time = True
 
-        def run(x: Tensor) -> Tensor:
-            functional.reset_net(node)
-            return node(x)
+        def __init__(self, backend: str) -> None:
+            super().__init__()
+            self.node = neuron.LIFNode(
+                **{"tau": 2.0, "decay_input": False, "v_reset": None, "detach_reset": True},
+                **{"surrogate_function": surrogate.ATan(), "step_mode": "m"},
+            ).to(device.name)
+            self.node.backend = backend
 
-        return run
+        def forward(self, x: Tensor) -> Tensor:
+            functional.reset_net(self.node)
+            s: Tensor = self.node(x)
+            return s
 
     names = ["torch"]
     if device.real:
         names += ["triton", *(["cupy"] if importlib.util.find_spec("cupy") else [])]
-    return {f"spikingjelly {name}": of(name) for name in names}
+    return {f"spikingjelly {name}": lambda name=name: Neuron(name) for name in names}
 
 
-def _snntorch(device: Device) -> dict[str, Callable[[Tensor], Tensor]]:
+def _snntorch(device: Device) -> dict[str, Callable[[], nn.Module]]:
     import snntorch
 
-    node = snntorch.Leaky(beta=0.5, reset_mechanism="subtract").to(device.name)
+    class Neuron(nn.Module):
+        over_time = True
 
-    def run(x: Tensor) -> Tensor:
-        membrane, spikes = node.init_leaky(), []
-        for current in x:
-            s, membrane = node(current, membrane)
-            spikes.append(s)
-        return torch.stack(spikes)
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = snntorch.Leaky(beta=0.5, reset_mechanism="subtract").to(device.name)
 
-    return {"snntorch": run}
+        def forward(self, x: Tensor) -> Tensor:
+            membrane, spikes = self.cell.init_leaky(), []
+            for current in x:
+                s, membrane = self.cell(current, membrane)
+                spikes.append(s)
+            return torch.stack(spikes)
+
+    return {"snntorch": Neuron}
 
 
 def passes(
@@ -295,6 +319,35 @@ def run_bn_lif(case: Case, device: Device) -> list[Row]:
     return passes(case, device, contenders, x, g, {"forward": 3, "backward": 5})
 
 
+def run_compiled(case: Case, device: Device) -> list[Row]:
+    """Inside torch.compile: "auto" (plain operators where T = 1) beside the kernels as ops."""
+    from bench_call import TwoModules
+
+    from iirsnn import BatchNormLIF, FusedLIF
+
+    torch._functorch.config.donated_buffer = False  # so that backward can be repeated
+    x, g = inputs(case, device)
+    leaf, channels, normed = x.detach().requires_grad_(), x.shape[2], "batch_norm" in case.what
+    contenders: dict[str, Any] = {}
+
+    def add(name: str, module: nn.Module, compiled: bool) -> None:
+        module = module.to(device.name)
+        call = torch.compile(module, dynamic=False) if compiled else module
+        run = torch.enable_grad()(lambda: call(leaf))
+        contenders[name] = (run, (leaf, *module.parameters()))
+
+    for name in ("auto", *(name for name, reason in backends(device).items() if not reason)):
+        neuron = FusedLIF(1.0, 0.5, backend=name)
+        if normed:
+            add(f"{name}, compiled", TwoModules(nn.BatchNorm2d(channels), neuron), True)
+            add(f"{name}, fused", BatchNormLIF(nn.BatchNorm2d(channels), neuron), False)
+        else:
+            add(f"{name}, compiled", neuron, True)
+            add(name, neuron, False)
+    moved = {"forward": 3, "backward": 5} if normed else {"forward": 2, "backward": 3}
+    return passes(case, device, contenders, x, g, moved)
+
+
 def run_call(case: Case, device: Device) -> list[Row]:
     """Forward and backward on 64 numbers: the wall clock of what the host does, in turns."""
     from bench_call import NEURONS, step
@@ -311,8 +364,8 @@ def run_call(case: Case, device: Device) -> list[Row]:
             run = step(neuron.to(device.name), x, torch.ones_like(x))
             calls[f"{name}, {label}"] = run
     made, missing = peers(device, "spikingjelly")
-    for name, run in made.items():
-        calls[name] = step(run, x, torch.ones_like(x))
+    for name, neuron in made.items():
+        calls[name] = step(neuron(), x, torch.ones_like(x))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(device.rounds + 2):  # the first ones warm up
         for name, call in calls.items():
@@ -349,34 +402,21 @@ def run_network(case: Case, device: Device) -> list[Row]:
 
     memory_ms: what the bytes that all of its ops ask for take at the speed of x.clone(). Less than
         that only a cache gives; products may take longer, and how long is not predicted.
-    "graph": the step is a CUDA graph. "bits": layers behind neurons keep bits of their input.
+    "graph": the step is a CUDA graph. "bits": layers behind neurons keep bits of their input. "two
+    modules": torch's BatchNorm and FusedLIF for BatchNormLIF, which other libraries' neurons have
+    before them as well.
     """
-    from networks import with_batch_norm_lif
     from traffic import Traffic
 
-    from iirsnn import convert, use_spike_layers
-    from iirsnn.conversion.ann_to_snn import NeuronConfig
-    from iirsnn.models.resnet import PLANS, resnet
-    from iirsnn.models.vgg import LAYERS, vgg
-
     torch.manual_seed(0)
-    image, batch = (3, 32, 32), 64 if device.real else 2
-    images = torch.rand(batch, *image)
-    labels = torch.randint(10, (batch,), device=device.name)
-    if case.what.startswith("vgg"):
-        layers = LAYERS["vgg16"] if device.real else (8, "A", 8, "A")
-        ann: nn.Module = vgg(layers, 10, image, batch_norm=True)
-    else:
-        ann = resnet(PLANS["resnet18"], 10, image, batch_norm=True)
-    neuron = NeuronConfig(keep_batch_norm=True)
-    network = convert(ann.eval(), images, timesteps=case.timesteps, neuron=neuron)
-    if case.what.startswith("vgg"):
-        network = with_batch_norm_lif(network)
+    images = torch.rand(64 if device.real else 2, 3, 32, 32)
+    labels = torch.randint(10, (len(images),), device=device.name)
+    implementation, network = _network(case, device, images)
+    if isinstance(network, str):
+        return [{"implementation": implementation, "missing": network}]
     network = network.to(device.name).train()
     memory = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
     network = network.to(memory_format=memory)
-    if case.what.endswith("bits"):
-        network = use_spike_layers(network, "dense")
     images = images.to(device.name).to(memory_format=memory)
     optimiser = torch.optim.SGD(network.parameters(), 1e-3, foreach=True)
 
@@ -402,17 +442,51 @@ def run_network(case: Case, device: Device) -> list[Row]:
         with Traffic() as moved:
             call()
         return {
-            **{"what": what, "implementation": "iirsnn"},
+            **{"what": what, "implementation": implementation},
             "ms": device.compare({what: timed}, cold=False, ahead=False)[what],
             "memory_ms": moved.bytes / bytes_a_ms,
             "peak_bytes": device.peak_bytes(timed),
             "launches": device.launches(timed),
         }
 
+    try:
+        step()
+    except Exception as error:
+        if implementation == "iirsnn":
+            raise
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        return [{"implementation": implementation, "failed": why}]
     captured = case.what.endswith("graph") and device.real
     rows = [row("step", step, _captured(step) if captured else step)]
     network.eval()
     return [*rows, row("inference", infer, infer)]
+
+
+def _network(case: Case, device: Device, images: Tensor) -> tuple[str, nn.Module | str]:
+    """Whose it is, and the network, or why there is none."""
+    from networks import with_batch_norm_lif, with_neurons
+
+    from iirsnn import convert, use_spike_layers
+    from iirsnn.conversion.ann_to_snn import NeuronConfig
+    from iirsnn.models.resnet import PLANS, resnet
+    from iirsnn.models.vgg import LAYERS, vgg
+
+    model, _, variant = case.what.partition(" ")
+    if variant.startswith(("spikingjelly", "snntorch")):
+        made, missing = peers(device, variant.split()[0])
+        if variant not in made:
+            return variant, next(iter(missing.values()), "it has no such backend here")
+        return variant, with_neurons("vgg16", made[variant], case.timesteps)
+    if model == "vgg16":
+        layers = LAYERS["vgg16"] if device.real else (8, "A", 8, "A")
+        ann: nn.Module = vgg(layers, 10, images.shape[1:], batch_norm=True)
+    else:
+        ann = resnet(PLANS["resnet18"], 10, images.shape[1:], batch_norm=True)
+    neuron = NeuronConfig(keep_batch_norm=True)
+    network = convert(ann.eval(), images, timesteps=case.timesteps, neuron=neuron)
+    if model == "vgg16" and variant != "two modules":
+        network = with_batch_norm_lif(network)
+    return "iirsnn", use_spike_layers(network, "dense") if variant == "bits" else network
 
 
 def _captured(step: Call) -> Call:
@@ -444,6 +518,7 @@ RUN: dict[str, Callable[[Case, Device], list[Row]]] = {
     "limit": run_limit,
     "lif": run_lif,
     "bn_lif": run_bn_lif,
+    "compiled": run_compiled,
     "call": run_call,
     "network": run_network,
     "test": run_test,
@@ -453,10 +528,23 @@ RUN: dict[str, Callable[[Case, Device], list[Row]]] = {
 def main() -> None:
     import iirsnn.kernels  # noqa: F401 (all that is slow to import)
 
+    told, device = json.loads(sys.argv[1]), Device(sys.argv[2])
+    if isinstance(told, list):
+        device.rounds = 1
+        for case in told:
+            _leave_compiled(Case(**case), device)
+        return
     sys.stdin.readline()  # the device belongs to the case before until then
-    case, device = Case(**json.loads(sys.argv[1])), Device(sys.argv[2])
+    case = Case(**told)
     rows = RUN[case.kind](case, device)
     print(json.dumps([{**asdict(case), **row} for row in rows]), flush=True)
+
+
+def _leave_compiled(case: Case, device: Device) -> None:
+    try:
+        RUN[case.kind](case, device)
+    except Exception as error:  # it fails again, and is told, where it is timed
+        print(f"{case.name}: {type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,9 @@ def test_names_of_cases_are_unique_and_the_tests_come_first(gpu_check):
         *("limit", "lif T=1 fp32", "bn_lif T=5 bf16", "call T=5"),
         pytest.param("network vgg16 T=1", marks=pytest.mark.slow),
         "network vgg16 bits",
+        "network vgg16 snntorch T=1",
+        "network vgg16 spikingjelly triton T=1",
+        "compiled batch_norm lif",
     ],
 )
 def test_a_case_in_a_process_of_its_own(gpu_check, name):
@@ -52,9 +55,36 @@ def test_a_case_in_a_process_of_its_own(gpu_check, name):
     found = gpu_check.run_case(gpu_check.start(case, "cpu"), 120)
     assert "failed" not in found
     assert all(row["ms"] > 0 for row in found["rows"] if "ms" in row)
-    assert any("ms" in row or "us" in row for row in found["rows"])
+    told = [row for row in found["rows"] if {"ms", "us", "missing"} & row.keys()]
+    assert told
+    assert all("missing" not in row or row["implementation"] != "iirsnn" for row in told)
     assert all(row["us"] > 0 for row in found["rows"] if "us" in row)
-    assert all(row["memory_ms"] > 0 for row in found["rows"] if row["kind"] == "network")
+    assert all(row["memory_ms"] > 0 for row in told if row["kind"] == "network" and "ms" in row)
+
+
+def test_compiles_ahead_in_several_processes(gpu_check, monkeypatch, tmp_path):
+    script = tmp_path / "cases.py"
+    script.write_text(
+        "import json, os, sys\n"
+        f"open({str(tmp_path)!r} + f'/{{os.getpid()}}.told', 'w').write(sys.argv[1])\n"
+    )
+    monkeypatch.setattr(gpu_check, "SCRIPT", script)
+    chosen = [gpu_check.Case("lif", 20, what) for what in "abc"] + [gpu_check.Case("test", 20, "d")]
+    assert gpu_check.leave_compiled(chosen, "cpu", 2) > 0
+    told = [json.loads(path.read_text()) for path in tmp_path.glob("*.told")]
+    assert sorted([case["what"] for case in part] for part in told) == [["a", "c"], ["b"]]
+
+
+def test_a_case_that_fails_ahead_costs_no_other(gpu_check):
+    case = next(case for case in gpu_check.cases() if case.name.startswith("lif T=1 fp32"))
+    told = [{**vars(case), "map": "unknown"}, {**vars(case), "dtype": "unknown"}, vars(case)]
+    run = subprocess.run(
+        [sys.executable, str(gpu_check.SCRIPT), json.dumps(told), "cpu"],
+        **{"capture_output": True, "text": True},
+    )
+    assert run.returncode == 0
+    assert run.stdout == ""
+    assert run.stderr.count("KeyError") == 1  # the processor has a map of its own
 
 
 def test_a_case_that_breaks_or_hangs_costs_no_other(gpu_check, monkeypatch, tmp_path):
