@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import mmap
 import os
@@ -166,7 +167,8 @@ def append_line(path: Path, line: str) -> None:
 def write_atomically(path: Path, write: Callable[[str], Any], previous: Path | None = None) -> None:
     """Call `write` with a temporary name in the same folder, make it durable, then rename it.
 
-    A file already at `path` is renamed to `previous` first, where that is given.
+    A file already at `path` is renamed to `previous` first, where that is given. Where several
+    processes or threads write the same file, one waits for the other.
 
     Raises:
         RunError: it cannot be written; a file already at `path` is intact.
@@ -176,16 +178,39 @@ def write_atomically(path: Path, write: Callable[[str], Any], previous: Path | N
     try:
         if path.exists() and not path.is_file():  # a device would be replaced by a file
             raise OSError("expected a file or nothing there, got a folder or a device")
-        write(str(temporary))
-        _sync(temporary)
-        if previous is not None and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
+        with _alone(temporary):
+            try:
+                write(str(temporary))
+                _sync(temporary)
+                if previous is not None and path.exists():
+                    os.replace(path, previous)
+                os.replace(temporary, path)
+            except OSError:
+                with suppress(OSError):
+                    temporary.unlink()
+                raise
         _sync(path.parent)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise RunError(f"{path}: cannot be written ({error})") from error
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Make the file, and hold its lock; a file system without locks gives none."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            try:  # the one that was waited for has renamed it, else it is still there
+                held = os.path.samestat(os.stat(path), os.fstat(descriptor))
+            except FileNotFoundError:
+                held = False
+            if held:
+                yield
+                return
+        finally:
+            os.close(descriptor)
 
 
 def _checksum_of_file(content: bytes | mmap.mmap) -> int:

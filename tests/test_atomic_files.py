@@ -3,7 +3,11 @@
 import json
 import os
 import resource
+import subprocess
+import sys
+import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -110,6 +114,53 @@ def test_what_a_kill_leaves_behind_is_overwritten(saved):
     atomic_files.load(saved)
     atomic_files.save(saved, some_tensors(), {})
     assert os.listdir(saved.parent) == [saved.name]
+
+
+def test_two_that_write_one_file_wait_for_each_other(tmp_path):
+    path = tmp_path / "table"
+    started, go_on = threading.Event(), threading.Event()
+    order = []
+
+    def slow(temporary):
+        Path(temporary).write_text("half")
+        started.set()
+        assert go_on.wait(60)
+        Path(temporary).write_text("first")
+        order.append("first")
+
+    def second(temporary):
+        Path(temporary).write_text("second")
+        order.append("second")
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(atomic_files.write_atomically, path, slow)
+        assert started.wait(60)
+        after = pool.submit(atomic_files.write_atomically, path, second)
+        with pytest.raises(TimeoutError):
+            after.result(0.2)
+        assert not path.exists()
+        go_on.set()
+        first.result(60)
+        after.result(60)
+    assert order == ["first", "second"]
+    assert path.read_text() == "second"
+    assert os.listdir(tmp_path) == ["table"]
+
+
+def test_processes_that_write_one_file(tmp_path):
+    path = tmp_path / "table"
+    program = (
+        "import sys; from pathlib import Path; from iirsnn.atomic_files import write_text\n"
+        "for _ in range(200): write_text(Path(sys.argv[1]), sys.argv[2] * 5000)"
+    )
+    running = [
+        subprocess.Popen([sys.executable, "-c", program, str(path), word], stderr=subprocess.PIPE)
+        for word in ("one ", "two ")
+    ]
+    errors = [process.communicate()[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], errors
+    assert path.read_text() in ("one " * 5000, "two " * 5000)
+    assert os.listdir(tmp_path) == ["table"]
 
 
 def test_text_is_written_whole(tmp_path):
