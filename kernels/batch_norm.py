@@ -29,6 +29,7 @@ from .launch import (
     Launcher,
     check_current,
     code,
+    empty_gradient,
     is_in_order,
     now,
     planned,
@@ -311,7 +312,7 @@ def gradient_sums(
     kept = workspace if p.segments else None
     written = *found[:2], kept, None, *rows_and_counters, sums, *found[2:], *of_neuron
     launch(p.over_tiles, (grad_s, x, *parameters, *written), how[1], how[4])
-    grad_x = x.new_empty_strided(x.shape, p.strides)
+    grad_x = empty_gradient(x, x.shape, p.strides)
     return Sums(grad_x, sums, workspace, *found, *of_neuron)
 
 

@@ -128,6 +128,17 @@ def _same_order(a: Sequence[int], b: Sequence[int], shape: Sequence[int]) -> boo
     return all(mine == wanted for mine, wanted, size in zip(a, b, shape, strict=True) if size > 1)
 
 
+def empty_gradient(
+    x: Tensor, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype | None = None
+) -> Tensor:
+    """Memory of this shape for a gradient, in the dtype of x or another.
+
+    The layout is named because that is what every tensor has anyway: before 2.14 torch.compile
+    takes two equal calls for one, so the output of forward for this, and copies it for each launch.
+    """
+    return x.new_empty_strided(shape, strides, dtype=dtype, layout=torch.strided)
+
+
 def in_order(a: Tensor, x: Tensor) -> Tensor:
     """a [*neurons] in the memory order of x[0]: itself, or one copy."""
     if _same_order(a.stride(), x.stride()[1:], a.shape):

@@ -9,13 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from iirsnn.ops.lif import empty_membrane
-
 from .launch import (
     Launch,
     Launcher,
     check_current,
     code,
+    empty_gradient,
     in_order,
     is_in_order,
     now,
@@ -339,8 +338,9 @@ def lif_backward(
     thresholds, leaks = threshold.numel(), leak.numel()
     how = thresholds, leaks, reset, detach_reset, surrogate, need_parameter_grads
     grad_s, plan = planned_in_order(_plan_backward, grad_s, x, *how)
-    grad_x = x.new_empty_strided(x.shape, plan.strides)
-    grad_v0 = None if v0 is None else empty_membrane(x, True)
+    grad_x, grad_v0 = empty_gradient(x, x.shape, plan.strides), None
+    if v0 is not None:
+        grad_v0 = empty_gradient(x, x.shape[1:], x.stride()[1:], torch.float32)
     grad_threshold = grad_leak = checkpoints = None
     if grad_x.numel() > 0:
         workspace: tuple[Tensor | None, Tensor | None] = None, None

@@ -23,6 +23,7 @@ from .launch import (
     Launcher,
     check_current,
     code,
+    empty_gradient,
     is_in_order,
     now,
     planned,
@@ -237,7 +238,7 @@ def single_step_backward(
     how = threshold.numel(), surrogate, need_parameter_grads
     grad_s, plan = planned_in_order(_plan_backward, grad_s, x, *how)
     planned_launch, strides, shared = plan
-    grad_x, grad_threshold = x.new_empty_strided(x.shape, strides), None
+    grad_x, grad_threshold = empty_gradient(x, x.shape, strides), None
     if grad_x.numel() > 0:
         workspace: tuple[Tensor | None, Tensor | None] = None, None
         if need_parameter_grads:

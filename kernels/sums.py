@@ -1,9 +1,9 @@
 """How the programs of a launch add up their sums, without a second launch.
 
-A program stores its sums, float64 from there on, as a row of [programs, C]. The last to be done of
-those that share channels adds up their rows; where it has several channels the last of each CLUSTER
-does, and the last of the clusters adds up theirs: always in one order, whichever comes last. Who
-comes last is counted: the counters are 0 before a launch and after it.
+A program stores its sums, float64 from there on, as a row of [programs, C]. Of CLUSTER programs
+that share channels the last to be done adds up their rows, and the last of the clusters those:
+always in one order, whichever comes last. Who comes last is counted: the counters are 0 before a
+launch and after it.
 
 What the others stored is seen by the last: a barrier brings all threads' stores before the count,
 which releases them and acquires those of others, on the whole GPU, and another one brings the
@@ -21,7 +21,7 @@ from .launch import Launcher, now
 from .tiles import COLUMN
 
 CLUSTER = tl.constexpr(32)
-_ROWS = tl.constexpr(256)  # that are added at once where there is one channel
+_ROWS = tl.constexpr(256)  # at most, that are added at once where there is one channel
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
@@ -131,15 +131,6 @@ def add_rows(ptr, first, count, at, channels):
 
 
 @triton.jit
-def clusters_of(programs, at):
-    """Of programs whose sums one of them adds up first: of one channel the last adds up all."""
-    clusters = tl.cdiv(programs, CLUSTER)
-    if at.shape[1] == 1:
-        clusters = 1
-    return clusters
-
-
-@triton.jit
 def all_brought(
     sums,  # of this program: VALUES times [1, n]
     partial_ptr,  # [VALUES, programs + clusters, C] float64, or None: one program has them all
@@ -155,7 +146,7 @@ def all_brought(
     last = True
     if partial_ptr is not None:
         width = tl.cast(channels, tl.int64)
-        clusters = clusters_of(programs, at)
+        clusters = tl.cdiv(programs, CLUSTER)
         rows = (programs + clusters) * width
         for value in tl.static_range(VALUES):
             row = partial_ptr + value * rows + program * width
@@ -184,7 +175,7 @@ def over_programs(sums, value: tl.constexpr, partial_ptr, at, channels, programs
         found = sums[value].to(tl.float64)
     else:
         width = tl.cast(channels, tl.int64)
-        clusters = clusters_of(programs, at)
+        clusters = tl.cdiv(programs, CLUSTER)
         first = tl.where(clusters > 1, programs, 0)
         count = tl.where(clusters > 1, clusters, programs)
         rows = partial_ptr + value * (programs + clusters) * width

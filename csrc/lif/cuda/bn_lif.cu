@@ -8,6 +8,8 @@ namespace iirsnn::cuda {
 namespace {
 
 constexpr int kAtOnce = 4;  // packets at T = 1, backward half as many of x and of grad_s
+// Turns of blocks without sums. In columns each block first loads what many channels have.
+constexpr int kTurns = 8, kFireTurnsInColumns = 2;
 enum { kThresholdSum, kLeakSum, kGradSum, kDotSum, kSums };
 
 // What the kernels read of a channel. A pointer that is null gives what it would for a BatchNorm that is not affine.
@@ -416,7 +418,8 @@ void backward(const BnLifCuda& args, void* stream_) {
     if (shape.timesteps == 1) {
       with_packet<scalar_t, false>(shape, size, [&](auto packet, auto columns) {
         constexpr auto kKernel = single_backward_kernel<scalar_t, packet, columns, kPass>;
-        const Walk all = at_once<kKernel>(walk, 0);
+        const Walk all = kPass == Pass::sums || columns ? at_once<kKernel>(walk, 0)
+                                                        : in_turns<kKernel>(walk, 0, kTurns, kAtOnce / 2);
         kKernel<<<all.groups * all.splits, kWalkThreads, 0, stream>>>(grad_s, x, grad_x, options, out, inputs_of(args),
                                                                       all);
       });
@@ -427,7 +430,8 @@ void backward(const BnLifCuda& args, void* stream_) {
       const int memory = stage_bytes<scalar_t, packet>(shape.timesteps, sums);
       with_reset<kEveryKernel>(args.reset, [&](auto reset) {
         constexpr auto kKernel = backward_kernel<scalar_t, packet, columns, reset, kPass>;
-        const Walk all = at_once<kKernel>(walk, memory);
+        const Walk all = kPass == Pass::sums || columns ? at_once<kKernel>(walk, memory)
+                                                        : in_turns<kKernel>(walk, memory, kTurns, 1);
         kKernel<<<all.groups * all.splits, kWalkThreads, memory, stream>>>(
             grad_s, args.grad_s_stride_t, x, shape.x_stride_t, grad_x, membranes, shape.timesteps, shape.neurons,
             options, out, inputs_of(args), all);
@@ -460,15 +464,19 @@ void bn_lif_fire_cuda(const BnLifCuda& args, void* stream_) {
     using scalar_t = decltype(dtype);
     const auto x = static_cast<const scalar_t*>(args.x);
     const auto s = static_cast<scalar_t*>(args.s);
-    const int64_t blocks = walk.groups * walk.splits;
+    const int64_t turns = in_columns(shape) ? kFireTurnsInColumns : kTurns;
     with_packet<scalar_t, false>(shape, size, [&](auto packet, auto columns) {
       if (shape.timesteps == 1) {
-        single_fire_kernel<scalar_t, packet, columns><<<blocks, kWalkThreads, 0, stream>>>(x, s, inputs_of(args), walk);
+        constexpr auto kKernel = single_fire_kernel<scalar_t, packet, columns>;
+        const Walk all = in_turns<kKernel>(walk, 0, turns, kAtOnce);
+        kKernel<<<all.groups * all.splits, kWalkThreads, 0, stream>>>(x, s, inputs_of(args), all);
         return;
       }
       with_reset<kEveryKernel>(args.reset, [&](auto reset) {
-        fire_kernel<scalar_t, packet, columns, reset><<<blocks, kWalkThreads, 0, stream>>>(
-            x, shape.x_stride_t, s, shape.timesteps, shape.neurons, inputs_of(args), walk);
+        constexpr auto kKernel = fire_kernel<scalar_t, packet, columns, reset>;
+        const Walk all = in_turns<kKernel>(walk, 0, turns, 1);
+        kKernel<<<all.groups * all.splits, kWalkThreads, 0, stream>>>(x, shape.x_stride_t, s, shape.timesteps,
+                                                                      shape.neurons, inputs_of(args), all);
       });
     });
   });

@@ -74,6 +74,15 @@ Walk at_once(Walk walk, int memory) {
   return walk;
 }
 
+// For a kernel without sums: blocks for several turns, so that some start while others end. `each`: packets that a
+// thread asks for at once, which every thread of a block shall have.
+template <auto kKernel>
+Walk in_turns(Walk walk, int memory, int64_t turns, int64_t each) {
+  const int64_t rows = kWalkThreads / walk.cols, most = std::max(ceil_div(walk.packets, rows * each), int64_t(1));
+  walk.splits = std::clamp(turns * resident_blocks<kKernel>(memory) / walk.groups, int64_t(1), most);
+  return walk;
+}
+
 // Neurons of a packet: `most`, in columns four, so that not many parameters have to be held; 1 where rows are no whole
 // packets, or start off them.
 template <typename... pointers_t>
