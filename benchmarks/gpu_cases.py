@@ -14,7 +14,6 @@ networks' times.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import statistics
 import subprocess
@@ -88,7 +87,7 @@ def cases() -> list[Case]:
     ]
     others = [
         Case("network", 90, f"vgg16 {other}", timesteps, "bf16", last)
-        for other in ("two modules", "spikingjelly cupy", "spikingjelly triton", "snntorch")
+        for other in ("two modules", "spikingjelly", "snntorch")
         for timesteps in (1, 5)
     ]
     compiled = [
@@ -96,6 +95,7 @@ def cases() -> list[Case]:
         for what in ("lif", "batch_norm lif")
         for dtype, layout in (("bf16", last), ("fp32", "contiguous"))
     ]
+    telling = {("bf16", last, False), ("fp32", "contiguous", True)}
     rest = [
         Case(kind, timesteps=t, dtype=d, layout=layout, channels=channels, map=shape)
         for shape in MAPS
@@ -105,6 +105,7 @@ def cases() -> list[Case]:
         for layout in ("contiguous", last)
         for channels in (False, True)
     ]
+    rest.sort(key=lambda case: (case.dtype, case.layout, case.channels) not in telling)
     ordered = [
         Case("limit"),
         *(Case("test", 120, what) for what in tests),
@@ -206,29 +207,29 @@ def peers(device: Device, *names: str) -> tuple[dict[str, Callable[[], nn.Module
 
 
 def _spikingjelly(device: Device) -> dict[str, Callable[[], nn.Module]]:
-    """SpikingJelly 2's LIFNode over many steps, by each of its backends for the device."""
+    """SpikingJelly 2's LIFNode over many steps, by the kernels that it chooses for the device.
+
+    Its own choice is all there is: `node.backend` plays no part any more.
+    """
     from spikingjelly.activation_based import functional, neuron, surrogate
 
     class Neuron(nn.Module):
         over_time = True
 
-        def __init__(self, backend: str) -> None:
+        def __init__(self) -> None:
             super().__init__()
             self.node = neuron.LIFNode(
                 **{"tau": 2.0, "decay_input": False, "v_reset": None, "detach_reset": True},
                 **{"surrogate_function": surrogate.ATan(), "step_mode": "m"},
             ).to(device.name)
-            self.node.backend = backend
 
         def forward(self, x: Tensor) -> Tensor:
             functional.reset_net(self.node)
             s: Tensor = self.node(x)
             return s
 
-    names = ["torch"]
-    if device.real:
-        names += ["triton", *(["cupy"] if importlib.util.find_spec("cupy") else [])]
-    return {f"spikingjelly {name}": lambda name=name: Neuron(name) for name in names}
+    chosen = functional.neuron_implementation("lif", torch.device(device.name))
+    return {f"spikingjelly ({chosen['implementation']})": Neuron}
 
 
 def _snntorch(device: Device) -> dict[str, Callable[[], nn.Module]]:
@@ -472,18 +473,19 @@ def _network(case: Case, device: Device, images: Tensor) -> tuple[str, nn.Module
     from iirsnn.models.vgg import LAYERS, vgg
 
     model, _, variant = case.what.partition(" ")
-    if variant.startswith(("spikingjelly", "snntorch")):
-        made, missing = peers(device, variant.split()[0])
-        if variant not in made:
-            return variant, next(iter(missing.values()), "it has no such backend here")
-        return variant, with_neurons("vgg16", made[variant], case.timesteps)
+    if variant in ("spikingjelly", "snntorch"):
+        made, missing = peers(device, variant)
+        if not made:
+            return variant, missing[variant]
+        label, neuron = next(iter(made.items()))
+        return label, with_neurons("vgg16", neuron, case.timesteps)
     if model == "vgg16":
         layers = LAYERS["vgg16"] if device.real else (8, "A", 8, "A")
         ann: nn.Module = vgg(layers, 10, images.shape[1:], batch_norm=True)
     else:
         ann = resnet(PLANS["resnet18"], 10, images.shape[1:], batch_norm=True)
-    neuron = NeuronConfig(keep_batch_norm=True)
-    network = convert(ann.eval(), images, timesteps=case.timesteps, neuron=neuron)
+    config = NeuronConfig(keep_batch_norm=True)
+    network = convert(ann.eval(), images, timesteps=case.timesteps, neuron=config)
     if model == "vgg16" and variant != "two modules":
         network = with_batch_norm_lif(network)
     return "iirsnn", use_spike_layers(network, "dense") if variant == "bits" else network

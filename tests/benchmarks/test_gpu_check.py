@@ -46,7 +46,7 @@ def test_names_of_cases_are_unique_and_the_tests_come_first(gpu_check):
         pytest.param("network vgg16 T=1", marks=pytest.mark.slow),
         "network vgg16 bits",
         "network vgg16 snntorch T=1",
-        "network vgg16 spikingjelly triton T=1",
+        "network vgg16 spikingjelly T=1",
         "compiled batch_norm lif",
     ],
 )
