@@ -57,6 +57,11 @@ class Case:
     peers: bool = False
 
     @property
+    def of_host(self) -> bool:
+        """Whether what is timed is the host too, which has to be left alone then."""
+        return self.kind in ("call", "network")
+
+    @property
     def name(self) -> str:
         if self.kind == "test":
             return f"test {self.what}"

@@ -34,7 +34,7 @@ import iirsnn
 from iirsnn.measure.provenance import commit
 from iirsnn.versions import installed
 
-#: Processes that import what they need while a case runs before them.
+#: Processes that import what they need while a case runs before them, on the device alone.
 AHEAD = min(3, (os.cpu_count() or 1) - 1)
 SCRIPT = Path(__file__).resolve().parent / "gpu_cases.py"
 #: Share of an H100's issue slots (docs/performance.md) where there are too few: sums backward of
@@ -147,7 +147,8 @@ def check(path: Path, device: str, chosen: list[Case], seconds: float) -> Row:
             print(f"gpu-check: {len(left_out) - number} cases are left: call again for them")
             break
         print(f"[{number + 1}/{len(left_out)}] {case.name}: ", end="", flush=True)
-        for following in left_out[number + len(started) : number + 1 + AHEAD]:
+        ahead = 0 if case.of_host else AHEAD
+        for following in left_out[number + len(started) : number + 1 + ahead]:
             started.append(start(following, device))
         found = run_case(started.popleft(), min(case.seconds, left))
         if "seconds" not in found and left < case.seconds:  # it is no failure to be out of time

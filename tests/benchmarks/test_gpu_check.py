@@ -62,6 +62,24 @@ def test_a_case_in_a_process_of_its_own(gpu_check, name):
     assert all(row["memory_ms"] > 0 for row in told if row["kind"] == "network" and "ms" in row)
 
 
+def test_nothing_is_imported_while_the_host_is_timed(gpu_check, monkeypatch, tmp_path):
+    class Process:
+        kill = communicate = staticmethod(lambda: None)
+
+    events = []
+    monkeypatch.setattr(gpu_check, "AHEAD", 2)
+    monkeypatch.setattr(
+        gpu_check, "start", lambda case, device: events.append(case.kind) or Process()
+    )
+    monkeypatch.setattr(
+        gpu_check, "run_case", lambda *_: events.append("run") or {"rows": [], "seconds": 1}
+    )
+    kinds = ("network", "lif", "bn_lif", "call", "limit", "test")
+    chosen = [gpu_check.Case(kind, what=kind) for kind in kinds]
+    gpu_check.check(tmp_path / "gpu.json", "cpu", chosen, 60)
+    assert " ".join(events) == "network run lif bn_lif call run limit run run test run run"
+
+
 def test_compiles_ahead_in_several_processes(gpu_check, monkeypatch, tmp_path):
     script = tmp_path / "cases.py"
     script.write_text(
