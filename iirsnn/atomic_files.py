@@ -198,7 +198,13 @@ def write_atomically(path: Path, write: Callable[[str], Any], previous: Path | N
 def _alone(path: Path) -> Iterator[None]:
     """Make the file, and hold its lock; a file system without locks gives none."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:  # what another user's process left behind when it was killed
+            if not os.path.lexists(path):
+                raise
+            path.unlink(missing_ok=True)
+            continue
         try:
             with suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -163,6 +163,25 @@ def test_processes_that_write_one_file(tmp_path):
     assert os.listdir(tmp_path) == ["table"]
 
 
+def test_what_another_user_left_behind_is_removed(tmp_path, monkeypatch):
+    """Their file cannot be opened for writing; the folder is ours."""
+    path, left = tmp_path / "table", tmp_path / ".table.tmp"
+    left.write_text("left")
+    theirs, real = left.stat().st_ino, os.open
+
+    def opened(file, *arguments):
+        if Path(file).exists() and os.stat(file).st_ino == theirs:
+            raise PermissionError(13, "Permission denied", str(file))
+        return real(file, *arguments)
+
+    held = left.open()  # so that the number of their file is not given again
+    with held, monkeypatch.context() as patch:
+        patch.setattr(os, "open", opened)
+        atomic_files.write_text(path, "new")
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["table"]
+
+
 def test_text_is_written_whole(tmp_path):
     path = tmp_path / "text"
     atomic_files.write_text(path, "old µ\n")
