@@ -147,7 +147,8 @@ def check(path: Path, device: str, chosen: list[Case], seconds: float) -> Row:
             print(f"gpu-check: {len(left_out) - number} cases are left: call again for them")
             break
         print(f"[{number + 1}/{len(left_out)}] {case.name}: ", end="", flush=True)
-        ahead = 0 if case.of_host else AHEAD
+        near = left_out[number : number + 1 + AHEAD]
+        ahead = next((n for n, one in enumerate(near) if one.of_host), AHEAD)
         for following in left_out[number + len(started) : number + 1 + ahead]:
             started.append(start(following, device))
         found = run_case(started.popleft(), min(case.seconds, left))
@@ -323,11 +324,12 @@ def main() -> int:
     arguments.results.mkdir(parents=True, exist_ok=True)
     path = arguments.results / f"gpu-{name}.json"
     chosen = [case for case in cases() if re.search(arguments.only, case.name)]
+    left = arguments.seconds
     if arguments.ahead:
-        leave_compiled(chosen, device, arguments.ahead)
+        left -= leave_compiled(chosen, device, arguments.ahead)
     if arguments.seconds == 0:
         return 0
-    results = check(path, device, chosen, arguments.seconds)
+    results = check(path, device, chosen, left)
     report(path, results)
     return 1 if broken(results) else 0
 

@@ -77,7 +77,7 @@ def test_nothing_is_imported_while_the_host_is_timed(gpu_check, monkeypatch, tmp
     kinds = ("network", "lif", "bn_lif", "call", "limit", "test")
     chosen = [gpu_check.Case(kind, what=kind) for kind in kinds]
     gpu_check.check(tmp_path / "gpu.json", "cpu", chosen, 60)
-    assert " ".join(events) == "network run lif bn_lif call run limit run run test run run"
+    assert " ".join(events) == "network run lif bn_lif call run run run limit test run run"
 
 
 def test_compiles_ahead_in_several_processes(gpu_check, monkeypatch, tmp_path):
@@ -91,6 +91,17 @@ def test_compiles_ahead_in_several_processes(gpu_check, monkeypatch, tmp_path):
     assert gpu_check.leave_compiled(chosen, "cpu", 2) > 0
     told = [json.loads(path.read_text()) for path in tmp_path.glob("*.told")]
     assert sorted([case["what"] for case in part] for part in told) == [["a", "c"], ["b"]]
+
+
+def test_what_is_compiled_ahead_takes_of_the_time(gpu_check, monkeypatch, tmp_path):
+    left = []
+    monkeypatch.setattr(gpu_check, "leave_compiled", lambda *_: 25.0)
+    monkeypatch.setattr(gpu_check, "check", lambda *told: left.append(told[-1]) or {"cases": {}})
+    monkeypatch.setattr(gpu_check, "report", lambda *_: None)
+    flags = ["--rehearse", "--ahead", "1", "--seconds", "60", "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *flags])
+    assert gpu_check.main() == 0
+    assert left == [35.0]
 
 
 def test_a_case_that_fails_ahead_costs_no_other(gpu_check):
