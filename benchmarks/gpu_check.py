@@ -102,23 +102,28 @@ def run_case(process: subprocess.Popen[str], seconds: float) -> Row:
     return {"rows": json.loads(output.strip().splitlines()[-1]), "seconds": took}
 
 
-def leave_compiled(chosen: list[Case], device: str, processes: int) -> float:
+def leave_compiled(chosen: list[Case], device: str, processes: int, seconds: float) -> float:
     """Run the cases once, in `processes` side by side, so that none compiles while it is timed.
 
-    Returns the seconds that it took.
+    Ends after `seconds` in any case. Returns how many it took.
     """
     told = [asdict(case) for case in chosen if case.kind != "test"]
     begin = time.monotonic()
+    parts = [part for number in range(processes) if (part := told[number::processes])]
     running = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), json.dumps(told[number::processes]), device],
-            cwd=ROOT,
-            env=without_interpreter(),
+            [sys.executable, str(SCRIPT), json.dumps(part), device],
+            **{"cwd": ROOT, "env": without_interpreter()},
         )
-        for number in range(processes)
+        for part in parts
     ]
     for process in running:
-        process.wait()
+        try:
+            process.wait(max(seconds - (time.monotonic() - begin), 0))
+        except subprocess.TimeoutExpired:
+            process.kill()
+        if process.wait() != 0:
+            print(f"gpu-check: exit {process.returncode} ahead: some cases compile when timed")
     spent = time.monotonic() - begin
     print(f"gpu-check: compiled ahead in {spent:.0f} s", flush=True)
     return spent
@@ -255,6 +260,14 @@ def table(results: Row) -> str:
             f"| {row['ms'] / row['memory_ms']:.2f} | {row['peak_bytes'] >> 20} "
             f"| {row['launches']} |"
         )
+    without = {
+        f"{word}: {row['implementation']} ({row['kind']}): {row[word]}": ""
+        for found in results["cases"].values()
+        for row in found.get("rows", [])
+        for word in ("missing", "failed")
+        if word in row
+    }
+    lines += [line for pair in without.items() for line in reversed(pair)]
     for name in broken(results):
         found = results["cases"][name]
         why = found.get("failed") or found["rows"][0].get("result")
@@ -305,9 +318,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--name", help="of the result file (default: the device's)")
     parser.add_argument("--seconds", type=float, default=3600, help="after which to stop")
-    parser.add_argument(
-        "--ahead", type=int, default=0, help="processes that compile for all cases before any"
-    )
+    processes = {"type": int, "default": 0, "choices": range(65), "metavar": "PROCESSES"}
+    parser.add_argument("--ahead", help="compile for all cases first, in so many", **processes)
     parser.add_argument("--only", default="", help="a regular expression in the names of cases")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--rehearse", action="store_true", help="on the processor, in small")
@@ -326,9 +338,7 @@ def main() -> int:
     chosen = [case for case in cases() if re.search(arguments.only, case.name)]
     left = arguments.seconds
     if arguments.ahead:
-        left -= leave_compiled(chosen, device, arguments.ahead)
-    if arguments.seconds == 0:
-        return 0
+        left -= leave_compiled(chosen, device, arguments.ahead, left)
     results = check(path, device, chosen, left)
     report(path, results)
     return 1 if broken(results) else 0

@@ -199,7 +199,7 @@ def _alone(path: Path) -> Iterator[None]:
     """Make the file, and hold its lock; a file system without locks gives none."""
     while True:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except PermissionError:  # what another user's process left behind when it was killed
             if not os.path.lexists(path):
                 raise
@@ -216,6 +216,8 @@ def _alone(path: Path) -> Iterator[None]:
                 yield
                 return
         finally:
+            with suppress(OSError):  # a child that was forked meanwhile has the descriptor too
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
 

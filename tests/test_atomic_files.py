@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -145,6 +146,37 @@ def test_two_that_write_one_file_wait_for_each_other(tmp_path):
     assert order == ["first", "second"]
     assert path.read_text() == "second"
     assert os.listdir(tmp_path) == ["table"]
+
+
+def test_a_child_of_a_writer_that_fails_keeps_nobody_waiting(tmp_path):
+    children = []
+
+    def fails(temporary):
+        children.append(os.fork())
+        if children[0] == 0:  # it has the descriptor of the lock too
+            signal.pause()
+            os._exit(0)
+        raise KeyboardInterrupt
+
+    path = tmp_path / "text"
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            atomic_files.write_atomically(path, fails)
+        atomic_files.write_text(path, "text")
+    finally:
+        os.kill(children[0], signal.SIGKILL)
+        os.waitpid(children[0], 0)
+    assert path.read_text() == "text"
+
+
+def test_a_link_at_the_temporary_name_is_not_followed(tmp_path):
+    path, other = tmp_path / "text", tmp_path / "other"
+    other.write_text("other")
+    (tmp_path / ".text.tmp").symlink_to(other)
+    with pytest.raises(RunError, match="cannot be written"):
+        atomic_files.write_text(path, "text")
+    assert other.read_text() == "other"
+    assert not path.exists()
 
 
 def test_processes_that_write_one_file(tmp_path):

@@ -88,9 +88,30 @@ def test_compiles_ahead_in_several_processes(gpu_check, monkeypatch, tmp_path):
     )
     monkeypatch.setattr(gpu_check, "SCRIPT", script)
     chosen = [gpu_check.Case("lif", 20, what) for what in "abc"] + [gpu_check.Case("test", 20, "d")]
-    assert gpu_check.leave_compiled(chosen, "cpu", 2) > 0
+    assert gpu_check.leave_compiled(chosen, "cpu", 2, 60) > 0
     told = [json.loads(path.read_text()) for path in tmp_path.glob("*.told")]
     assert sorted([case["what"] for case in part] for part in told) == [["a", "c"], ["b"]]
+
+
+def test_what_hangs_or_breaks_ahead_holds_up_nothing(gpu_check, monkeypatch, tmp_path, capsys):
+    script = tmp_path / "cases.py"
+    script.write_text(
+        "import json, sys, time\n"
+        "what = json.loads(sys.argv[1])[0]['what']\n"
+        "time.sleep(600) if what == 'hangs' else sys.exit(3)\n"
+    )
+    monkeypatch.setattr(gpu_check, "SCRIPT", script)
+    chosen = [gpu_check.Case("lif", 20, what) for what in ("hangs", "breaks")]
+    assert 2 <= gpu_check.leave_compiled(chosen, "cpu", 2, 2) < 300
+    told = capsys.readouterr().out
+    assert "exit -9 ahead" in told
+    assert "exit 3 ahead" in told
+
+
+def test_a_missing_library_stands_in_the_table_once(gpu_check):
+    row = {"kind": "call", "implementation": "snntorch", "missing": "ImportError: no snntorch"}
+    results = {"cases": {name: {"rows": [dict(row)]} for name in ("call T=1", "call T=5")}}
+    assert gpu_check.table(results).count("missing: snntorch (call): ImportError: no snntorch") == 1
 
 
 def test_what_is_compiled_ahead_takes_of_the_time(gpu_check, monkeypatch, tmp_path):
