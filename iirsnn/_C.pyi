@@ -22,7 +22,11 @@ def lif_call(
     /,
 ) -> Tensor | tuple[Tensor, Tensor] | None: ...
 def neuron_call(
-    neuron: dict[str, Any], x: Tensor, scales: dict[str, float], /
+    neuron: dict[str, Any],
+    x: Tensor,
+    scales: dict[str, float],
+    hooks: tuple[dict[int, Any], ...] = (),
+    /,
 ) -> Tensor | tuple[Tensor, Tensor] | None: ...
 def bn_lif_call(
     backend: str,

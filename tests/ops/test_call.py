@@ -113,7 +113,7 @@ def test_what_the_short_way_of_a_neuron_leaves():
         assert iirsnn._C.neuron_call(neuron.__dict__, x, SCALES) is None
     assert iirsnn._C.neuron_call([], x, SCALES) is None
     assert iirsnn._C.neuron_call(iirsnn.FusedLIF().__dict__, "x", SCALES) is None
-    with pytest.raises(TypeError, match="expected 3 arguments, got 1"):
+    with pytest.raises(TypeError, match="expected 3 arguments, or 4 with a tuple, got 1"):
         iirsnn._C.neuron_call({})
     hard = iirsnn.FusedLIF(reset="hard", learn_threshold=False, learn_leak=False)
     assert torch.equal(Property()(4 * x), hard(4 * x))
@@ -285,3 +285,50 @@ def test_the_membrane_that_nobody_asked_for_has_no_gradient():
 def test_the_short_way_is_not_taken_where_nothing_is_compiled(monkeypatch):
     monkeypatch.setattr(backend, "_compiled_reason", {"import": "iirsnn._C is not compiled"})
     assert backend.direct() is None
+
+
+def test_a_call_of_a_neuron_is_a_module_s_where_it_is_more_than_forward(monkeypatch):
+    x, seen = torch.rand(3, 2), []
+
+    def see(*_):
+        seen.append(1)
+
+    def called(call):
+        seen.clear()
+        call(x)
+        return len(seen)
+
+    class Doubled(iirsnn.FusedLIF):
+        def forward(self, x):
+            see()
+            return super().forward(2 * x)
+
+    neuron = iirsnn.FusedLIF()
+    assert called(neuron) == 0
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        for where in (neuron, torch.nn.modules.module):
+            name = register if where is neuron else register.replace("register", "register_module")
+            handle = getattr(where, name)(see)
+            assert called(neuron) == 1
+            handle.remove()
+            assert called(neuron) == 0
+    handle = neuron.register_full_backward_hook(see)
+    neuron(x.clone().requires_grad_()).sum().backward()
+    assert len(seen) == 1
+    handle.remove()
+    assert called(Doubled()) == 1
+    neuron.forward = see
+    assert called(neuron) == 1
+    del neuron.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(iirsnn.FusedLIF, "forward", see)
+        assert called(neuron) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Module, "__call__", see)
+        assert called(neuron) == 1
+    with torch.profiler.profile(with_stack=True) as profile:
+        neuron(x)
+    assert any("nn.Module: FusedLIF" in event.name for event in profile.events())
+    assert torch.equal(neuron(x=x), neuron(x))
+    with pytest.raises(TypeError):
+        neuron(x, x)

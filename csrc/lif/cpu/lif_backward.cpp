@@ -10,12 +10,13 @@ template <typename scalar_t>
 void backward(const LifBackward& args, int64_t first_chunk, int64_t last_chunk) {
   using acc_t = typename Convert<scalar_t>::acc_t;
   const auto* threshold = static_cast<const acc_t*>(args.threshold);
-  std::vector<acc_t> inverse(args.shape.channels);
+  acc_t one;
+  std::vector<acc_t> each(args.shape.channels > 1 ? args.shape.channels : 0);
+  acc_t* const inverse = each.empty() ? &one : each.data();
   for (int64_t c = 0; c < args.shape.channels; ++c) inverse[c] = acc_t(1) / threshold[c];
   const bool charged = args.shape.timesteps > 1 || !through_time<kernel_t<scalar_t>, Pass::all>(args);
   Channels<acc_t> channels(
-      args.shape,
-      {charged ? threshold : nullptr, charged ? static_cast<const acc_t*>(args.leak) : nullptr, inverse.data()},
+      args.shape, {charged ? threshold : nullptr, charged ? static_cast<const acc_t*>(args.leak) : nullptr, inverse},
       walk_of<scalar_t, Pass::all>(args));
   double* sums = args.grad_threshold ? static_cast<double*>(args.workspace) : nullptr;
   backward_blocks<scalar_t, Pass::all>(args, channels, sums, first_chunk, last_chunk);

@@ -66,9 +66,16 @@ bool for_the_ops(const Tensors&... tensors) {
          ((tensors.defined() && (tensors.key_set().has_any(kNotPlain) || tensors.layout() != at::kStrided)) || ...);
 }
 
+// As isFwGradDefined, which takes a lock; but a view may have its base's.
+inline bool has_tangent(const Tensor& t) {
+  if (!t.defined()) return false;
+  const auto* meta = static_cast<torch::autograd::AutogradMeta*>(t.unsafeGetTensorImpl()->autograd_meta());
+  return meta != nullptr && (meta->fw_grad_ || meta->is_view_) && torch::autograd::isFwGradDefined(t);
+}
+
 template <typename... Tensors>
 void refuse_tangents(const Tensors&... tensors) {
-  const bool any = (torch::autograd::isFwGradDefined(tensors) || ...);
+  const bool any = (has_tangent(tensors) || ...);
   TORCH_CHECK_NOT_IMPLEMENTED(!any,
                               "iirsnn: expected a backward pass through lif, got forward mode (a jvp); a surrogate "
                               "gradient is a rule for backward");
@@ -156,6 +163,15 @@ Pointer owned(Node* node) {
   } else {
     return Pointer::unsafe_steal_from_new(node);
   }
+}
+
+// As collect_next_edges, whose list grows one by one.
+template <typename... Tensors>
+torch::autograd::edge_list edges_of(const Tensors&... tensors) {
+  torch::autograd::edge_list edges;
+  edges.reserve(sizeof...(tensors));
+  (edges.push_back(tensors.defined() ? torch::autograd::impl::gradient_edge(tensors) : torch::autograd::Edge()), ...);
+  return edges;
 }
 
 // What the gradients of a gradient's inputs would come from.

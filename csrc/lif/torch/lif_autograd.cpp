@@ -57,7 +57,9 @@ struct LifGradient : Gradient<LifGradient, 4> {
                                  int64_t wanted) {
     const Tensor &x = inputs[kX], &v0 = inputs[kV0];
     const bool parameters = wanted & (1 << kThreshold | 1 << kLeak);
-    const Tensor grad_s = grads[0].defined() ? grads[0] : at::zeros({}, x.options()).expand_symint(x.sym_sizes());
+    Tensor zeros;
+    if (!grads[0].defined()) zeros = at::zeros({}, x.options()).expand_symint(x.sym_sizes());
+    const Tensor& grad_s = grads[0].defined() ? grads[0] : zeros;
     const Tensor grad_v = options.return_v ? grads[1] : Tensor();
     auto [grad_x, grad_threshold, grad_leak, grad_v0] =
         options.triton
@@ -65,7 +67,12 @@ struct LifGradient : Gradient<LifGradient, 4> {
             : lif_backward_by_kernels(grad_s, grad_v, x, inputs[kThreshold], inputs[kLeak], v0, options, parameters);
     if (!parameters) grad_threshold = grad_leak = Tensor();
     if (!v0.defined()) grad_v0 = Tensor();
-    return {std::move(grad_x), std::move(grad_threshold), std::move(grad_leak), std::move(grad_v0)};
+    variable_list all(4);  // of a list in braces each would be copied
+    all[kX] = std::move(grad_x);
+    all[kThreshold] = std::move(grad_threshold);
+    all[kLeak] = std::move(grad_leak);
+    all[kV0] = std::move(grad_v0);
+    return all;
   }
 };
 
@@ -137,9 +144,10 @@ std::tuple<Tensor, Tensor> lif_with_gradient(const Tensor& x, const Tensor& thre
   if (!needs_gradient(x, threshold, leak, or_undefined(v0))) return run();
   auto* const gradient = new LifGradient;
   const NodePointer node = owned<NodePointer>(gradient);
-  node->set_next_edges(torch::autograd::collect_next_edges(x, threshold, leak, or_undefined(v0)));
-  const Tensor inputs[] = {x, threshold, leak, or_undefined(v0)};
-  for (int i = 0; i < 4; ++i) gradient->kept[i] = SavedVariable(inputs[i], false);
+  node->set_next_edges(edges_of(x, threshold, leak, or_undefined(v0)));
+  const Tensor* const inputs[] = {&x, &threshold, &leak, v0 ? &*v0 : nullptr};
+  for (int i = 0; i < 4; ++i)
+    if (inputs[i] != nullptr) gradient->kept[i] = SavedVariable(*inputs[i], false);
   gradient->options = options;
   auto [s, v] = run();
   torch::autograd::set_history(s, node);

@@ -8,6 +8,7 @@
 #include <ATen/record_function.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 
 #include <array>
 #include <cmath>
@@ -112,10 +113,29 @@ PyObject* look_up(PyObject* dict, PyObject* key) {
   return dict != nullptr && PyDict_Check(dict) ? PyDict_GetItemWithError(dict, key) : nullptr;
 }
 
+// Whether the call of a module with this __dict__ would do no more than its forward: see nn.Module._call_impl.
+// everywhere: dicts of hooks of all modules.
+bool calls_forward(PyObject* dict, PyObject* everywhere) {
+  static PyObject* const hooks[] = {
+      PyUnicode_InternFromString("_forward_hooks"), PyUnicode_InternFromString("_forward_pre_hooks"),
+      PyUnicode_InternFromString("_backward_hooks"), PyUnicode_InternFromString("_backward_pre_hooks")};
+  static PyObject* const others[] = {PyUnicode_InternFromString("forward"),
+                                     PyUnicode_InternFromString("_compiled_call_impl")};
+  const auto empty = [](PyObject* all) { return all != nullptr && PyDict_Check(all) && PyDict_GET_SIZE(all) == 0; };
+  for (PyObject* name : hooks)
+    if (!empty(look_up(dict, name))) return false;
+  for (PyObject* name : others)
+    if (look_up(dict, name) != nullptr) return false;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(everywhere); ++i)
+    if (!empty(PyTuple_GET_ITEM(everywhere, i))) return false;
+  // a tracer and a profiler want to see the module itself
+  return !torch::jit::tracer::isTracing() && PyThreadState_Get()->c_profilefunc == nullptr;
+}
+
 // lif_call with what the __dict__ of a FusedLIF holds, whose attributes Python looks up for as long as the call takes.
-// None as there, and where a neuron is stateful or packs its spikes.
+// None as there, and where a neuron is stateful or packs its spikes, or where it is called and calls_forward says no.
 PyObject* neuron_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  enum { kDict, kInput, kScales, kGiven };
+  enum { kDict, kInput, kScales, kEverywhere };
   static const char* const words[kCount] = {"backend", "",        "threshold",    "leak",      "",
                                             "reset",   "v_reset", "detach_reset", "surrogate", "surrogate_scale",
                                             "return_v"};
@@ -126,16 +146,23 @@ PyObject* neuron_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
   }();
   static PyObject* const held[] = {PyUnicode_InternFromString("_parameters"), PyUnicode_InternFromString("_buffers")};
   static PyObject* const flags[] = {PyUnicode_InternFromString("stateful"), PyUnicode_InternFromString("packed")};
-  if (count != kGiven) return PyErr_Format(PyExc_TypeError, "neuron_call: expected 3 arguments, got %zd", count);
+  const bool called = count == kEverywhere + 1 && PyTuple_CheckExact(given[kEverywhere]);
+  if (!called && count != kEverywhere) {
+    return PyErr_Format(PyExc_TypeError, "neuron_call: expected 3 arguments, or 4 with a tuple, got %zd", count);
+  }
   PyObject* const dict = given[kDict];
+  if (called && !calls_forward(dict, given[kEverywhere])) {
+    if (PyErr_Occurred()) return nullptr;
+    Py_RETURN_NONE;
+  }
   for (PyObject* flag : flags)
     if (look_up(dict, flag) != Py_False) Py_RETURN_NONE;
   PyObject* arguments[kCount];
+  PyObject* const parameters = look_up(dict, held[0]);
   for (int i = 0; i < kCount; ++i) {
     if (i == kThreshold || i == kLeak) {
-      arguments[i] = nullptr;
-      for (PyObject* kind : held)
-        if (arguments[i] == nullptr) arguments[i] = look_up(look_up(dict, kind), names[i]);
+      arguments[i] = look_up(parameters, names[i]);
+      if (arguments[i] == nullptr) arguments[i] = look_up(look_up(dict, held[1]), names[i]);
     } else {
       arguments[i] = look_up(dict, names[i]);
     }
@@ -154,8 +181,9 @@ PyObject* neuron_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
 
 PyMethodDef neuron_method{"neuron_call", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&neuron_call)),
                           METH_FASTCALL,
-                          "neuron_call(arg0: dict, arg1: Tensor, arg2: dict) -> object\n\n"
-                          "lif_call with what the __dict__ of a FusedLIF holds, and the scales of surrogates by name."};
+                          "neuron_call(arg0: dict, arg1: Tensor, arg2: dict, arg3: tuple = ()) -> object\n\n"
+                          "lif_call with what the __dict__ of a FusedLIF holds, and the scales of surrogates by name; "
+                          "with the hooks of all modules, where none of them, nor one of its own, is called."};
 
 PyMethodDef method{
     "lif_call", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&lif_call)), METH_FASTCALL,

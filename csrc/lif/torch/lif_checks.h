@@ -99,6 +99,7 @@ inline Tensor empty_beside(const Tensor& x, at::IntArrayRef sizes, at::IntArrayR
   return at::empty_strided(sizes, strides, x.options().dtype(dtype));
 }
 inline Tensor empty_beside(const Tensor& x, int64_t size, at::ScalarType dtype) {
+  if (x.is_cpu()) return at::detail::empty_cpu({size}, dtype);
   return empty_beside(x, {size}, {1}, dtype);
 }
 

@@ -75,12 +75,20 @@ void* current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
   if (tensor.is_cuda())
 #endif
 
+// f(first, last) of all chunks, of one without what at::parallel_for does around it.
+template <typename F>
+void for_chunks(const LifShape& shape, const F& f) {
+  const int64_t chunks = lif_chunks_cpu(shape);
+  if (chunks == 1) return f(0, 1);
+  at::parallel_for(0, chunks, 1, f);
+}
+
 void run_forward(const Tensor& x, const LifForward& args) {
 #if defined(IIRSNN_WITH_CUDA)
   IIRSNN_ON_CUDA(x) return lif_forward_cuda(args, current_stream());
 #endif
   std::atomic<bool> nan = false;
-  at::parallel_for(0, lif_chunks_cpu(args.shape), 1, [&](int64_t first, int64_t last) {
+  for_chunks(args.shape, [&](int64_t first, int64_t last) {
     if (lif_forward_cpu(args, first, last)) nan = true;
   });
   TORCH_CHECK_VALUE(!nan, "packed: expected a current without NaN, got NaN (a bit cannot hold it)");
@@ -155,8 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lif_backward(const Tensor& grad_s, co
     const int64_t bytes = lif_backward_workspace_cpu(args);
     const Tensor many = bytes > int64_t(sizeof(few)) ? empty_beside(x, bytes, at::kByte) : Tensor();
     args.workspace = many.defined() ? many.mutable_data_ptr() : few;
-    at::parallel_for(0, lif_chunks_cpu(args.shape), 1,
-                     [&](int64_t first, int64_t last) { lif_backward_cpu(args, first, last); });
+    for_chunks(args.shape, [&](int64_t first, int64_t last) { lif_backward_cpu(args, first, last); });
     if (need_parameter_grads) lif_backward_finish_cpu(args);
   };
 #if defined(IIRSNN_WITH_CUDA)
