@@ -299,6 +299,7 @@ def test_auto_takes_the_compiled_kernels():
 
 def test_without_kernels_auto_warns_once_and_names_reason_and_cure(monkeypatch):
     monkeypatch.setattr(backend, "_compiled_reason", {"import": "iirsnn._C is not compiled"})
+    monkeypatch.setattr(backend, "_direct", {})
     monkeypatch.setattr(backend, "_warned", set())
     x = torch.randn(3, 10)
     with pytest.warns(

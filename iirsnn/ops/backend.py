@@ -47,6 +47,7 @@ NAMES = ("auto", "cpu", "cuda", "triton", "reference")
 PLAIN_IN_COMPILED_CODE = {"cuda": 1, "cpu": 0}
 
 _compiled_reason: dict[str, str | None] = {}
+_direct: dict[str, Callable[..., Any] | None] = {}
 _warned: set[str] = set()
 
 
@@ -208,10 +209,10 @@ def direct(name: str = "lif_call") -> Callable[..., Any] | None:
     reads itself, bn_lif_call for `BatchNormLIF` in training, and spike_origin, spike_product and
     spike_average_pool for spike layers.
     """
-    reason = _compiled_reason.get("import", "")
-    if reason == "":
-        reason = _compiled_reason["import"] = build.load()
-    return None if reason is not None else getattr(sys.modules["iirsnn._C"], name, None)
+    found = _direct.get(name)
+    if found is None and _compiled("cpu") is None:
+        found = _direct[name] = getattr(sys.modules["iirsnn._C"], name, None)
+    return found
 
 
 @functools.cache

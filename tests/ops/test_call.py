@@ -284,6 +284,7 @@ def test_the_membrane_that_nobody_asked_for_has_no_gradient():
 
 def test_the_short_way_is_not_taken_where_nothing_is_compiled(monkeypatch):
     monkeypatch.setattr(backend, "_compiled_reason", {"import": "iirsnn._C is not compiled"})
+    monkeypatch.setattr(backend, "_direct", {})
     assert backend.direct() is None
 
 

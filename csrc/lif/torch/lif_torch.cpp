@@ -104,11 +104,11 @@ std::tuple<Tensor, Tensor> lif_forward(const Tensor& x, const Tensor& threshold,
   const Inputs held = take_inputs(args, x, threshold, leak, v0, reset, v_reset);
   Tensor s = empty_spikes(x, args.shape.neurons), v;
   if (return_v) v = empty_membrane(x);
-  if (args.shape.neurons == 0) return {s, v};
+  if (args.shape.neurons == 0) return {std::move(s), std::move(v)};
   args.s = s.mutable_data_ptr();
   args.v = return_v ? v.mutable_data_ptr() : nullptr;
   run_forward(x, args);
-  return {s, v};
+  return {std::move(s), std::move(v)};
 }
 
 namespace {
@@ -183,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lif_backward(const Tensor& grad_s, co
   // a scalar beside a per-channel parameter acts on every channel
   if (need_parameter_grads && threshold.numel() < channels) grad_threshold = grad_threshold.sum(0, true);
   if (need_parameter_grads && leak.numel() < channels) grad_leak = grad_leak.sum(0, true);
-  return {grad_x, grad_threshold, grad_leak, grad_v0};
+  return {std::move(grad_x), std::move(grad_threshold), std::move(grad_leak), std::move(grad_v0)};
 }
 
 namespace {
