@@ -328,8 +328,10 @@ def test_a_call_of_a_neuron_is_a_module_s_where_it_is_more_than_forward(monkeypa
         patch.setattr(torch.nn.Module, "__call__", see)
         assert called(neuron) == 1
     with torch.profiler.profile(with_stack=True) as profile:
-        neuron(x)
-    assert any("nn.Module: FusedLIF" in event.name for event in profile.events())
+        torch.nn.Linear(2, 2)(neuron(x))
+    named = [event.name for event in profile.events() if event.name.startswith("nn.Module: ")]
+    # on Python 3.12 it names none at all
+    assert [any(kind in n for n in named) for kind in ("FusedLIF", "Linear")] in ([1, 1], [0, 0])
     assert torch.equal(neuron(x=x), neuron(x))
     with pytest.raises(TypeError):
         neuron(x, x)
