@@ -535,14 +535,15 @@ RUN: dict[str, Callable[[Case, Device], list[Row]]] = {
 def main() -> None:
     import iirsnn.kernels  # noqa: F401 (all that is slow to import)
 
-    told, device = json.loads(sys.argv[1]), Device(sys.argv[2])
+    told, name = json.loads(sys.argv[1]), sys.argv[2]
     if isinstance(told, list):
+        device = Device(name)
         device.rounds = 1
         for case in told:
             _leave_compiled(Case(**case), device)
         return
     sys.stdin.readline()  # the device belongs to the case before until then
-    case = Case(**told)
+    case, device = Case(**told), Device(name)
     rows = RUN[case.kind](case, device)
     print(json.dumps([{**asdict(case), **row} for row in rows]), flush=True)
 
