@@ -114,6 +114,28 @@ def test_a_missing_library_stands_in_the_table_once(gpu_check):
     assert gpu_check.table(results).count("missing: snntorch (call): ImportError: no snntorch") == 1
 
 
+def test_a_library_that_was_missing_takes_part_once_it_is_there(gpu_check, tmp_path):
+    path = tmp_path / "gpu.json"
+    here = {"commit": "a", "device": "b", "spikingjelly": "2.0.0", "snntorch": None}
+    cases = {"lif": {"rows": [{"ms": 1}]}, "call": {"rows": [{"missing": "no module"}]}}
+    path.write_text(json.dumps(here | {"cases": cases}))
+    assert gpu_check.kept(path, here) == cases
+    assert gpu_check.kept(path, here | {"snntorch": "1.0.0"}) == {"lif": cases["lif"]}
+    assert gpu_check.kept(path, here | {"commit": "c"}) == {}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"commit": "a", "device": "b"}'])
+def test_a_file_that_holds_no_results_is_named(gpu_check, tmp_path, text):
+    path = tmp_path / "gpu.json"
+    path.write_text(text)
+    here = {"commit": "a", "device": "b", "spikingjelly": None, "snntorch": None}
+    with pytest.raises(
+        SystemExit, match=r"gpu\.json: expected results of a call before, or no file"
+    ):
+        gpu_check.kept(path, here)
+    assert path.read_text() == text
+
+
 def test_what_is_compiled_ahead_takes_of_the_time(gpu_check, monkeypatch, tmp_path):
     left = []
     monkeypatch.setattr(gpu_check, "leave_compiled", lambda *_: 25.0)
