@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ def compare(
     """(what iirsnn lost, what could not be compared), a line each; times play no part.
 
     A contender of ours loses where its ratio to the limit of the same run grew by more than
-    `loss`, for every group that was measured.
+    `loss`, for every group that was measured and has a limit.
     """
     lost, unknown = [], []
     for key, group in measured["groups"].items():
@@ -44,13 +45,16 @@ def compare(
 
 
 def least(runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Runs as one: of each group and contender the row with the smallest ratio to the limit."""
+    """Runs as one: of each group and contender the row with the smallest ratio to the limit, where
+    the group has one."""
     groups: dict[str, Group] = {}
     for run in runs:
         for key, group in run["groups"].items():
             contenders = groups.setdefault(key, {**group, "contenders": {}})["contenders"]
             for name, row in group["contenders"].items():
-                contenders[name] = min(contenders.get(name, row), row, key=lambda r: r["ratio"])
+                contenders[name] = min(
+                    contenders.get(name, row), row, key=lambda r: r.get("ratio", 0)
+                )
     return {"groups": groups}
 
 
@@ -60,10 +64,18 @@ def check(committed: Path, *new: Path) -> int:
         print(f"bench-check: {', '.join(map(str, new))} holds no group", file=sys.stderr)
         return 2
     lost, unknown = compare(load(committed), measured)
+    without = Counter(
+        key.partition("[")[0]
+        for key, group in measured["groups"].items()
+        if LIMIT not in group["contenders"]
+    )
+    for name, count in without.items():
+        print(f"bench-check: not compared: {name}: {count} without a {LIMIT} to compare with")
     for line in unknown:
         print(f"bench-check: not compared: {line}")
     for line in lost:
         print(f"bench-check: lost: {line}")
-    compared = len(measured["groups"]) - len({line.split(":")[0] for line in unknown})
+    compared = len(measured["groups"]) - without.total()
+    compared -= len({line.split(":")[0] for line in unknown})
     print(f"bench-check: {compared} groups compared with {committed.name}, {len(lost)} losses")
     return 1 if lost or not compared else 0

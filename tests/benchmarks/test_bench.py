@@ -345,6 +345,19 @@ def test_a_loss_has_to_show_in_every_run(tmp_path):
     assert regressions.check(committed, slow, quick) == 0
 
 
+def test_a_group_without_a_limit_is_named_and_not_compared(tmp_path, capsys):
+    files = [tmp_path / f"{name}.json" for name in ("committed", "new")]
+    for file in files:
+        found = results_of(1.0)
+        for name in ("event/b[1]", "event/b[2]"):
+            found["groups"][name] = {"contenders": {"iirsnn, events": {"median_ms": 2.0}}}
+        file.write_text(json.dumps(found))
+    assert regressions.check(*files) == 0
+    told = capsys.readouterr().out
+    assert "not compared: event/b: 2 without a limit to compare with" in told
+    assert "1 groups compared" in told
+
+
 def test_check_of_nothing_fails(tmp_path):
     committed = tmp_path / "committed.json"
     committed.write_text(json.dumps(results_of(1.0)))
