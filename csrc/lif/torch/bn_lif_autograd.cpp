@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_lif_with_gradient(
   auto& [s, mean, var, rstd] = found;
   auto* const gradient = new BnLifGradient;
   const NodePointer node = owned<NodePointer>(gradient);
-  node->set_next_edges(torch::autograd::collect_next_edges(x, inputs[1], inputs[2], threshold, leak));
+  node->set_next_edges(edges_of(x, inputs[1], inputs[2], threshold, leak));
   for (int i = 0; i < BnLifGradient::kInputs; ++i) gradient->kept[i] = SavedVariable(inputs[i], false);
   gradient->kept[BnLifGradient::kMean] = SavedVariable(mean, false);
   gradient->kept[BnLifGradient::kRstd] = SavedVariable(rstd, false);

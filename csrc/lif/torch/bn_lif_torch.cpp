@@ -1,5 +1,4 @@
 // Checks, allocation and threads of the bn_lif ops, whose schemas are defined in bn_lif_autograd.cpp.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
@@ -13,6 +12,7 @@
 #include "lif/cpu/bn_lif_cpu.h"
 #include "lif/cpu/lif_cpu.h"
 #include "lif/torch/bn_lif_checks.h"
+#include "lif/torch/chunks.h"
 
 namespace iirsnn {
 namespace {
@@ -39,11 +39,6 @@ Tensor empty_chunks(const Tensor& x, const LifShape& shape, int64_t sums) {
                       at::kDouble);
 }
 
-template <typename F>
-void for_all_chunks(const LifShape& shape, F f) {
-  at::parallel_for(0, lif_chunks_cpu(shape), 1, f);
-}
-
 struct Statistics {
   Tensor chunks, mean, var, rstd;  // sums [2, C] of x and its square in the first of the chunks
 };
@@ -54,8 +49,7 @@ Statistics statistics(const Tensor& x, double eps) {
   Statistics found{empty_chunks(x, shape, kMoments), empty_beside(x, channels, at::kFloat),
                    empty_beside(x, channels, at::kFloat), empty_beside(x, channels, at::kFloat)};
   double* sums = found.chunks.mutable_data_ptr<double>();
-  for_all_chunks(shape,
-                 [&](int64_t first, int64_t last) { moments_cpu(shape, x.const_data_ptr(), sums, first, last); });
+  for_chunks(shape, [&](int64_t first, int64_t last) { moments_cpu(shape, x.const_data_ptr(), sums, first, last); });
   moments_finish_cpu(shape, sums);
 
   float *mean = found.mean.mutable_data_ptr<float>(), *var = found.var.mutable_data_ptr<float>();
@@ -84,7 +78,7 @@ Tensor fire(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Optio
   BnLif& args = call.args;
   Tensor s = empty_spikes(x, args.shape.neurons);
   args.s = s.mutable_data_ptr();
-  for_all_chunks(args.shape, [&](int64_t first, int64_t last) { bn_lif_forward_cpu(args, first, last); });
+  for_chunks(args.shape, [&](int64_t first, int64_t last) { bn_lif_forward_cpu(args, first, last); });
   return s;
 }
 
@@ -103,7 +97,7 @@ std::pair<Tensor, Tensor> sum_gradients(BnLif& args, const Tensor& x) {
   args.grad_x = grad_x.mutable_data_ptr();
   Tensor chunks = empty_chunks(x, args.shape, kBnLifSums);
   args.sums = chunks.mutable_data_ptr<double>();
-  for_all_chunks(args.shape, [&](int64_t first, int64_t last) { bn_lif_backward_cpu(args, first, last); });
+  for_chunks(args.shape, [&](int64_t first, int64_t last) { bn_lif_backward_cpu(args, first, last); });
   bn_lif_backward_finish_cpu(args);
   args.sums = nullptr;  // the second pass is to add nothing to them
   return {grad_x, chunks};
@@ -135,7 +129,7 @@ void finish_grad_x(const Tensor& grad_x, const Tensor&, const Tensor& grad_mean,
   args.grad_mean = check_channels("grad_mean", grad_mean, x);
   args.slope = check_channels("slope", slope, x);
   args.grad_x = grad_x.mutable_data_ptr();
-  for_all_chunks(args.shape, [&](int64_t first, int64_t last) { bn_lif_grad_x_cpu(args, first, last); });
+  for_chunks(args.shape, [&](int64_t first, int64_t last) { bn_lif_grad_x_cpu(args, first, last); });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_s, const Tensor& x, const Tensor& mean,
@@ -163,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_s
   }
   args.grad_mean = grad_mean;
   args.slope = slope;
-  for_all_chunks(args.shape, [&](int64_t first, int64_t last) { bn_lif_grad_x_cpu(args, first, last); });
+  for_chunks(args.shape, [&](int64_t first, int64_t last) { bn_lif_grad_x_cpu(args, first, last); });
 
   // a scalar acts on every channel
   const auto gradient = [&](LifSum which, int64_t size) {

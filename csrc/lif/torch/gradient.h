@@ -189,7 +189,7 @@ template <typename Gradients, typename... Tensors>
 void refuse_second(Gradients& gradients, const Tensors&... inputs) {
   if (!needs_gradient(inputs...)) return;
   const NodePointer node = owned<NodePointer>(new NoSecondGradient);
-  node->set_next_edges(torch::autograd::collect_next_edges(inputs...));
+  node->set_next_edges(edges_of(inputs...));
   std::apply([&](auto&... all) { (torch::autograd::set_history(all, node), ...); }, gradients);
 }
 

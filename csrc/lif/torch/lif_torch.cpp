@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "lif/cpu/lif_cpu.h"
+#include "lif/torch/chunks.h"
 #include "lif/torch/lif_checks.h"
 #include "lif/torch/lif_ops.h"
 
@@ -74,14 +75,6 @@ void* current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
   const c10::cuda::OptionalCUDAGuard guard(tensor.is_cuda() ? std::make_optional(tensor.device()) : std::nullopt); \
   if (tensor.is_cuda())
 #endif
-
-// f(first, last) of all chunks, of one without what at::parallel_for does around it.
-template <typename F>
-void for_chunks(const LifShape& shape, const F& f) {
-  const int64_t chunks = lif_chunks_cpu(shape);
-  if (chunks == 1) return f(0, 1);
-  at::parallel_for(0, chunks, 1, f);
-}
 
 void run_forward(const Tensor& x, const LifForward& args) {
 #if defined(IIRSNN_WITH_CUDA)

@@ -44,7 +44,7 @@ bool read_flag(PyObject* value, bool& flag) {
 // A tensor that a node made here is right for: no subclass, no transform, no forward mode.
 const Tensor* read_tensor(PyObject* value) {
   const Tensor* tensor = plain_tensor(value);
-  return tensor != nullptr && !torch::autograd::isFwGradDefined(*tensor) ? tensor : nullptr;
+  return tensor != nullptr && !has_tangent(*tensor) ? tensor : nullptr;
 }
 
 PyObject* none() { Py_RETURN_NONE; }
@@ -95,7 +95,7 @@ PyObject* spike_origin(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
 template <typename Run, typename... Inputs>
 Tensor with_gradient(Node* gradient, const Run& run, const Inputs&... inputs) {
   const NodePointer node = owned<NodePointer>(gradient);
-  node->set_next_edges(torch::autograd::collect_next_edges(inputs...));
+  node->set_next_edges(edges_of(inputs...));
   Tensor out = [&] {
     const at::NoGradGuard guard;
     return run();
