@@ -276,14 +276,15 @@ def table(results: Row) -> str:
             f"| {row['ms'] / row['memory_ms']:.2f} | {row['peak_bytes'] >> 20} "
             f"| {row['launches']} |"
         )
-    without = {
-        f"{word}: {row['implementation']} ({row['kind']}): {row[word]}": ""
+    without = dict.fromkeys(
+        f"{word}: {row['implementation']} ({row['kind']}): {row[word]}"
         for found in results["cases"].values()
         for row in found.get("rows", [])
         for word in ("missing", "failed")
         if word in row
-    }
-    lines += [line for pair in without.items() for line in reversed(pair)]
+    )
+    for line in without:
+        lines += ["", line]
     for name in broken(results):
         found = results["cases"][name]
         why = found.get("failed") or found["rows"][0].get("result")
